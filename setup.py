@@ -1,15 +1,24 @@
-"""Maps `pyext/` to `kernelpress` and `kernels/` to `kernelpress.kernels`; everything static stands in `pyproject.toml`."""
+"""Maps `pyext/` to `kernelpress` and `kernels/` to `kernelpress.kernels`, and has the native modules built by `build_native`."""
+
+import sys
+from pathlib import Path
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from build_native import BuildNative, native_modules  # noqa: E402
 
 FOLDERS = {"kernelpress": "pyext", "kernelpress.kernels": "kernels"}
 
 setup(
-    version="0.1.0",
     package_dir=FOLDERS,
     packages=[
         package
         for name, folder in FOLDERS.items()
         for package in [name, *(f"{name}.{found}" for found in find_packages(folder))]
     ],
+    ext_modules=native_modules(ROOT),
+    cmdclass={"build_ext": BuildNative},
 )

@@ -1,0 +1,210 @@
+"""Compiles the native modules with ninja: every CPU kernel once per instruction set, the bindings once, no torch needed.
+
+Objects stay in `build/native/`, so a second build compiles only what changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import ninja
+import pybind11
+from ninja.ninja_syntax import Writer
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+
+__all__ = ["BuildNative", "build", "cpu_variants", "find_nvcc", "native_modules"]
+
+BUILD_FOLDER = "build/native"
+
+CXX_FLAGS = [
+    *["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"],
+    *["-Wall", "-Wextra"],
+    # NaN and infinity must propagate as in PyTorch, which rules -ffast-math out.
+    *["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"],
+    *["-I.", "-Ikernels/cpu"],
+]
+
+X86_VARIANTS = {
+    "baseline": ["-march=x86-64"],
+    "avx2": ["-march=x86-64", "-mavx2", "-mfma"],
+    "avx512": ["-march=x86-64", "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+
+# What one kernel file needs beyond its variant's flags: (file stem, variant) -> flags.
+EXTRA_FLAGS: dict[tuple[str, str], list[str]] = {}
+
+CUDA_ARCHITECTURES = ["80", "90a", "100a"]
+
+
+def cpu_variants(machine: str) -> dict[str, list[str]]:
+    """The instruction sets that kernels are compiled for on `machine`, with the compiler flags of each."""
+    return X86_VARIANTS if machine.lower() in ("x86_64", "amd64") else {"baseline": []}
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler, or None where there is none or `KERNELPRESS_CUDA=0` turns it off."""
+    if os.environ.get("KERNELPRESS_CUDA") == "0":
+        return None
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next(filter(None, (shutil.which(candidate) for candidate in candidates if candidate)), None)
+
+
+def native_modules(root: Path) -> list[Extension]:
+    """The modules that can be built from the sources under `root`: `_cpu`, and `_cuda` where there is an nvcc."""
+    modules = []
+    for kind, suffix in [("cpu", "cpp"), *([("cuda", "cu")] if find_nvcc() else [])]:
+        bindings, kernels = _sources(root, kind, suffix)
+        if bindings and kernels:
+            modules.append(Extension(f"kernelpress._{kind}", sources=[*bindings, *kernels]))
+    return modules
+
+
+class BuildNative(build_ext):
+    """setuptools' `build_ext` with ninja in place of the compile loop."""
+
+    def build_extension(self, ext: Extension) -> None:
+        root = Path(__file__).resolve().parent
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        built = build(root, kind=ext.name.rpartition("._")[2])
+        # Renamed into place: a running process may have the old file mapped.
+        shutil.copy2(built, target.with_suffix(".new"))
+        os.replace(target.with_suffix(".new"), target)
+
+
+def build(root: Path, kind: str) -> Path:
+    """Compiles what changed of module `_{kind}` ("cpu" or "cuda") of the tree `root`; returns the shared library.
+
+    Raises: RuntimeError where there is no compiler, subprocess.CalledProcessError where compiling fails.
+    """
+    folder = root / BUILD_FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    target = f"{BUILD_FOLDER}/_{kind}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    script = folder / f"{kind}.ninja"
+    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+    with _locked(folder), script.open("w") as file:
+        writer = Writer(file)
+        writer.variable("builddir", BUILD_FOLDER)
+        (_describe_cpu if kind == "cpu" else _describe_cuda)(writer, root, target)
+        file.flush()
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(script.relative_to(root)), *jobs, target]
+        subprocess.run(command, cwd=root, check=True)
+    return root / target
+
+
+def _describe_cpu(writer: Writer, root: Path, target: str) -> None:
+    """Ninja rules of `_cpu`: kernels × variants, bindings, one link."""
+    bindings, kernels = _sources(root, "cpu", "cpp")
+    writer.variable("cxx", _cxx())
+    writer.variable("objcopy", _binutil("objcopy"))
+    writer.variable("nm", _binutil("nm"))
+    _compile_rule(writer, "compile", " ".join([*CXX_FLAGS, os.environ.get("CXXFLAGS", "")]))
+    # Inline functions of the standard library compiled here use this instruction set. Were they left weak, the linker could
+    # take them for the whole module, and it would die on older processors: so the objects of a variant are merged and their
+    # weak symbols made local to it.
+    writer.rule(
+        "isolate",
+        "$cxx -nostdlib -r -Wl,--force-group-allocation -o $out.merged $in"
+        " && $nm --defined-only --format=posix $out.merged | awk '$$2 ~ /^[uvwVW]$$/ {print $$1}' > $out.weak"
+        " && $objcopy --localize-symbols=$out.weak $out.merged $out",
+        description="isolate $out",
+    )
+    writer.rule("link", f"$cxx -shared -o $out $in {os.environ.get('LDFLAGS', '')}", description="link $out")
+
+    objects = []
+    for variant, flags in cpu_variants(platform.machine()).items():
+        compiled = []
+        for source in kernels:
+            stem = Path(source).stem
+            extra = [f"-DKERNELPRESS_ISA={variant}", *flags, *EXTRA_FLAGS.get((stem, variant), [])]
+            compiled += _object(writer, "compile", source, f"{variant}/{stem}.o", extra)
+        objects += compiled if variant == "baseline" else writer.build(f"{BUILD_FOLDER}/{variant}.o", "isolate", compiled)
+    for source in bindings:
+        objects += _object(writer, "compile", source, f"{_python_tag()}/{Path(source).stem}.o", _python_flags())
+    writer.build(target, "link", objects)
+
+
+def _describe_cuda(writer: Writer, root: Path, target: str) -> None:
+    """Ninja rules of `_cuda`: kernels by nvcc, bindings by the C++ compiler, cudart linked statically."""
+    bindings, kernels = _sources(root, "cuda", "cu")
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("nvcc: needed to build _cuda, none found (or KERNELPRESS_CUDA=0)")
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES if f"sm_{a.rstrip('a')}\n" in known]
+    cuda_home = Path(nvcc).resolve().parent.parent
+    writer.variable("cxx", _cxx())
+    writer.variable("nvcc", f"{nvcc} -ccbin {_cxx()}")
+    _compile_rule(writer, "compile", " ".join([*CXX_FLAGS, f"-isystem {cuda_home}/include", os.environ.get("CXXFLAGS", "")]))
+    flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-I.", "-Ikernels/cuda", *codes]
+    writer.rule(
+        "compile_cuda",
+        f"$nvcc {' '.join(flags)} -MMD -MF $out.d -c $in -o $out",
+        depfile="$out.d",
+        deps="gcc",
+        description="$in",
+    )
+    writer.rule("link", "$nvcc -shared -cudart static -o $out $in", description="link $out")
+    objects = []
+    for source in kernels:
+        objects += _object(writer, "compile_cuda", source, f"cuda/{Path(source).stem}.o", [])
+    for source in bindings:
+        objects += _object(writer, "compile", source, f"{_python_tag()}/{Path(source).stem}.o", _python_flags())
+    writer.build(target, "link", objects)
+
+
+def _compile_rule(writer: Writer, name: str, flags: str) -> None:
+    command = f"$cxx {flags} $extra -MMD -MF $out.d -c $in -o $out"
+    writer.rule(name, command, depfile="$out.d", deps="gcc", description="$in $variant")
+
+
+def _object(writer: Writer, rule: str, source: str, target: str, extra: list[str]) -> list[str]:
+    variables = {"extra": " ".join(extra), "variant": target.partition("/")[0]}
+    return writer.build(f"{BUILD_FOLDER}/{target}", rule, source, variables=variables)
+
+
+def _sources(root: Path, kind: str, suffix: str) -> tuple[list[str], list[str]]:
+    """Bindings and kernels of module `_{kind}`, relative to `root`."""
+    patterns = (f"pyext/csrc/*{kind}*.cpp", f"kernels/{kind}/*.{suffix}")
+    bindings, kernels = (sorted(str(path.relative_to(root)) for path in root.glob(pattern)) for pattern in patterns)
+    return bindings, kernels
+
+
+def _python_tag() -> str:
+    return sys.implementation.cache_tag or "python"
+
+
+def _python_flags() -> list[str]:
+    return [f"-isystem {sysconfig.get_path('include')}", f"-isystem {pybind11.get_include()}"]
+
+
+def _cxx() -> str:
+    name = os.environ.get("CXX") or "g++"
+    if shutil.which(name.split()[0]) is None:
+        raise RuntimeError(f"CXX: expected a C++17 compiler, found no program {name!r}; install g++ or set CXX")
+    return name
+
+
+def _binutil(name: str) -> str:
+    """The binutils program that belongs to the compiler, which matters where it is a cross compiler."""
+    command = [*_cxx().split(), f"-print-prog-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the build folder for this process: ninja itself does not keep two builds apart."""
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
