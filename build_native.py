@@ -1,6 +1,6 @@
-"""Compiles the native modules with ninja: every CPU kernel once per instruction set, the bindings once, no torch needed.
+"""Compiles the native modules with ninja: every CPU kernel once per instruction set, the bindings once.
 
-Objects stay in `build/native/`, so a second build compiles only what changed.
+Needs no torch. Objects stay in `build/native/`, so a second build compiles only what changed.
 """
 
 from __future__ import annotations
@@ -55,9 +55,9 @@ def find_nvcc() -> str | None:
     """The CUDA compiler, or None where there is none or `KERNELPRESS_CUDA=0` turns it off."""
     if os.environ.get("KERNELPRESS_CUDA") == "0":
         return None
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    candidates = [os.environ.get("CUDACXX"), *(f"{home}/bin/nvcc" for home in homes), "nvcc", "/usr/local/cuda/bin/nvcc"]
-    return next(filter(None, (shutil.which(candidate) for candidate in candidates if candidate)), None)
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    names = [os.environ.get("CUDACXX"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)]
+    return next(filter(None, (shutil.which(name) for name in names if name)), None)
 
 
 def native_modules(root: Path) -> list[Extension]:
@@ -109,10 +109,10 @@ def _describe_cpu(writer: Writer, root: Path, target: str) -> None:
     writer.variable("cxx", _cxx())
     writer.variable("objcopy", _binutil("objcopy"))
     writer.variable("nm", _binutil("nm"))
-    _compile_rule(writer, "compile", " ".join([*CXX_FLAGS, os.environ.get("CXXFLAGS", "")]))
-    # Inline functions of the standard library compiled here use this instruction set. Were they left weak, the linker could
-    # take them for the whole module, and it would die on older processors: so the objects of a variant are merged and their
-    # weak symbols made local to it.
+    _compile_rule(writer, CXX_FLAGS)
+    # Inline functions of the standard library are compiled with the variant's instruction set. Were they left weak, the
+    # linker could take them for the whole module, and it would die on older processors: so the objects of a variant are
+    # merged and their weak symbols made local to it.
     writer.rule(
         "isolate",
         "$cxx -nostdlib -r -Wl,--force-group-allocation -o $out.merged $in"
@@ -129,7 +129,9 @@ def _describe_cpu(writer: Writer, root: Path, target: str) -> None:
             stem = Path(source).stem
             extra = [f"-DKERNELPRESS_ISA={variant}", *flags, *EXTRA_FLAGS.get((stem, variant), [])]
             compiled += _object(writer, "compile", source, f"{variant}/{stem}.o", extra)
-        objects += compiled if variant == "baseline" else writer.build(f"{BUILD_FOLDER}/{variant}.o", "isolate", compiled)
+        if variant != "baseline":
+            compiled = writer.build(f"{BUILD_FOLDER}/{variant}.o", "isolate", compiled)
+        objects += compiled
     for source in bindings:
         objects += _object(writer, "compile", source, f"{_python_tag()}/{Path(source).stem}.o", _python_flags())
     writer.build(target, "link", objects)
@@ -146,7 +148,7 @@ def _describe_cuda(writer: Writer, root: Path, target: str) -> None:
     cuda_home = Path(nvcc).resolve().parent.parent
     writer.variable("cxx", _cxx())
     writer.variable("nvcc", f"{nvcc} -ccbin {_cxx()}")
-    _compile_rule(writer, "compile", " ".join([*CXX_FLAGS, f"-isystem {cuda_home}/include", os.environ.get("CXXFLAGS", "")]))
+    _compile_rule(writer, [*CXX_FLAGS, f"-isystem {cuda_home}/include"])
     flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-I.", "-Ikernels/cuda", *codes]
     writer.rule(
         "compile_cuda",
@@ -164,9 +166,9 @@ def _describe_cuda(writer: Writer, root: Path, target: str) -> None:
     writer.build(target, "link", objects)
 
 
-def _compile_rule(writer: Writer, name: str, flags: str) -> None:
-    command = f"$cxx {flags} $extra -MMD -MF $out.d -c $in -o $out"
-    writer.rule(name, command, depfile="$out.d", deps="gcc", description="$in $variant")
+def _compile_rule(writer: Writer, flags: list[str]) -> None:
+    command = " ".join(["$cxx", *flags, os.environ.get("CXXFLAGS", ""), "$extra -MMD -MF $out.d -c $in -o $out"])
+    writer.rule("compile", command, depfile="$out.d", deps="gcc", description="$in $variant")
 
 
 def _object(writer: Writer, rule: str, source: str, target: str, extra: list[str]) -> list[str]:

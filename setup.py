@@ -1,4 +1,4 @@
-"""Maps `pyext/` to `kernelpress` and `kernels/` to `kernelpress.kernels`, and has the native modules built by `build_native`."""
+"""Maps `pyext/` to `kernelpress` and `kernels/` to `kernelpress.kernels`; `build_native` compiles the native modules."""
 
 import sys
 from pathlib import Path
