@@ -1,0 +1,22 @@
+"""Real costs of a model (latency, memory, energy), its proxies (FLOPs, parameters), and the ratio between the two."""
+
+from kernelpress.measure.comparison import Comparison, Speedup, compare
+from kernelpress.measure.cost import count_flops, count_parameters
+from kernelpress.measure.latency import Timing, time_alternately
+from kernelpress.measure.layerwise import LayerCost, layer_table, profile_layers
+from kernelpress.measure.profiling import Profile, profile
+
+__all__ = [
+    "Comparison",
+    "LayerCost",
+    "Profile",
+    "Speedup",
+    "Timing",
+    "compare",
+    "count_flops",
+    "count_parameters",
+    "layer_table",
+    "profile",
+    "profile_layers",
+    "time_alternately",
+]
