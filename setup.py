@@ -1,4 +1,4 @@
-"""Maps `pyext/` to `kernelpress` and `kernels/` to `kernelpress.kernels`; `build_native` compiles the native modules."""
+"""Maps the folders to `kernelpress` and `kernelpress.kernels`; `build_native` compiles the native modules."""
 
 import sys
 from pathlib import Path

@@ -42,7 +42,7 @@ class _EmitPackage(ModuleType):
 
 
 class _Kernelpress(ModuleType):
-    """This package: makes the subpackage `emit` callable when the import system binds it here, whoever imports it first."""
+    """This package: when the import system binds the subpackage `emit` here, whoever imports it, it becomes callable."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name == "emit" and isinstance(value, ModuleType):
