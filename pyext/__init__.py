@@ -42,7 +42,7 @@ class _EmitPackage(ModuleType):
 
 
 class _Kernelpress(ModuleType):
-    """This package: when the import system binds the subpackage `emit` here, whoever imports it, it becomes callable."""
+    """This package: `emit` becomes callable when the import system binds the subpackage here, whoever imports it."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if name == "emit" and isinstance(value, ModuleType):
