@@ -1,0 +1,224 @@
+"""What every op of kernelpress means, in plain PyTorch: any float dtype, differentiable, exportable.
+
+Every op ends in the same epilogue, `activation(accumulator * scale + bias + residual)`. Nothing is checked here;
+`kernelpress.ops` owns the checks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = [
+    "ACTIVATIONS",
+    "activate",
+    "conv2d",
+    "depthwise_conv2d",
+    "epilogue",
+    "global_avg_pool2d",
+    "inverted_residual",
+    "linear",
+    "max_pool2d",
+    "pointwise_conv2d",
+    "separable_conv2d",
+]
+
+Pair = tuple[int, int]
+
+_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda x: x,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+    "hardsigmoid": F.hardsigmoid,
+    "sigmoid": torch.sigmoid,
+    "gelu": F.gelu,
+}
+
+ACTIVATIONS: tuple[str, ...] = tuple(_FUNCTIONS)
+"""Activation names; the position of a name is the integer the native kernels take."""
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """Apply the activation of that name. Raises `ValueError` for an unknown one."""
+    try:
+        function = _FUNCTIONS[activation]
+    except KeyError:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}") from None
+    return function(x)
+
+
+def epilogue(
+    accumulator: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+) -> Tensor:
+    """`activation(accumulator * scale + bias + residual)` with `scale` and `bias` per channel of `[N, C, H, W]`."""
+    if scale is not None:
+        accumulator = accumulator * scale[:, None, None]
+    if bias is not None:
+        accumulator = accumulator + bias[:, None, None]
+    if residual is not None:
+        accumulator = accumulator + residual
+    return activate(accumulator, activation)
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+    activation: str = "identity",
+) -> Tensor:
+    """Convolution of `x: [N, C_in, H, W]` by `weight: [C_out, C_in / groups, KH, KW]` with the epilogue."""
+    if scale is None:
+        return epilogue(F.conv2d(x, weight, bias, stride, padding, dilation, groups), None, None, residual, activation)
+    accumulator = F.conv2d(x, weight, None, stride, padding, dilation, groups)
+    return epilogue(accumulator, bias, scale, residual, activation)
+
+
+def pointwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    input_scale: Tensor | None = None,
+    *,
+    activation: str = "identity",
+) -> Tensor:
+    """1×1 convolution of `x · input_scale` (`[N, C_in]`, squeeze-and-excitation) with the epilogue."""
+    if input_scale is not None:
+        x = x * input_scale[:, :, None, None]
+    return conv2d(x, weight, bias, scale, residual, activation=activation)
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    activation: str = "identity",
+) -> Tensor:
+    """`x: [..., C_in]` times `weight: [C_out, C_in]` transposed, with the epilogue over the last dimension."""
+    if scale is None:
+        y = F.linear(x, weight, bias)
+    else:
+        y = F.linear(x, weight) * scale
+        if bias is not None:
+            y = y + bias
+    if residual is not None:
+        y = y + residual
+    return activate(y, activation)
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    activation: str = "identity",
+) -> Tensor:
+    """Every channel of `x: [N, C, H, W]` by its own filters, `weight: [C · multiplier, 1, KH, KW]`, with the epilogue."""
+    return conv2d(
+        x,
+        weight,
+        bias,
+        scale,
+        residual,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=x.shape[1],
+        activation=activation,
+    )
+
+
+def separable_conv2d(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    depthwise_activation: str = "identity",
+    activation: str = "identity",
+) -> Tensor:
+    """Depthwise convolution, its activation, then a 1×1 convolution with the epilogue (MobileNet, arXiv:1704.04861)."""
+    hidden = depthwise_conv2d(
+        x,
+        depthwise_weight,
+        depthwise_bias,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        activation=depthwise_activation,
+    )
+    return pointwise_conv2d(hidden, pointwise_weight, pointwise_bias, None, residual, activation=activation)
+
+
+def inverted_residual(
+    x: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    project_weight: Tensor,
+    project_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    expand_activation: str = "identity",
+    depthwise_activation: str = "identity",
+    activation: str = "identity",
+) -> Tensor:
+    """Expand 1×1, depthwise, project 1×1 with the epilogue (MobileNet V2, arXiv:1801.04381)."""
+    hidden = pointwise_conv2d(x, expand_weight, expand_bias, activation=expand_activation)
+    return separable_conv2d(
+        hidden,
+        depthwise_weight,
+        depthwise_bias,
+        project_weight,
+        project_bias,
+        residual,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        depthwise_activation=depthwise_activation,
+        activation=activation,
+    )
+
+
+def global_avg_pool2d(x: Tensor) -> Tensor:
+    """Mean over the positions of every channel: `[N, C, H, W]` → `[N, C]`."""
+    return x.mean((2, 3))
+
+
+def max_pool2d(x: Tensor, *, kernel_size: Pair, stride: Pair, padding: Pair = (0, 0)) -> Tensor:
+    """Largest value under every window; padding counts as −∞, NaN wins."""
+    return F.max_pool2d(x, kernel_size, stride, padding)

@@ -1,0 +1,119 @@
+"""Checks of op arguments, shared by the families. They run on symbolic sizes too, and put no condition on the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernelpress.kernels.reference import ACTIVATIONS
+
+__all__ = [
+    "TensorSpec",
+    "check_activation",
+    "check_input",
+    "check_pair",
+    "check_same_shape",
+    "check_tensors",
+    "check_vector",
+    "check_weight",
+    "conv_output_size",
+    "describe",
+]
+
+
+class TensorSpec(NamedTuple):
+    """A tensor without its values."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, t: Tensor) -> TensorSpec:
+        """The spec of a tensor."""
+        return cls(t.shape, t.stride(), t.dtype)
+
+
+def describe(shape: Sequence[int]) -> str:
+    """`[1, 3, 224, 224]`."""
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def check_tensors(names: Sequence[str], tensors: Sequence[TensorSpec | None]) -> None:
+    """All of one floating dtype, the first one's. Raises `TypeError`."""
+    first = tensors[0]
+    assert first is not None
+    if not first.dtype.is_floating_point:
+        raise TypeError(f"{names[0]}: expected a floating dtype, got {first.dtype}")
+    for name, t in zip(names, tensors, strict=True):
+        if t is not None and t.dtype != first.dtype:
+            raise TypeError(f"{name}: expected the dtype of {names[0]}, {first.dtype}, got {t.dtype}")
+
+
+def check_input(x: TensorSpec) -> None:
+    """`x: [N, C, H, W]` with at least one channel. Raises `ValueError`."""
+    if len(x.shape) != 4:
+        raise ValueError(f"x: expected [N, C, H, W], got {describe(x.shape)}")
+    if x.shape[1] == 0:
+        raise ValueError(f"x: expected at least one channel, got {describe(x.shape)}")
+
+
+def check_pair(name: str, value: Sequence[int], least: int) -> None:
+    """Two integers, both at least `least`. Raises `ValueError`."""
+    if len(value) != 2 or value[0] < least or value[1] < least:
+        raise ValueError(f"{name}: expected two integers of at least {least}, got {describe(value)}")
+
+
+def check_activation(name: str, activation: str) -> None:
+    """A known activation. Raises `ValueError`."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+
+
+def check_weight(name: str, weight: TensorSpec, form: str, expected: Sequence[int | None], because: str) -> None:
+    """A weight whose sizes are those of `expected` (None: any size but 0). Raises `ValueError`."""
+    shape = weight.shape
+    if len(shape) != len(expected) or any(
+        size == 0 if want is None else size != want for size, want in zip(shape, expected, strict=True)
+    ):
+        raise ValueError(f"{name}: expected {form} with {because}, got {describe(shape)}")
+
+
+def check_vector(name: str, vector: TensorSpec | None, size: int) -> None:
+    """Absent, or one value per output channel. Raises `ValueError`."""
+    if vector is not None and (len(vector.shape) != 1 or vector.shape[0] != size):
+        raise ValueError(f"{name}: expected [{size}], one value per output channel, got {describe(vector.shape)}")
+
+
+def check_same_shape(name: str, t: TensorSpec | None, shape: Sequence[int]) -> None:
+    """Absent, or of the output's shape. Raises `ValueError`."""
+    if t is not None and (len(t.shape) != len(shape) or any(a != b for a, b in zip(t.shape, shape, strict=True))):
+        raise ValueError(f"{name}: expected the shape of the output, {describe(shape)}, got {describe(t.shape)}")
+
+
+def conv_output_size(
+    x: TensorSpec, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[int, int]:
+    """Height and width of a convolution's or a pool's output. Raises `ValueError` where the kernel does not fit."""
+    check_pair("stride", stride, 1)
+    check_pair("padding", padding, 0)
+    check_pair("dilation", dilation, 1)
+    sizes = []
+    for axis, name in enumerate(("height", "width")):
+        size = x.shape[2 + axis]
+        reach = dilation[axis] * (kernel[axis] - 1) + 1
+        slack = size + 2 * padding[axis] - reach
+        message = (
+            f"x: expected a {name} of at least {reach - 2 * padding[axis]} (kernel {kernel[axis]}, "
+            f"dilation {dilation[axis]}, padding {padding[axis]}), got {describe(x.shape)}"
+        )
+        if isinstance(slack, int):
+            if slack < 0 or size == 0:
+                raise ValueError(message)
+        else:
+            torch._check_value(slack >= 0, lambda message=message: message)  # type: ignore[misc]
+        sizes.append(slack // stride[axis] + 1)
+    return sizes[0], sizes[1]

@@ -1,0 +1,349 @@
+"""Ops and the backends that can run them: one frozen entry per op × backend, and the choice between them."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernelpress.ops.checks import TensorSpec, check_tensors, describe
+from kernelpress.ops.layout import Layout, output_stride
+
+__all__ = [
+    "BACKENDS",
+    "Implementation",
+    "NativeCall",
+    "NativeKernel",
+    "Operator",
+    "Problem",
+    "allocate",
+    "availability",
+    "bind",
+    "clear",
+    "implementation",
+    "native_call",
+    "native_reason",
+    "native_spacings",
+    "operator",
+    "operators",
+    "problem",
+    "register",
+    "requested_backend",
+    "run",
+    "use_backend",
+    "why_not",
+]
+
+BACKENDS: tuple[str, ...] = ("cpu", "onednn", "reference")
+"""Every backend, best first: the order in which an automatic choice tries them."""
+
+Tensors = Sequence[Tensor | None]
+Run = Callable[[Tensors], Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What an op is asked to do, without the values: checked arguments and the output's shape and strides."""
+
+    op: str
+    tensors: tuple[TensorSpec | None, ...]
+    options: Any
+    device: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One op on one backend.
+
+    `available()` tells why nothing of it runs on this machine, `supports(problem)` why it cannot run this problem;
+    None means that it can. `prepare(problem)` gives the function from the op's tensors to its output.
+    """
+
+    op: str
+    backend: str
+    available: Callable[[], str | None]
+    supports: Callable[[Problem], str | None]
+    prepare: Callable[[Problem], Run]
+
+    def reason_against(self, problem: Problem) -> str | None:
+        """Why this implementation cannot run the problem, or None."""
+        return self.available() or self.supports(problem)
+
+
+@dataclass(frozen=True)
+class NativeKernel:
+    """How an op becomes a call of the native module `_cpu`: `name(*addresses of operands, address of y, *sizes)`.
+
+    `layouts` says how each tensor argument must lie (None: anyhow, or a parameter that is packed), `out` the output.
+    `supports(problem)` tells why the kernel cannot run a float32 problem. `operands(tensors, options)` packs the weights.
+    `sizes(problem, spacings, y_spacing)` gives the integers; a spacing is the distance in elements between neighbouring
+    pixels or rows, 0 for an absent tensor.
+    """
+
+    name: str
+    layouts: tuple[Layout | None, ...]
+    out: Layout
+    supports: Callable[[Problem], str | None]
+    operands: Callable[[Tensors, Any], tuple[Tensor | None, ...]]
+    sizes: Callable[[Problem, tuple[int, ...], int], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class NativeCall:
+    """One prepared call of `_cpu`: run it by `getattr(_cpu, name)(*arguments)`, or append it to a plan by
+    `getattr(plan, name)(*arguments)`. The addresses in `arguments` are valid as long as `tensors` are held.
+    """
+
+    name: str
+    arguments: tuple[int, ...]
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    """One op: its schema, what it checks, what it means, and who can run it.
+
+    `tensors` names the positional arguments, all of them tensors; `options` is the named tuple of the keyword
+    arguments but `backend`. `shape(tensors, options)` raises for a bad argument and returns the output's shape;
+    it runs on symbolic sizes as well. `macs(tensors, options, shape)` counts multiply-accumulates.
+    """
+
+    name: str
+    schema: str
+    tensors: tuple[str, ...]
+    options: type[NamedTuple]
+    shape: Callable[[tuple[TensorSpec | None, ...], Any], tuple[int, ...]]
+    reference: Callable[..., Tensor]
+    macs: Callable[[Sequence[Any], Any, Sequence[int]], int]
+    implementations: tuple[Implementation, ...]
+    native: NativeKernel | None
+
+    def call_reference(self, tensors: Tensors, options: Any) -> Tensor:
+        """The op in plain PyTorch."""
+        return self.reference(*tensors, **options._asdict())
+
+
+_OPERATORS: dict[str, Operator] = {}
+_FORCED: ContextVar[str] = ContextVar("kernelpress_backend", default="auto")
+
+
+def register(operator: Operator) -> Operator:
+    """Add an op to the registry. Its implementations stand in the order of `BACKENDS`."""
+    order = [BACKENDS.index(implementation.backend) for implementation in operator.implementations]
+    if order != sorted(set(order)):
+        raise ValueError(f"{operator.name}: implementations must follow the order of BACKENDS, each once")
+    _OPERATORS[operator.name] = operator
+    return operator
+
+
+def operators() -> tuple[Operator, ...]:
+    """Every registered op."""
+    return tuple(_OPERATORS.values())
+
+
+def operator(name: str) -> Operator:
+    """The op of that name. Raises `ValueError` for an unknown one."""
+    try:
+        return _OPERATORS[name]
+    except KeyError:
+        raise ValueError(f"op: expected one of {', '.join(_OPERATORS)}, got {name!r}") from None
+
+
+def _check_backend(name: str, argument: str) -> str:
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{argument}: expected one of auto, {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_ENVIRONMENT = _check_backend(os.environ.get("KERNELPRESS_BACKEND") or "auto", "KERNELPRESS_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force every op called inside with `backend="auto"` onto one backend (`"auto"` lifts an outer force).
+
+    An op that the backend cannot run raises `RuntimeError` with the reason. The variable `KERNELPRESS_BACKEND`, read
+    at import, does the same for a whole process. Raises `ValueError` for an unknown name.
+    """
+    token = _FORCED.set(_check_backend(name, "backend"))
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def requested_backend(argument: str) -> str:
+    """The backend that a call asks for: its own argument, else `use_backend`, else the environment, else `"auto"`."""
+    if argument != "auto":
+        return argument
+    forced = _FORCED.get()
+    return forced if forced != "auto" else _ENVIRONMENT
+
+
+def problem(operator: Operator, tensors: tuple[TensorSpec | None, ...], options: Any, device: str) -> Problem:
+    """Check the arguments of a call. Raises `ValueError` or `TypeError` naming the bad one."""
+    check_tensors(operator.tensors, tensors)
+    shape = operator.shape(tensors, options)
+    return Problem(operator.name, tensors, options, device, shape, output_stride(shape))
+
+
+def implementation(operator: Operator, problem: Problem, requested: str) -> Implementation:
+    """The implementation that runs a problem: the requested one, or with `"auto"` the first that can.
+
+    Raises `ValueError` for an unknown backend and `RuntimeError` with the reason where the requested one cannot run.
+    """
+    _check_backend(requested, "backend")
+    if requested == "auto":
+        return next(entry for entry in operator.implementations if entry.reason_against(problem) is None)
+    for entry in operator.implementations:
+        if entry.backend == requested:
+            reason = entry.reason_against(problem)
+            if reason is None:
+                return entry
+            raise RuntimeError(f"{operator.name}: backend {requested!r} cannot run this call: {reason}")
+    have = ", ".join(entry.backend for entry in operator.implementations)
+    raise RuntimeError(f"{operator.name}: backend {requested!r} has no implementation of it (there is: {have})")
+
+
+_Key = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare(operator: Operator, tensors: tuple[_Key | None, ...], options: Any, device: str, requested: str) -> Run:
+    specs = tuple([None if key is None else TensorSpec(*key) for key in tensors])
+    checked = problem(operator, specs, options, device)
+    return implementation(operator, checked, requested).prepare(checked)
+
+
+def run(operator: Operator, tensors: Tensors, options: Any, backend: str, device: str = "cpu") -> Tensor:
+    """Run an op on real tensors of one device, without the dispatcher: check, choose the backend, compute."""
+    keys = tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
+    if backend == "auto":
+        backend = requested_backend(backend)
+    return _prepare(operator, keys, options, device, backend)(tensors)
+
+
+def clear() -> None:
+    """Forget every prepared call, so that the next one asks again which backend can run it."""
+    _prepare.cache_clear()
+
+
+def bind(operator: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Tensor | None], Any, str]:
+    """Sort a call's arguments as the schema does: its tensors (None where absent), its options, its backend.
+
+    Raises `TypeError` for an argument too many, unknown or missing.
+    """
+    options = dict(kwargs)
+    backend = options.pop("backend", "auto")
+    if len(args) > len(operator.tensors):
+        raise TypeError(f"{operator.name}: expected at most {len(operator.tensors)} positional arguments, got {len(args)}")
+    tensors = [*args, *[options.pop(name, None) for name in operator.tensors[len(args) :]]]
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    return tensors, operator.options(**values), backend
+
+
+def _described(operator: Operator, tensors: Tensors, options: Any) -> Problem:
+    device = next(t.device.type for t in tensors if t is not None)
+    return problem(operator, tuple(None if t is None else TensorSpec.of(t) for t in tensors), options, device)
+
+
+def allocate(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
+    """An empty output for a call of that op with these arguments: channels_last where it is `[N, C, H, W]`.
+
+    Raises `ValueError` or `TypeError` for a bad argument, as the op does.
+    """
+    entry = operator(op)
+    tensors, options, _ = bind(entry, args, kwargs)
+    described = _described(entry, tensors, options)
+    x = next(t for t in tensors if t is not None)
+    return x.new_empty_strided(described.shape, described.stride)
+
+
+def native_reason(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor | None = None) -> str | None:
+    """Why `native_call` would refuse these arguments, None where it takes them. `kwargs["backend"]` is not looked at."""
+    entry = operator(op)
+    tensors, options, _ = bind(entry, args, kwargs)
+    described = _described(entry, tensors, options)
+    kernel = entry.native
+    if kernel is None:
+        return f"{op} has no native kernel"
+    for candidate in entry.implementations:
+        if candidate.backend == "cpu" and (reason := candidate.reason_against(described)) is not None:
+            return reason
+    for name, layout, t in zip(entry.tensors, kernel.layouts, described.tensors, strict=True):
+        if t is not None and layout is not None and layout.spacing(t.shape, t.stride) is None:
+            return f"{name}: expected {layout.name} memory, got strides {describe(t.stride)} for {describe(t.shape)}"
+    if out is not None:
+        if tuple(out.shape) != tuple(described.shape) or out.dtype != torch.float32:
+            return f"out: expected float32 {describe(described.shape)}, got {out.dtype} {describe(out.shape)}"
+        if kernel.out.spacing(out.shape, out.stride()) is None:
+            return f"out: expected {kernel.out.name} memory, got strides {describe(out.stride())}"
+    return None
+
+
+def native_call(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> NativeCall:
+    """Prepare one call of the native module that writes the op's result into `out`; nothing runs and nothing is copied
+    but weights, which are packed (and read again only by another `native_call`).
+
+    Args:
+        op: the op's name, such as `"conv2d"`.
+        args, kwargs: the op's arguments as its schema has them; `x`, `residual` and `input_scale` must lie as the kernel
+            reads them (channels_last or a channel slice of it; rows; `conv2d` takes `x` in any format).
+        out: float32 of the op's output shape, channels_last or a channel slice of it: see `allocate`.
+
+    Raises: `ValueError` with the reason of `native_reason` where there is one; `ValueError` or `TypeError` for a bad
+        argument, as the op does.
+    """
+    reason = native_reason(op, args, kwargs, out)
+    if reason is not None:
+        raise ValueError(f"{op}: no native call: {reason}")
+    entry = operator(op)
+    tensors, options, _ = bind(entry, args, kwargs)
+    described = _described(entry, tensors, options)
+    kernel = entry.native
+    assert kernel is not None
+    spacing = kernel.out.spacing(out.shape, out.stride())
+    assert spacing is not None
+    operands = (*kernel.operands(tensors, options), out)
+    arguments = (
+        *[0 if t is None else t.data_ptr() for t in operands],
+        *kernel.sizes(described, native_spacings(kernel, described), spacing),
+    )
+    return NativeCall(kernel.name, arguments, tuple(t for t in operands if t is not None))
+
+
+def native_spacings(kernel: NativeKernel, problem: Problem) -> tuple[int, ...]:
+    """Spacing of every tensor argument once it lies as the kernel reads it; 0 for an absent one and a parameter."""
+    spacings = []
+    for layout, t in zip(kernel.layouts, problem.tensors, strict=True):
+        if layout is None or t is None:
+            spacings.append(0)
+        else:
+            spacing = layout.spacing(t.shape, t.stride)
+            spacings.append(t.shape[layout.channels] if spacing is None else spacing)
+    return tuple(spacings)
+
+
+def why_not(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
+    """Backend → why it cannot run this call, None where it can; in the order in which they are tried."""
+    entry = operator(op)
+    tensors, options, _ = bind(entry, args, kwargs)
+    described = _described(entry, tensors, options)
+    return {candidate.backend: candidate.reason_against(described) for candidate in entry.implementations}
+
+
+def availability() -> dict[str, dict[str, str | None]]:
+    """Op → backend → why it runs nothing of that op on this machine, None where it runs."""
+    return {
+        entry.name: {candidate.backend: candidate.available() for candidate in entry.implementations}
+        for entry in operators()
+    }
