@@ -1,0 +1,62 @@
+# Everything runs in an environment of its own, .venv, with the versions of constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+
+INSTALLED := $(VENV)/.installed
+PEERS := $(VENV)/.peers
+
+.PHONY: help demo test lint build bench wheel clean distclean
+
+help:
+	@echo 'make demo       train, prune, emit and measure a small CNN on scanned digits; writes results/digits/'
+	@echo 'make test       the tests'
+	@echo 'make lint       ruff and mypy'
+	@echo 'make build      compile what changed of the native modules'
+	@echo 'make bench      kernel microbenchmarks beside the peers'
+	@echo 'make wheel      a wheel in dist/'
+	@echo 'make clean      remove what was built; distclean: the environment and results too'
+
+demo: build
+	$(BIN)/kernelpress press recipes/digits.yaml --output results/digits
+
+test: build
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# mypy knows a package by its folder's name: links give the folders their import names.
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build/typing && mkdir -p build/typing/kernelpress
+	@ln -s $(CURDIR)/pyext/* $(CURDIR)/kernels build/typing/kernelpress/
+	$(BIN)/mypy
+
+build: $(INSTALLED)
+	@$(BIN)/python setup.py -q build_ext --inplace
+
+bench: build $(PEERS)
+	$(BIN)/kernelpress bench --peers
+
+wheel: $(INSTALLED)
+	$(BIN)/python -m pip wheel . --no-deps -w dist
+
+clean:
+	rm -rf build dist *.egg-info pyext/_cpu*.so pyext/_cuda*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean
+	rm -rf $(VENV) results
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit("kernelpress needs Python 3.10 or newer; choose one with make PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/python
+	$(PIP) setuptools pybind11 ninja
+	$(PIP) --no-build-isolation -e '.[all,test,dev]'
+	@touch $@
+
+$(PEERS): $(INSTALLED)
+	$(PIP) --no-build-isolation -e '.[peers]'
+	@touch $@
