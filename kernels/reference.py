@@ -138,7 +138,7 @@ def depthwise_conv2d(
     dilation: Pair = (1, 1),
     activation: str = "identity",
 ) -> Tensor:
-    """Every channel of `x: [N, C, H, W]` by its own filters, `weight: [C · multiplier, 1, KH, KW]`, with the epilogue."""
+    """Each channel of `x: [N, C, H, W]` by its own filters, `weight: [C · multiplier, 1, KH, KW]`, and the epilogue."""
     return conv2d(
         x,
         weight,

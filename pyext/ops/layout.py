@@ -23,7 +23,7 @@ def output_stride(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _even_spacing(steps: Sequence[tuple[int, int, int]], least: int) -> int | None:
-    """The `s` with `stride = s · count` for every `(size, stride, count)` of more than one element, at least `least`."""
+    """The `s ≥ least` with `stride = s · count` for every `(size, stride, count)` of more than one element."""
     spacings = {(stride // count, stride % count) for size, stride, count in steps if size > 1}
     if not spacings:
         return least

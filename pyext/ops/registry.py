@@ -84,9 +84,9 @@ class NativeKernel:
     """How an op becomes a call of the native module `_cpu`: `name(*addresses of operands, address of y, *sizes)`.
 
     `layouts` says how each tensor argument must lie (None: anyhow, or a parameter that is packed), `out` the output.
-    `supports(problem)` tells why the kernel cannot run a float32 problem. `operands(tensors, options)` packs the weights.
-    `sizes(problem, spacings, y_spacing)` gives the integers; a spacing is the distance in elements between neighbouring
-    pixels or rows, 0 for an absent tensor.
+    `supports(problem)` tells why the kernel cannot run a float32 problem. `operands(tensors, options)` packs the
+    weights. `sizes(problem, spacings, y_spacing)` gives the integers; a spacing is the distance in elements between
+    neighbouring pixels or rows, 0 for an absent tensor.
     """
 
     name: str
@@ -245,7 +245,7 @@ def bind(operator: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     options = dict(kwargs)
     backend = options.pop("backend", "auto")
     if len(args) > len(operator.tensors):
-        raise TypeError(f"{operator.name}: expected at most {len(operator.tensors)} positional arguments, got {len(args)}")
+        raise TypeError(f"{operator.name}: expected at most {len(operator.tensors)} tensors, got {len(args)}")
     tensors = [*args, *[options.pop(name, None) for name in operator.tensors[len(args) :]]]
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
     return tensors, operator.options(**values), backend
@@ -269,7 +269,7 @@ def allocate(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def native_reason(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor | None = None) -> str | None:
-    """Why `native_call` would refuse these arguments, None where it takes them. `kwargs["backend"]` is not looked at."""
+    """Why `native_call` would refuse these arguments, None where it takes them. It looks at no `backend`."""
     entry = operator(op)
     tensors, options, _ = bind(entry, args, kwargs)
     described = _described(entry, tensors, options)
@@ -296,8 +296,8 @@ def native_call(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Te
 
     Args:
         op: the op's name, such as `"conv2d"`.
-        args, kwargs: the op's arguments as its schema has them; `x`, `residual` and `input_scale` must lie as the kernel
-            reads them (channels_last or a channel slice of it; rows; `conv2d` takes `x` in any format).
+        args, kwargs: the op's arguments as its schema has them; `x`, `residual` and `input_scale` must lie as the
+            kernel reads them (channels_last or a channel slice of it; rows; `conv2d` takes `x` in any format).
         out: float32 of the op's output shape, channels_last or a channel slice of it: see `allocate`.
 
     Raises: `ValueError` with the reason of `native_reason` where there is one; `ValueError` or `TypeError` for a bad

@@ -1,0 +1,25 @@
+"""The ops of kernelpress, `torch.ops.kernelpress.*`, as typed functions, and the choice of who runs them."""
+
+from kernelpress.ops.dense import conv2d, linear, pointwise_conv2d
+from kernelpress.ops.depthwise import depthwise_conv2d
+from kernelpress.ops.pool import global_avg_pool2d, max_pool2d
+from kernelpress.ops.registry import BACKENDS, NativeCall, allocate, availability, native_call, use_backend, why_not
+from kernelpress.ops.separable import inverted_residual, separable_conv2d
+
+__all__ = [
+    "BACKENDS",
+    "NativeCall",
+    "allocate",
+    "availability",
+    "conv2d",
+    "depthwise_conv2d",
+    "global_avg_pool2d",
+    "inverted_residual",
+    "linear",
+    "max_pool2d",
+    "native_call",
+    "pointwise_conv2d",
+    "separable_conv2d",
+    "use_backend",
+    "why_not",
+]

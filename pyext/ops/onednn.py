@@ -1,0 +1,121 @@
+"""The `onednn` backend: torch's oneDNN convolution on prepacked weights, with the epilogue as fused post-operations."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernelpress.ops import packing
+from kernelpress.ops.registry import Implementation, Problem, Run, Tensors
+
+__all__ = ["onednn_implementation"]
+
+_INT32_LIMIT = 2**31
+
+
+class _PostOperation(NamedTuple):
+    """An activation as oneDNN names it."""
+
+    attribute: str
+    scalars: tuple[float, ...] = ()
+    algorithm: str | None = None
+
+
+_ACTIVATIONS = {
+    "identity": _PostOperation("none"),
+    "relu": _PostOperation("relu"),
+    "relu6": _PostOperation("hardtanh", (0.0, 6.0)),
+    "silu": _PostOperation("swish"),
+    "hardswish": _PostOperation("hardswish"),
+    "hardsigmoid": _PostOperation("hardsigmoid"),
+    "sigmoid": _PostOperation("sigmoid"),
+    "gelu": _PostOperation("gelu", (), "none"),
+}
+_WITH_RESIDUAL = {"identity": None, "relu": "relu"}
+
+
+class _Geometry(NamedTuple):
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+def _geometry(problem: Problem) -> _Geometry:
+    options = problem.options
+    x = problem.tensors[0]
+    assert x is not None
+    if problem.op == "pointwise_conv2d":
+        return _Geometry((1, 1), (0, 0), (1, 1), 1)
+    groups = x.shape[1] if problem.op == "depthwise_conv2d" else options.groups
+    return _Geometry(options.stride, options.padding, options.dilation, groups)
+
+
+def _available() -> str | None:
+    if not torch.backends.mkldnn.is_available():
+        return "this build of torch has no oneDNN"
+    if not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return "this build of torch has no fused oneDNN convolution"
+    return None
+
+
+def _supports(problem: Problem) -> str | None:
+    x, *_, residual = problem.tensors[:5]
+    assert x is not None
+    if problem.device != "cpu":
+        return f"x is on {problem.device}"
+    if x.dtype != torch.float32:
+        return f"it is used in float32 only, got {x.dtype}"
+    if len(problem.tensors) > 5 and problem.tensors[5] is not None:
+        return "oneDNN fuses no input_scale"
+    if residual is not None and problem.options.activation not in _WITH_RESIDUAL:
+        return f"oneDNN fuses a residual with identity or relu only, got {problem.options.activation}"
+    for shape in (x.shape, problem.shape):
+        if shape[0] * shape[1] * shape[2] * shape[3] >= _INT32_LIMIT:
+            return f"oneDNN is used below 2³¹ elements, got {list(shape)}"
+    return None
+
+
+def _prepare(problem: Problem) -> Run:
+    x = problem.tensors[0]
+    assert x is not None
+    shape, stride = problem.shape, problem.stride
+    if 0 in shape:
+        return lambda tensors: torch.empty_strided(shape, stride, dtype=torch.float32)
+    geometry = _geometry(problem)
+    input_size = list(x.shape)
+    layout = ("onednn", geometry, x.shape)
+    unary = _ACTIVATIONS[problem.options.activation]
+    after_residual = _WITH_RESIDUAL.get(problem.options.activation)
+
+    def pack(weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_convolution_weight(  # type: ignore[no-any-return]
+            weight.contiguous(), geometry.padding, geometry.stride, geometry.dilation, geometry.groups, input_size
+        )
+
+    def compute(tensors: Tensors) -> Tensor:
+        image, weight, bias, scale, residual = tensors[:5]
+        assert image is not None
+        assert weight is not None
+        weight = packing.packed(weight, scale, layout, pack)
+        image = image.contiguous(memory_format=torch.channels_last)
+        fixed: tuple[Any, ...] = (geometry.padding, geometry.stride, geometry.dilation, geometry.groups)
+        if residual is None:
+            y = torch.ops.mkldnn._convolution_pointwise(
+                image, weight, bias, *fixed, unary.attribute, unary.scalars, unary.algorithm
+            )
+        else:
+            residual = residual.contiguous(memory_format=torch.channels_last)
+            y = torch.ops.mkldnn._convolution_pointwise.binary(
+                image, residual, weight, bias, *fixed, "add", 1.0, after_residual, (), None
+            )
+        return y.contiguous(memory_format=torch.channels_last)  # type: ignore[no-any-return]
+
+    return compute
+
+
+def onednn_implementation(op: str) -> Implementation:
+    """The entry of a convolution: `conv2d`, `pointwise_conv2d` or `depthwise_conv2d`."""
+    return Implementation(op, "onednn", _available, _supports, _prepare)
