@@ -1,0 +1,62 @@
+"""The ways PyTorch itself runs a model: eager in both memory formats, and `torch.compile`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernelpress.measure.cost import evaluation
+
+__all__ = ["TORCH_WAYS", "torch_contestants"]
+
+TORCH_WAYS = ("eager", "channels_last", "compile")
+
+
+def torch_contestants(
+    module: nn.Module, inputs: tuple[Any, ...], ways: Sequence[str] = TORCH_WAYS
+) -> tuple[dict[str, tuple[Callable[..., Any], tuple[Any, ...]]], dict[str, str]]:
+    """Contestants for `compare` by way, and the ways that cannot run here with the reason.
+
+    `eager` is the module as it stands; `channels_last` a copy with weights and images in that format; `compile` that copy
+    through Inductor with its weights frozen, compiled here and now. Raises `ValueError` for an unknown way.
+    """
+    for way in ways:
+        if way not in TORCH_WAYS:
+            raise ValueError(f"ways: expected some of {', '.join(TORCH_WAYS)}, got {way!r}")
+    contestants: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
+    refusals: dict[str, str] = {}
+    images = tuple(_channels_last(value) for value in inputs)
+    for way in ways:
+        if way == "eager":
+            contestants[way] = (module, inputs)
+            continue
+        twin: nn.Module = copy.deepcopy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if way == "channels_last":
+            contestants[way] = (twin, images)
+            continue
+        try:
+            contestants[way] = (_compiled(twin, images), images)
+        # Inductor fails in as many ways as it has parts: no compiler, an operation it lacks, a bug.
+        except Exception as error:
+            refusals[way] = f"torch.compile cannot run it: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return contestants, refusals
+
+
+def _channels_last(value: Any) -> Any:
+    is_image = isinstance(value, Tensor) and value.ndim == 4
+    return value.contiguous(memory_format=torch.channels_last) if is_image else value
+
+
+def _compiled(module: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., Any]:
+    """`module`, compiled in evaluation mode for `inputs`."""
+    import torch._inductor.config as inductor
+
+    compiled = torch.compile(module)
+    # Given as an option of torch.compile, freezing is ignored.
+    with inductor.patch(freezing=True), evaluation(module), torch.no_grad():
+        compiled(*inputs)
+    return compiled

@@ -1,0 +1,24 @@
+"""The report of a press run: one self-contained HTML page, and the same as JSON."""
+
+from kernelpress.report.html import render_html, render_json
+from kernelpress.report.record import (
+    AccuracyPoint,
+    LayerRealisation,
+    Report,
+    Requirement,
+    commit_of,
+    layer_realisations,
+    now,
+)
+
+__all__ = [
+    "AccuracyPoint",
+    "LayerRealisation",
+    "Report",
+    "Requirement",
+    "commit_of",
+    "layer_realisations",
+    "now",
+    "render_html",
+    "render_json",
+]

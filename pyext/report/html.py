@@ -1,0 +1,57 @@
+"""The HTML page and the JSON file of a report."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+
+from kernelpress.measure.units import count_text, latency_text, memory_text, ratio_text
+from kernelpress.report.figures import accuracy_figure, latency_figure, realisation_figure
+from kernelpress.report.record import Report
+
+__all__ = ["render_html", "render_json"]
+
+
+def render_html(report: Report) -> str:
+    """One self-contained page: its figures are embedded, nothing is fetched. `ImportError` without jinja2 and matplotlib."""
+    try:
+        import jinja2
+        import matplotlib as _  # noqa: F401
+        import yaml
+    except ImportError as error:
+        raise ImportError(f"the report takes jinja2, matplotlib and PyYAML ({error}): pip install 'kernelpress[all]'") from error
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "count": count_text,
+        "latency": latency_text,
+        "memory": memory_text,
+        "ratio": ratio_text,
+    }
+    source = resources.files("kernelpress.report").joinpath("template.html.j2").read_text(encoding="utf-8")
+    comparison = report.comparison
+    header, rows = comparison.cells()
+    return environment.from_string(source).render(
+        report=report,
+        headline=report.headline().split(", ", 1) if ", " in report.headline() else (report.headline(), ""),
+        comparison=comparison,
+        base=comparison[comparison.baseline],
+        pressed=comparison[report.pressed],
+        pressed_index=[profile.name for profile in comparison.profiles].index(report.pressed),
+        header=header,
+        rows=rows,
+        figures={
+            "latency": latency_figure(comparison, report.pressed),
+            "accuracy_latency": accuracy_figure(report.accuracies, against="latency"),
+            "accuracy_flops": accuracy_figure(report.accuracies, against="flops"),
+            "realisation": realisation_figure(report.layers) if report.layers else "",
+        },
+        recipe_text=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
+    )
+
+
+def render_json(report: Report) -> str:
+    """The same report as JSON."""
+    return json.dumps(report.to_dict(), indent=1, ensure_ascii=False)
