@@ -1,0 +1,1 @@
+"""Runtimes for whole-model comparisons, each run in a process of its own: `python -m peers.<runtime> JOB.json`."""

@@ -1,0 +1,32 @@
+"""`torch.compile` with Inductor and frozen weights, in the memory format of its second argument."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import torch._inductor.config as inductor_config
+
+from peers.networks import build_plain_in
+from peers.protocol import Contestant, Job, serve
+
+__all__ = ["load"]
+
+
+def load(job: Job) -> Contestant:
+    """The compiled network; the first call compiles."""
+    torch.set_num_threads(job.threads)
+    name = sys.argv[2]
+    network, x = build_plain_in(job, name)
+    inductor_config.freezing = True
+    compiled = torch.compile(network)
+
+    def call() -> torch.Tensor:
+        with torch.no_grad():
+            return compiled(x)
+
+    return Contestant(call, lambda y: y.numpy(), f"freezing, {name} weights and input")
+
+
+if __name__ == "__main__":
+    serve(load)

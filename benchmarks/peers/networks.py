@@ -1,0 +1,82 @@
+"""The networks of a comparison: one set of random weights, as our model, as plain PyTorch and as ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kernelpress import layers, models
+from peers.protocol import Job
+
+__all__ = ["build", "build_plain_in", "export_onnx", "prepare", "to_plain"]
+
+CALIBRATION_BATCH = 4
+
+
+def prepare(job: Job, size: int, seed: int) -> nn.Module:
+    """Draws weights and an input from `seed`, writes both where `job` says, and returns the plain network.
+
+    BatchNorm gets the statistics of random images, and scales and shifts off the identity: values keep their size from
+    layer to layer, and folding it is real work.
+    """
+    torch.manual_seed(seed)
+    network = to_plain(models.create(job.model))
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, 0.5, 1.5)
+        nn.init.normal_(norm.bias, std=0.1)
+        norm.momentum = None
+    with torch.no_grad():
+        network.train()(torch.randn(CALIBRATION_BATCH, 3, size, size))
+    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, job.weights_file)
+    np.save(job.input_file, torch.randn(job.batch, 3, size, size).numpy())
+    return network.eval()
+
+
+def build(job: Job, *, plain: bool) -> nn.Module:
+    """The network of `job` with its weights, for inference: plain PyTorch, or ours."""
+    network = models.create(job.model)
+    if plain:
+        network = to_plain(network)
+    network.load_state_dict(load_file(job.weights_file))
+    return network.eval()
+
+
+def build_plain_in(job: Job, memory_format_name: str) -> tuple[nn.Module, Tensor]:
+    """The plain network of `job` and its input, both `contiguous` or `channels_last`."""
+    memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[memory_format_name]
+    x = torch.from_numpy(job.load_input()).contiguous(memory_format=memory_format)
+    return build(job, plain=True).to(memory_format=memory_format), x
+
+
+def to_plain(network: nn.Module) -> nn.Module:
+    """`network` with our layers replaced, in place, by PyTorch's own of the same parameters and state-dict keys."""
+    for name, child in network.named_children():
+        setattr(network, name, _plain_layer(child) or to_plain(child))
+    return network
+
+
+def _plain_layer(layer: nn.Module) -> nn.Module | None:
+    if isinstance(layer, layers.Linear):
+        return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    if isinstance(layer, (layers.Conv2d, layers.PointwiseConv2d, layers.DepthwiseConv2d)):
+        return nn.Conv2d(
+            layer.in_channels,
+            layer.out_channels,
+            layer.kernel_size,
+            stride=layer.stride,
+            padding=layer.padding,
+            dilation=layer.dilation,
+            groups=layer.groups,
+            bias=layer.bias is not None,
+        )
+    return None
+
+
+def export_onnx(network: nn.Module, x: Tensor, path: Path) -> None:
+    """Writes `network` as ONNX, exported at the shape of `x`; needs onnx and onnxscript."""
+    torch.onnx.export(network, (x,), path, dynamo=True, verbose=False)

@@ -1,0 +1,191 @@
+"""Result files: JSON beside a description of the machine, and the Markdown page that shows all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, is_dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from kernelpress.bench import FAMILIES, describe_machine
+from kernelpress.measure.units import ABSENT, ratio_text
+
+__all__ = ["RESULTS", "save", "write_page"]
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+OURS = "kernelpress"
+
+
+def save(name: str, results: Sequence[Any], folder: Path = RESULTS, **context: Any) -> Path:
+    """Writes `results` (dataclasses) as `<folder>/<machine>/<name>.json` and renews the page; returns the file's path.
+
+    `context` is noted beside them, as are machine, versions, commit and date.
+    """
+    machine = describe_machine()
+    commit, modified = _commit()
+    payload = {
+        "machine": asdict(machine),
+        "commit": commit,
+        "modified_since_commit": modified,
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        **{key: asdict(value) if is_dataclass(value) else value for key, value in context.items()},
+        "results": [asdict(result) for result in results],
+    }
+    path = folder / machine.slug / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, json.dumps(payload, indent=1, ensure_ascii=False) + "\n")
+    write_page(folder)
+    return path
+
+
+def write_page(folder: Path = RESULTS) -> Path:
+    """Writes `<folder>/README.md` from the JSON files that lie under `folder`."""
+    lines = [
+        "# Benchmark results",
+        "",
+        "Written by the benchmarks from the JSON files beside this page, never by hand; losses stay in.",
+        "Times are medians: `best` is the best round's, beside it the middle and the worst round. Ratios are the",
+        "other's time ÷ ours, between best rounds: above 1× ours is faster.",
+        "",
+    ]
+    for machine_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
+        files = {name: machine_folder / f"{name}.json" for name in ("models", *FAMILIES)}
+        loaded = {name: json.loads(p.read_text(encoding="utf-8")) for name, p in files.items() if p.exists()}
+        if not loaded:
+            continue
+        machine = next(iter(loaded.values()))["machine"]
+        lines += [f"## {machine['processor']}, {machine['cpus']} processors", ""]
+        for name, payload in loaded.items():
+            lines += [f"### {_TITLES[name]}", "", _provenance(payload), ""]
+            render = _model_tables if name == "models" else _kernel_table
+            lines += [*render(payload), ""]
+    page = folder / "README.md"
+    _write(page, "\n".join(lines).rstrip() + "\n")
+    return page
+
+
+_TITLES: Mapping[str, str] = {
+    "models": "Whole models, float32",
+    "dense": "Dense kernels, float32",
+    "depthwise": "Depthwise kernels, float32",
+    "separable": "Separable and inverted-residual kernels, float32",
+}
+
+
+def _provenance(payload: Mapping[str, Any]) -> str:
+    machine = payload["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"])
+    commit = payload["commit"] or "unknown"
+    if payload["modified_since_commit"]:
+        commit += " with uncommitted changes"
+    system = f"{machine['system']}, Python {machine['python']}, kernels for {machine['kernel_variant']}"
+    return f"{payload['date']}; commit {commit}; {system}; {versions}."
+
+
+def _model_tables(payload: Mapping[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for result in payload["results"]:
+        lines += [
+            f"**{result['model']}**, batch {result['batch']}, {result['size']}×{result['size']}, "
+            f"{result['threads']} threads, {result['iterations']} calls a round",
+            "",
+        ]
+        timed = {r["runtime"]: r["rounds_ms"] for r in result["runtimes"] if r["rounds_ms"]}
+        best = {name: min(rounds) for name, rounds in timed.items()}
+        ours = best.get(OURS)
+        rows = []
+        for runtime in result["runtimes"]:
+            name = runtime["runtime"]
+            if name not in timed:
+                rows.append([name, *[ABSENT] * 6, f"skipped: {runtime['skipped']}"])
+                continue
+            rounds = sorted(timed[name])
+            rows.append(
+                [
+                    name,
+                    f"{rounds[0]:.2f}",
+                    f"{statistics.median(rounds):.2f}",
+                    f"{rounds[-1]:.2f}",
+                    ABSENT if ours is None or name == OURS else f"{best[name] / ours:.2f}×",
+                    f"{runtime['relative_error']:.0e}",
+                    ABSENT if runtime["idle_cpu_share"] is None else f"{runtime['idle_cpu_share']:.1%}",
+                    runtime["settings"],
+                ]
+            )
+        header = ["runtime", "best ms", "median", "worst", "÷ ours", "error", "CPU while idle", "settings"]
+        lines += [*_markdown(header, rows, text=(0, 7)), ""]
+        peers = {name: value for name, value in best.items() if name != OURS}
+        if ours is not None and peers:
+            fastest = min(peers, key=lambda name: peers[name])
+            lines += [f"Best peer: {fastest}; ours takes {ours / peers[fastest]:.2f} of its time.", ""]
+    return lines[:-1]
+
+
+def _kernel_table(payload: Mapping[str, Any]) -> list[str]:
+    roofline = payload["roofline"]
+    fma = roofline["fma_gflops"]
+    rows = [
+        [
+            row["network"],
+            row["layer"],
+            row["backend"],
+            f"{row['ms']:.4f}",
+            f"{row['spread']:.0%}",
+            f"{row['gflops']:.1f}",
+            f"{row['gbs']:.1f}",
+            ABSENT if row["roofline_fraction"] is None else f"{row['roofline_fraction']:.0%} {row['limited_by']}",
+            ratio_text(row["unfused_ratio"]),
+            ratio_text(row["ratio"]),
+            row["best_peer"] or ABSENT,
+        ]
+        for row in payload["results"]
+    ]
+    header = ["network", "layer", "backend", "best ms", "spread", "GFLOP/s", "GB/s"]
+    header += ["of roofline", "unfused ÷ ours", "best peer ÷ ours", "best peer"]
+    fma_text = "unknown" if fma is None else f"{fma:.0f} GFLOP/s"
+    peaks = (
+        f"{roofline['threads']} threads. Measured peaks: FMA {fma_text}, copy "
+        f"{roofline['l2_gbs']:.0f} GB/s in L2, {roofline['llc_gbs']:.0f} in the last-level cache, "
+        f"{roofline['memory_gbs']:.0f} in memory (read + written)."
+    )
+    return [peaks, "", *_markdown(header, rows, text=(0, 1, 2, 10))]
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int]) -> list[str]:
+    """A Markdown table; the columns in `text` are aligned to the left, numbers to the right."""
+    rule = [":--" if index in text else "--:" for index in range(len(header))]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, rule, *rows]]
+
+
+def _commit() -> tuple[str | None, bool]:
+    """The commit checked out, and whether anything but results has changed since."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(RESULTS.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)benchmarks/results")
+        return git("rev-parse", "--short=12", "HEAD"), bool(changed)
+    except (OSError, subprocess.CalledProcessError):
+        return None, False
+
+
+def _write(path: Path, content: str) -> None:
+    """Replaces a file in one step: a full disk leaves the old one intact."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

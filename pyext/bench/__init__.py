@@ -1,0 +1,20 @@
+"""Kernel benchmarks on the layer shapes of real networks, beside the peers and the roofline of this machine."""
+
+from kernelpress.bench.machine import Machine, describe_machine
+from kernelpress.bench.roofline import Roofline, measure_roofline
+from kernelpress.bench.run import Row, run, table
+from kernelpress.bench.shapes import FAMILIES, Case, Stage, cases
+
+__all__ = [
+    "FAMILIES",
+    "Case",
+    "Machine",
+    "Roofline",
+    "Row",
+    "Stage",
+    "cases",
+    "describe_machine",
+    "measure_roofline",
+    "run",
+    "table",
+]

@@ -1,0 +1,115 @@
+"""What this machine can do at best, measured: fp32 multiply-adds from registers, copies from each level of memory."""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernelpress import native
+from kernelpress.measure.latency import threads_set_to
+
+__all__ = ["Roofline", "measure_roofline"]
+
+FMA_SECONDS = 0.3
+FMA_BURSTS = 6
+COPY_SECONDS = 0.15
+DEFAULT_L2_BYTES = 1 << 20
+DEFAULT_LLC_BYTES = 16 << 20
+MEMORY_BYTES = 512 << 20
+MAX_LLC_COPY_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Ceilings with `threads` threads: GFLOP/s of register-only FMAs, GB/s (read + written) of copies that stay in the
+    private caches, in the shared one, or pass through memory; a level holds working sets up to its `_bytes`."""
+
+    threads: int
+    fma_gflops: float | None
+    l2_gbs: float
+    llc_gbs: float
+    memory_gbs: float
+    l2_bytes: int
+    llc_bytes: int
+    fma_absent_because: str | None = None
+
+    def bandwidth(self, working_set_bytes: int) -> float:
+        """GB/s of the nearest level that holds the working set."""
+        if working_set_bytes <= self.l2_bytes:
+            return self.l2_gbs
+        return self.llc_gbs if working_set_bytes <= self.llc_bytes else self.memory_gbs
+
+    def bound_ms(self, flops: int, traffic_bytes: int) -> float | None:
+        """Least milliseconds for this work and traffic (Williams et al. 2009); `None` where the FMA peak is unknown."""
+        if self.fma_gflops is None:
+            return None
+        return 1e-6 * max(flops / self.fma_gflops, traffic_bytes / self.bandwidth(traffic_bytes))
+
+    def limited_by(self, flops: int, traffic_bytes: int) -> str | None:
+        """Which ceiling gives `bound_ms`: `compute` or `bandwidth`."""
+        if self.fma_gflops is None:
+            return None
+        return "compute" if flops / self.fma_gflops >= traffic_bytes / self.bandwidth(traffic_bytes) else "bandwidth"
+
+
+@functools.lru_cache(maxsize=8)
+def measure_roofline(threads: int | None = None) -> Roofline:
+    """Measures the ceilings once per process and number of threads (`None`: torch's present number); about a second.
+
+    Raises `ValueError` for a number of threads that is not positive.
+    """
+    with threads_set_to(threads):
+        used = torch.get_num_threads()
+        l2 = used * (_cache_bytes(2) or DEFAULT_L2_BYTES)
+        llc = max(_cache_bytes(3) or DEFAULT_LLC_BYTES, l2)
+        module = native.cpu()
+        return Roofline(
+            threads=used,
+            fma_gflops=None if module is None else _fma_gflops(module, used),
+            l2_gbs=_copy_gbs(l2 // 2),
+            llc_gbs=_copy_gbs(min(llc // 2, MAX_LLC_COPY_BYTES)),
+            memory_gbs=_copy_gbs(max(MEMORY_BYTES, 4 * llc)),
+            l2_bytes=l2,
+            llc_bytes=llc,
+            fma_absent_because=native.load().absent_because,
+        )
+
+
+def _fma_gflops(module: Any, threads: int) -> float:
+    """GFLOP/s of the best of several short bursts, as a busy neighbour may take part of any one."""
+    return max(float(module.fma_peak(FMA_SECONDS / FMA_BURSTS, threads)) for _ in range(FMA_BURSTS))
+
+
+def _cache_bytes(level: int) -> int | None:
+    """Size the system states for the first processor's data cache of that level; `None` where it states none."""
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            stated = {name: (folder / name).read_text(encoding="ascii").strip() for name in ("level", "type", "size")}
+        except OSError:
+            continue
+        if stated["level"] == str(level) and stated["type"] != "Instruction" and stated["size"].endswith("K"):
+            return int(stated["size"][:-1]) << 10
+    return None
+
+
+def _copy_gbs(traffic_bytes: int) -> float:
+    """GB/s (read + written) of torch's parallel copy between two buffers of half `traffic_bytes` each; best burst."""
+    source = torch.rand(traffic_bytes // 8)
+    target = torch.zeros_like(source)
+    target.copy_(source)
+    burst = max(1, round(10e6 / traffic_bytes))
+    best = float("inf")
+    end = time.perf_counter() + COPY_SECONDS
+    rounds = 0
+    while rounds < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        for _ in range(burst):
+            target.copy_(source)
+        best = min(best, (time.perf_counter() - start) / burst)
+        rounds += 1
+    return source.nbytes * 2 / best * 1e-9

@@ -1,0 +1,277 @@
+"""Layers of real networks as benchmark cases: what each computes, and the least work and traffic it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+__all__ = ["FAMILIES", "Case", "Stage", "cases"]
+
+FAMILIES = ("dense", "depthwise", "separable")
+
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One convolution with bias and activation, padded by (kernel − 1) / 2; depthwise where `groups` is not 1."""
+
+    c_in: int
+    c_out: int
+    kernel: int = 1
+    stride: int = 1
+    groups: int = 1
+    activation: str = "identity"
+
+    @property
+    def padding(self) -> int:
+        return (self.kernel - 1) // 2
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups > 1
+
+    def out_size(self, size: int) -> int:
+        """Rows (or columns) of the output for `size` rows of input."""
+        return (size + 2 * self.padding - self.kernel) // self.stride + 1
+
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        return self.c_out, self.c_in // self.groups, self.kernel, self.kernel
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layer, or a fused chain of layers, at one shape: `op` of its family on `batch` maps of `size` × `size`.
+
+    With `residual`, a tensor of the output's shape is added before the last activation: a chain adds its own input, a
+    single layer another tensor.
+    """
+
+    family: str
+    op: str
+    network: str
+    size: int
+    stages: tuple[Stage, ...]
+    residual: bool = False
+    batch: int = 1
+
+    @property
+    def c_in(self) -> int:
+        return self.stages[0].c_in
+
+    @property
+    def c_out(self) -> int:
+        return self.stages[-1].c_out
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Map size before the first stage and after each one."""
+        sizes = [self.size]
+        for stage in self.stages:
+            sizes.append(stage.out_size(sizes[-1]))
+        return tuple(sizes)
+
+    @property
+    def x_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.c_in, self.size, self.size
+
+    @property
+    def y_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.c_out, self.sizes[-1], self.sizes[-1]
+
+    @property
+    def residual_is_input(self) -> bool:
+        return self.residual and len(self.stages) > 1
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the convolutions, a multiplication and an addition counted as two."""
+        return self.batch * sum(
+            2 * size * size * stage.c_out * (stage.c_in // stage.groups) * stage.kernel**2
+            for stage, size in zip(self.stages, self.sizes[1:], strict=True)
+        )
+
+    @property
+    def traffic_bytes(self) -> int:
+        """Least bytes to move: input, weights, biases and a residual of its own read once, output written once."""
+        weights = sum(stage.c_out * (stage.c_in // stage.groups * stage.kernel**2 + 1) for stage in self.stages)
+        x = self.batch * self.c_in * self.size**2
+        y = self.batch * self.c_out * self.sizes[-1] ** 2
+        residual = y if self.residual and not self.residual_is_input else 0
+        return FLOAT_BYTES * (x + weights + y + residual)
+
+    @property
+    def label(self) -> str:
+        """Shape in one line, as `56×56 64→128 3×3/2 relu`; a chain shows its widest window and first activation."""
+        channels = "→".join(str(c) for c in [self.c_in, *(s.c_out for s in self.stages if not s.is_depthwise)])
+        if self.op == "linear":
+            parts = [channels]
+        else:
+            kernel = max(stage.kernel for stage in self.stages)
+            stride = max(stage.stride for stage in self.stages)
+            window = f"{kernel}×{kernel}" + (f"/{stride}" if stride > 1 else "")
+            parts = [f"{self.size}×{self.size}", channels, window]
+        if (activation := self.stages[0].activation) != "identity":
+            parts.append(activation)
+        if self.residual:
+            parts.append("+res")
+        if self.batch != 1:
+            parts.append(f"batch {self.batch}")
+        return " ".join(parts)
+
+
+def cases(family: str, *, batch: int = 1) -> tuple[Case, ...]:
+    """The layers of one family, each shape once.
+
+    Raises `ValueError` for an unknown family, or a batch that is not a positive integer.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+    if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
+        raise ValueError(f"batch: expected a positive integer, got {batch!r}")
+    return _BUILDERS[family](batch)
+
+
+def _dense(batch: int) -> tuple[Case, ...]:
+    def convolution(network: str, size: int, stage: Stage, residual: bool = False) -> Case:
+        op = "pointwise_conv2d" if stage.kernel == 1 else "conv2d"
+        return Case("dense", op, network, size, (stage,), residual, batch)
+
+    stems = [
+        convolution("MobileNet V1", 224, Stage(3, 32, 3, 2, activation="relu")),
+        convolution("ResNet", 224, Stage(3, 64, 7, 2, activation="relu")),
+    ]
+    blocks = [
+        convolution("ResNet-18", size, Stage(c_in, c_out, 3, stride, activation="relu"), residual)
+        for size, c_in, c_out, stride, residual in (
+            (56, 64, 64, 1, False),
+            (56, 64, 64, 1, True),
+            (56, 64, 128, 2, False),
+            (28, 128, 128, 1, True),
+            (28, 128, 256, 2, False),
+            (14, 256, 256, 1, True),
+            (14, 256, 512, 2, False),
+            (7, 512, 512, 1, True),
+        )
+    ]
+    v1 = [
+        convolution("MobileNet V1", size, Stage(c_in, c_out, activation="relu"))
+        for size, c_in, c_out in _MOBILENET_V1_POINTWISE
+    ]
+    v2 = [
+        convolution("MobileNet V2", size, Stage(c_in, c_out, activation=activation), residual)
+        for size, c_in, c_out, activation, residual in (
+            (112, 16, 96, "relu6", False),
+            (56, 24, 144, "relu6", False),
+            (56, 144, 24, "identity", True),
+            (28, 192, 32, "identity", True),
+            (14, 96, 576, "relu6", False),
+            (14, 576, 96, "identity", True),
+            (7, 960, 160, "identity", True),
+            (7, 960, 320, "identity", False),
+            (7, 320, 1280, "relu6", False),
+        )
+    ]
+    bottlenecks = [
+        convolution("ResNet-50", size, Stage(c_in, c_out, activation="relu"), residual)
+        for size, c_in, c_out, residual in (
+            (56, 256, 64, False),
+            (56, 64, 256, True),
+            (28, 128, 512, True),
+            (14, 1024, 256, False),
+            (14, 256, 1024, True),
+            (7, 2048, 512, False),
+            (7, 512, 2048, True),
+        )
+    ]
+    heads = [
+        Case("dense", "linear", network, 1, (Stage(c_in, 1000),), batch=batch)
+        for network, c_in in (("MobileNet V1", 1024), ("MobileNet V2", 1280), ("ResNet-50", 2048))
+    ]
+    return (*stems, *blocks, *v1, *v2, *bottlenecks, *heads)
+
+
+def _depthwise(batch: int) -> tuple[Case, ...]:
+    shapes = (
+        *(("MobileNet V1", size, c, 3, stride, "relu") for size, c, _, stride in _MOBILENET_V1_PAIRS),
+        ("MobileNet V2", 112, 96, 3, 2, "relu6"),
+        ("MobileNet V2", 56, 144, 3, 1, "relu6"),
+        ("MobileNet V2", 28, 192, 3, 1, "relu6"),
+        ("MobileNet V2", 14, 576, 3, 1, "relu6"),
+        ("MobileNet V2", 7, 960, 3, 1, "relu6"),
+        ("MobileNet V3", 56, 72, 5, 2, "relu"),
+        ("MobileNet V3", 28, 120, 5, 1, "relu"),
+        ("MobileNet V3", 14, 672, 5, 2, "hardswish"),
+        ("MobileNet V3", 7, 960, 5, 1, "hardswish"),
+        ("ConvNeXt-T", 56, 96, 7, 1, "identity"),
+        ("ConvNeXt-T", 14, 384, 7, 1, "identity"),
+    )
+    return tuple(
+        Case("depthwise", "depthwise_conv2d", network, size, (Stage(c, c, k, stride, c, activation),), batch=batch)
+        for network, size, c, k, stride, activation in shapes
+    )
+
+
+def _separable(batch: int) -> tuple[Case, ...]:
+    pairs = [
+        Case(
+            "separable",
+            "separable_conv2d",
+            "MobileNet V1",
+            size,
+            (Stage(c_in, c_in, 3, stride, c_in, "relu"), Stage(c_in, c_out, activation="relu")),
+            batch=batch,
+        )
+        for size, c_in, c_out, stride in _MOBILENET_V1_PAIRS
+    ]
+    inverted = [
+        Case(
+            "separable",
+            "inverted_residual",
+            "MobileNet V2",
+            size,
+            (
+                Stage(c_in, hidden, activation="relu6"),
+                Stage(hidden, hidden, 3, stride, hidden, "relu6"),
+                Stage(hidden, c_out),
+            ),
+            residual=stride == 1 and c_in == c_out,
+            batch=batch,
+        )
+        for size, c_in, hidden, c_out, stride in _MOBILENET_V2_BLOCKS
+    ]
+    return (*pairs, *inverted)
+
+
+_BUILDERS = {"dense": _dense, "depthwise": _depthwise, "separable": _separable}
+
+# Depthwise → pointwise pairs: map size before, channels before, channels after, stride (Howard et al. 2017, table 1).
+_MOBILENET_V1_PAIRS = (
+    (112, 32, 64, 1),
+    (112, 64, 128, 2),
+    (56, 128, 128, 1),
+    (56, 128, 256, 2),
+    (28, 256, 256, 1),
+    (28, 256, 512, 2),
+    (14, 512, 512, 1),
+    (14, 512, 1024, 2),
+    (7, 1024, 1024, 1),
+)
+
+_MOBILENET_V1_POINTWISE = tuple((size // stride, c_in, c_out) for size, c_in, c_out, stride in _MOBILENET_V1_PAIRS)
+
+# Inverted residuals: map size, channels, expanded channels, channels after, stride (Sandler et al. 2018, table 2).
+_MOBILENET_V2_BLOCKS = (
+    (112, 16, 96, 24, 2),
+    (56, 24, 144, 24, 1),
+    (56, 24, 144, 32, 2),
+    (28, 32, 192, 32, 1),
+    (28, 32, 192, 64, 2),
+    (14, 64, 384, 64, 1),
+    (14, 64, 384, 96, 1),
+    (14, 96, 576, 96, 1),
+    (14, 96, 576, 160, 2),
+    (7, 160, 960, 160, 1),
+    (7, 160, 960, 320, 1),
+)

@@ -1,0 +1,250 @@
+"""The bench machinery on small shapes: what it counts, that contestants compute the same, what it says and records."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from kernelpress import bench
+from kernelpress.bench import Case, Roofline, Stage, ours, peers
+from kernelpress.bench.run import OURS, UNFUSED, measure_case, relative_error
+
+ROOFLINE = Roofline(
+    threads=1, fma_gflops=100.0, l2_gbs=50.0, llc_gbs=20.0, memory_gbs=10.0, l2_bytes=1000, llc_bytes=10_000
+)
+
+SMALL = {
+    "stem": Case("dense", "conv2d", "test", 9, (Stage(3, 8, 3, 2, activation="relu"),)),
+    "dense_with_residual": Case("dense", "conv2d", "test", 5, (Stage(6, 10, 3, activation="relu"),), residual=True),
+    "pointwise": Case("dense", "pointwise_conv2d", "test", 5, (Stage(12, 7, activation="relu6"),), batch=2),
+    "pointwise_with_residual": Case("dense", "pointwise_conv2d", "test", 4, (Stage(5, 8),), residual=True),
+    "linear": Case("dense", "linear", "test", 1, (Stage(11, 6),), batch=3),
+    "depthwise": Case("depthwise", "depthwise_conv2d", "test", 8, (Stage(10, 10, 5, 2, 10, "hardswish"),)),
+    "separable": Case(
+        "separable", "separable_conv2d", "test", 6, (Stage(8, 8, 3, 2, 8, "relu"), Stage(8, 12, activation="relu"))
+    ),
+    "inverted_residual": Case(
+        "separable",
+        "inverted_residual",
+        "test",
+        6,
+        (Stage(4, 24, activation="relu6"), Stage(24, 24, 3, 1, 24, "relu6"), Stage(24, 4)),
+        residual=True,
+    ),
+}
+
+
+def every_case() -> list[Case]:
+    return [case for family in bench.FAMILIES for case in bench.cases(family)]
+
+
+@pytest.fixture(params=SMALL.values(), ids=SMALL.keys())
+def small(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+def double_precision(case: Case, inputs: peers.LayerInputs) -> torch.Tensor:
+    residual = None if inputs.residual is None else inputs.residual.double()
+    weights = tuple(weight.double() for weight in inputs.weights)
+    biases = tuple(bias.double() for bias in inputs.biases)
+    return peers.eager(case, peers.LayerInputs(inputs.x.double(), weights, biases, residual))()
+
+
+def test_flops_and_traffic_are_those_of_the_tensors(small: Case) -> None:
+    inputs = peers.random_inputs(small)
+    with FlopCounterMode(display=False) as counter:
+        y = peers.eager(small, inputs)()
+    assert small.flops == counter.get_total_flops()
+    residual = [] if small.residual_is_input or inputs.residual is None else [inputs.residual]
+    moved = [inputs.x, y, *inputs.weights, *inputs.biases, *residual]
+    assert small.traffic_bytes == sum(tensor.nbytes for tensor in moved)
+
+
+@pytest.mark.parametrize("case", every_case(), ids=lambda case: f"{case.network} {case.op} {case.label}")
+def test_layers_of_networks_are_consistent(case: Case) -> None:
+    for before, after in zip(case.stages, case.stages[1:], strict=False):
+        assert before.c_out == after.c_in
+    if case.residual_is_input:
+        assert case.x_shape == case.y_shape
+    depthwise = sum(stage.is_depthwise for stage in case.stages)
+    assert depthwise == (case.family != "dense")
+    assert bench.cases(case.family, batch=2)[bench.cases(case.family).index(case)].flops == 2 * case.flops
+
+
+def test_labels_tell_the_layers_of_a_family_apart() -> None:
+    for family in bench.FAMILIES:
+        names = [(case.op, case.label) for case in bench.cases(family)]
+        assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("stem", "9×9 3→8 3×3/2 relu"),
+        ("linear", "11→6 batch 3"),
+        ("depthwise", "8×8 10 5×5/2 hardswish"),
+        ("inverted_residual", "6×6 4→24→4 3×3 relu6 +res"),
+    ],
+)
+def test_labels_name_the_shape(name: str, label: str) -> None:
+    assert SMALL[name].label == label
+
+
+def test_all_contestants_agree_with_double_precision(small: Case) -> None:
+    inputs = peers.random_inputs(small)
+    expected = double_precision(small, inputs)
+    calls = {OURS: ours.fused(small, inputs), **peers.peers(small, inputs)}
+    if len(small.stages) > 1:
+        calls[UNFUSED] = ours.unfused(small, inputs)
+    with torch.no_grad():
+        errors = {name: relative_error(call(), expected) for name, call in calls.items()}
+    assert max(errors.values()) < 1e-5, errors
+
+
+def test_the_compiled_peer_agrees_with_eager() -> None:
+    case = SMALL["pointwise_with_residual"]
+    inputs = peers.random_inputs(case)
+    chain = peers.inductor(case, inputs)
+    with torch.no_grad():
+        assert relative_error(chain(), peers.eager(case, inputs)()) < 1e-5
+
+
+def test_inputs_are_fresh_each_time() -> None:
+    first, second = (peers.random_inputs(SMALL["stem"]) for _ in range(2))
+    assert not torch.equal(first.x, second.x)
+    assert not torch.equal(first.weights[0], second.weights[0])
+
+
+def test_contiguous_inputs_hold_the_same_values() -> None:
+    inputs = peers.random_inputs(SMALL["dense_with_residual"])
+    plain = inputs.contiguous()
+    assert plain.x.is_contiguous()
+    assert inputs.x.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(plain.x, inputs.x)
+
+
+def test_a_row_says_what_its_timings_say(small: Case) -> None:
+    row = measure_case(small, ROOFLINE, peers=True, rounds=2, budget_seconds=0.005)
+    times = {contestant.name: contestant.ms for contestant in row.contestants}
+    assert row.ms == times[OURS]
+    assert row.gflops == pytest.approx(small.flops / row.ms * 1e-6)
+    assert row.gbs == pytest.approx(small.traffic_bytes / row.ms * 1e-6)
+    rivals = {name: ms for name, ms in times.items() if name not in (OURS, UNFUSED)}
+    assert row.best_peer == min(rivals, key=lambda name: rivals[name])
+    assert row.ratio == pytest.approx(min(rivals.values()) / row.ms)
+    bound = ROOFLINE.bound_ms(small.flops, small.traffic_bytes)
+    assert bound is not None
+    assert row.roofline_fraction == pytest.approx(bound / row.ms)
+    if len(small.stages) > 1:
+        assert row.unfused_ratio == pytest.approx(times[UNFUSED] / row.ms)
+    else:
+        assert row.unfused_ratio is None
+
+
+def test_without_peers_only_ours_are_timed() -> None:
+    (row,) = bench.run("separable", only=[SMALL["separable"]], threads=1, rounds=2, budget_seconds=0.005)
+    assert {contestant.name for contestant in row.contestants} == {OURS, UNFUSED}
+    assert row.ratio is None
+    assert row.best_peer is None
+    assert row.unfused_ratio is not None
+
+
+def test_a_wrong_kernel_is_no_contestant(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = SMALL["pointwise"]
+    right = ours.fused
+    monkeypatch.setattr(ours, "fused", lambda case, inputs: lambda: right(case, inputs)() * 1.01)
+    with pytest.raises(RuntimeError, match="kernelpress differs from eager"):
+        measure_case(case, ROOFLINE, rounds=1, budget_seconds=0.005)
+
+
+def test_the_row_names_a_forced_backend() -> None:
+    from kernelpress.ops import use_backend
+
+    with use_backend("reference"):
+        row = measure_case(SMALL["depthwise"], ROOFLINE, rounds=1, budget_seconds=0.005)
+    assert row.backend == "reference"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"family": "dens"}, "family: expected one of dense, depthwise, separable, got 'dens'"),
+        ({"family": "dense", "device": "tpu"}, "device: expected one of cpu.*got 'tpu'"),
+        ({"family": "dense", "batch": 0}, "batch: expected a positive integer, got 0"),
+        ({"family": "dense", "threads": 0}, "threads: expected a positive integer"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bench.run(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("working_set", "gbs"), [(1000, 50.0), (1001, 20.0), (10_000, 20.0), (10_001, 10.0)], ids=lambda value: str(value)
+)
+def test_bandwidth_is_that_of_the_level_that_holds_the_working_set(working_set: int, gbs: float) -> None:
+    assert ROOFLINE.bandwidth(working_set) == gbs
+
+
+def test_the_bound_is_the_slower_of_compute_and_bandwidth() -> None:
+    assert ROOFLINE.bound_ms(flops=10**8, traffic_bytes=1000) == pytest.approx(1.0)
+    assert ROOFLINE.limited_by(flops=10**8, traffic_bytes=1000) == "compute"
+    assert ROOFLINE.bound_ms(flops=10**6, traffic_bytes=10**7) == pytest.approx(1.0)
+    assert ROOFLINE.limited_by(flops=10**6, traffic_bytes=10**7) == "bandwidth"
+
+
+def test_without_an_fma_peak_there_is_no_fraction() -> None:
+    unknown = replace(ROOFLINE, fma_gflops=None, fma_absent_because="not built")
+    row = measure_case(SMALL["pointwise"], unknown, rounds=1, budget_seconds=0.005)
+    assert row.roofline_fraction is None
+    assert row.limited_by is None
+
+
+def test_the_measured_roofline_is_plausible() -> None:
+    roofline = bench.measure_roofline(1)
+    assert roofline.threads == 1
+    assert (roofline.fma_gflops is None) == (roofline.fma_absent_because is not None)
+    assert all(gbs > 0 for gbs in (roofline.l2_gbs, roofline.llc_gbs, roofline.memory_gbs))
+    assert roofline.l2_bytes <= roofline.llc_bytes
+
+
+def test_the_table_shows_every_row(capsys: pytest.CaptureFixture[str]) -> None:
+    rich = pytest.importorskip("rich.console", reason="rich prints the table; the extra `cli` installs it")
+    rows = [
+        measure_case(SMALL[name], ROOFLINE, peers=True, rounds=1, budget_seconds=0.005)
+        for name in ("separable", "inverted_residual")
+    ]
+    rich.Console(width=200).print(bench.table(rows, ROOFLINE))
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert row.layer in printed
+        assert f"{row.ratio:.2f}×" in printed
+        assert f"{row.unfused_ratio:.2f}×" in printed
+    assert "FMA 100 GFLOP/s" in printed
+
+
+def test_a_table_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="rows: expected at least one row"):
+        bench.table([])
+
+
+def test_the_machine_has_a_folder_name_and_versions() -> None:
+    machine = bench.describe_machine()
+    assert machine.slug == "".join(c for c in machine.slug if c.isalnum() or c in ".-")
+    assert dict(machine.versions)["torch"].startswith(torch.__version__.split("+")[0])
+    assert machine.cpus >= 1
+    json.dumps(machine.versions)
+
+
+def test_weights_keep_values_at_their_size_along_a_chain() -> None:
+    case = SMALL["inverted_residual"]
+    y = peers.eager(case, peers.random_inputs(case))()
+    assert math.isfinite(float(y.norm()))
+    assert 0.1 < float(y.std()) < 10
+    assert not isinstance(y, nn.Parameter)
