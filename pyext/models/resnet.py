@@ -143,7 +143,7 @@ class PaddedShortcut(Conv2d):
 class CifarResNet(nn.Module):
     """The ResNet for 32×32 images of He et al. 2016, section 4.2.
 
-    x: [N, in_channels, H, W] → [N, num_classes]. Three stages of `depth` blocks; `width`, 2·`width`, 4·`width` channels.
+    x: [N, in_channels, H, W] → [N, num_classes]. `depth` blocks each of `width`, 2·`width`, 4·`width` channels.
     """
 
     def __init__(self, depth: int, *, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> None:
