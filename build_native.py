@@ -28,9 +28,10 @@ BUILD_FOLDER = "build/native"
 
 CXX_FLAGS = [
     *["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"],
-    *["-Wall", "-Wextra"],
+    *["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-uninitialized"],
     # NaN and infinity must propagate as in PyTorch, which rules -ffast-math out.
     *["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"],
+    "-fno-gnu-unique",  # weak symbols can be made local to a variant, unique ones cannot
     *["-I.", "-Ikernels/cpu"],
 ]
 

@@ -1,0 +1,99 @@
+// Argument blocks of the CPU kernels.
+//
+// Every field is eight bytes wide, addresses first, in the order of the tables in docs/architecture.md, so that a block can be
+// filled from a flat list of integers and a captured plan can patch its addresses. Absent tensors are null. Sizes and strides count
+// elements; memory is channels_last float32; a `*_stride` is the distance between two neighbouring pixels.
+#pragma once
+
+#include <cstdint>
+
+namespace kernelpress {
+
+enum class Activation : int64_t { identity, relu, relu6, silu, hardswish, hardsigmoid, sigmoid, gelu };
+
+// Window of a convolution or pooling: [height, width] pairs.
+struct Window {
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+};
+
+struct Conv2dArgs {
+  static constexpr int kAddresses = 5;
+  const float *x, *weight, *bias, *residual;
+  float* y;
+  int64_t batch, in_h, in_w, c_in, out_h, out_w, c_out;
+  int64_t x_stride_n, x_stride_c, x_stride_h, x_stride_w;
+  int64_t residual_stride, y_stride;
+  Window window;
+  Activation activation;
+};
+
+struct PointwiseConv2dArgs {
+  static constexpr int kAddresses = 6;
+  const float *x, *weight, *bias, *residual, *input_scale;
+  float* y;
+  int64_t batch, positions, c_in, c_out;
+  int64_t x_stride, residual_stride, y_stride;
+  Activation activation;
+};
+
+struct DepthwiseConv2dArgs {
+  static constexpr int kAddresses = 5;
+  const float *x, *weight, *bias, *residual;
+  float* y;
+  int64_t batch, in_h, in_w, channels, multiplier, out_h, out_w;
+  int64_t x_stride, residual_stride, y_stride;
+  Window window;
+  Activation activation;
+};
+
+struct SeparableConv2dArgs {
+  static constexpr int kAddresses = 7;
+  const float *x, *depthwise_weight, *depthwise_bias, *pointwise_weight, *pointwise_bias, *residual;
+  float* y;
+  int64_t batch, in_h, in_w, channels, out_h, out_w, c_out;
+  int64_t x_stride, residual_stride, y_stride;
+  Window window;
+  Activation depthwise_activation, activation;
+};
+
+struct InvertedResidualArgs {
+  static constexpr int kAddresses = 9;
+  const float *x, *expand_weight, *expand_bias, *depthwise_weight, *depthwise_bias, *project_weight, *project_bias, *residual;
+  float* y;
+  int64_t batch, in_h, in_w, c_in, hidden, out_h, out_w, c_out;
+  int64_t x_stride, residual_stride, y_stride;
+  Window window;
+  Activation expand_activation, depthwise_activation, activation;
+};
+
+struct GlobalAvgPool2dArgs {
+  static constexpr int kAddresses = 2;
+  const float* x;
+  float* y;
+  int64_t batch, positions, channels, x_stride;
+};
+
+struct MaxPool2dArgs {
+  static constexpr int kAddresses = 2;
+  const float* x;
+  float* y;
+  int64_t batch, in_h, in_w, channels, out_h, out_w, x_stride, y_stride;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+};
+
+// One instruction set's kernels. Packed dense weights are panels of `panel_width` output channels.
+struct KernelTable {
+  const char* variant;
+  int64_t panel_width;
+  void (*conv2d)(const Conv2dArgs&);
+  void (*pointwise_conv2d)(const PointwiseConv2dArgs&);
+  void (*depthwise_conv2d)(const DepthwiseConv2dArgs&);
+  void (*separable_conv2d)(const SeparableConv2dArgs&);
+  void (*inverted_residual)(const InvertedResidualArgs&);
+  void (*global_avg_pool2d)(const GlobalAvgPool2dArgs&);
+  void (*max_pool2d)(const MaxPool2dArgs&);
+  // Runs `iterations` rounds of independent register-only FMAs; returns the floating-point operations done.
+  int64_t (*fma_burst)(int64_t iterations);
+};
+
+}  // namespace kernelpress

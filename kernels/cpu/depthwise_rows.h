@@ -1,0 +1,42 @@
+// Output rows of a depthwise convolution, for the kernels that consume them: depthwise.cpp stores them, separable.cpp multiplies on.
+#pragma once
+
+#include "epilogue.h"
+#include "simd.h"
+
+namespace kernelpress::KERNELPRESS_ISA {
+
+struct DepthwiseProblem {
+  Window window;
+  int64_t in_h, in_w, out_w, channels;
+  int64_t x_stride;
+  const float* weight;  // [kernel_h][kernel_w][channels]
+  const float* bias;
+  ActivationFunction activation;
+};
+
+// Where input rows are found: row h at base + (h mod capacity) * row_floats.
+struct RowSource {
+  const float* base;
+  int64_t row_floats, capacity;
+
+  const float* row(int64_t h) const { return base + h % capacity * row_floats; }
+};
+
+// Where output rows go: row i, pixel q at y + (i * row_pixels + q) * y_stride.
+struct DepthwiseOutput {
+  float* y;
+  int64_t y_stride;
+  const float* residual;
+  int64_t residual_stride;
+  int64_t row_pixels;
+
+  DepthwiseOutput at(int64_t pixel) const {
+    return {y + pixel * y_stride, y_stride, residual ? residual + pixel * residual_stride : nullptr, residual_stride, row_pixels};
+  }
+};
+
+// Output rows [begin, end) of one image.
+void depthwise_rows(const DepthwiseProblem& problem, const RowSource& source, int64_t begin, int64_t end, const DepthwiseOutput& out);
+
+}  // namespace kernelpress::KERNELPRESS_ISA

@@ -1,0 +1,155 @@
+// The register tile that every dense kernel runs on:   y[m, n] = act(bias[n] + residual[m, n] + Σ_k a[m, k] · b[k, n])
+//
+//            n: one panel = 2 vectors            a: any rows at a constant stride (channels_last activations, or scratch)
+//           ┌──────────┬──────────┐            b: packed panels [k][kPanel], so each step reads two whole vectors
+//   m: up   │ acc[m,0] │ acc[m,1] │            k: a few segments of contiguous elements (one for a 1×1 convolution,
+//   to      │   …      │   …      │               one per kernel row for k×k), summed without leaving the registers
+//   kTile-  │          │          │
+//   Rows    └──────────┴──────────┘            bound: FMA ports; per step 14 + 2 loads feed 28 FMAs (AVX-512)
+#pragma once
+
+#include <utility>
+
+#include "epilogue.h"
+#include "runtime.h"
+#include "simd.h"
+
+namespace kernelpress::KERNELPRESS_ISA {
+
+constexpr int kPanel = 2 * kLanes;
+
+// Where a tile's rows come from: row m, segment g starts at a + m * row_stride + segment_offsets[g].
+struct TileInput {
+  const float* a;
+  int64_t row_stride;
+  const int64_t* segment_offsets;
+  int64_t segments, segment_length;
+
+  KP_INLINE int64_t depth() const { return segments * segment_length; }
+};
+
+// Where a tile's results go; column 0 is the panel's first.
+struct TileOutput {
+  float* y;
+  int64_t y_stride;
+  const float* bias;
+  const float* residual;
+  int64_t residual_stride;
+  ActivationFunction activation;
+
+  KP_INLINE TileOutput at(int64_t row, int64_t column) const {
+    TileOutput moved = *this;
+    moved.y += row * y_stride + column;
+    if (bias) moved.bias += column;
+    if (residual) moved.residual += row * residual_stride + column;
+    return moved;
+  }
+};
+
+template <int kRows, int kVecs>
+KP_INLINE void accumulate(Vec (&acc)[kRows][kVecs], const float* a, int64_t row_stride, const float* b, int64_t length) {
+  constexpr int kGroups = (kRows + 2) / 3;  // one base address serves three rows: base, base + stride, base + 2·stride
+  const float* base[kGroups];
+#pragma GCC unroll 8
+  for (int g = 0; g < kGroups; ++g) base[g] = a + 3 * g * row_stride;
+#pragma GCC unroll 4
+  for (int64_t k = 0; k < length; ++k) {
+    Vec weight[kVecs];
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) weight[v] = load(b + k * kPanel + v * kLanes);
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+      const Vec x = broadcast(base[m / 3][(m % 3) * row_stride + k]);
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) acc[m][v] = fma(x, weight[v], acc[m][v]);
+    }
+  }
+}
+
+template <int kRows, int kVecs>
+void compute_tile(const TileInput& in, const float* panel, const TileOutput& out, int64_t columns) {
+  Vec acc[kRows][kVecs];
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) acc[m][v] = zero();
+  }
+  for (int64_t g = 0; g < in.segments; ++g) {
+    accumulate<kRows, kVecs>(acc, in.a + in.segment_offsets[g], in.row_stride, panel + g * in.segment_length * kPanel,
+                             in.segment_length);
+  }
+#pragma GCC unroll 2
+  for (int v = 0; v < kVecs; ++v) {
+    const int64_t lanes = columns - v * kLanes;
+    const Vec bias = out.bias ? load_up_to(out.bias + v * kLanes, lanes) : zero();
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+      Vec value = acc[m][v] + bias;
+      if (out.residual) value = value + load_up_to(out.residual + m * out.residual_stride + v * kLanes, lanes);
+      store_up_to(out.y + m * out.y_stride + v * kLanes, out.activation(value), lanes);
+    }
+  }
+}
+
+using TileFunction = void (*)(const TileInput&, const float*, const TileOutput&, int64_t);
+
+template <int kVecs, int... kIndex>
+KP_INLINE TileFunction tile_with(int64_t rows, std::integer_sequence<int, kIndex...>) {
+  static constexpr TileFunction kTable[] = {compute_tile<kIndex + 1, kVecs>...};
+  return kTable[rows - 1];
+}
+
+KP_INLINE TileFunction tile_function(int64_t rows, int64_t columns) {
+  using Rows = std::make_integer_sequence<int, kTileRows>;
+  return columns > kLanes ? tile_with<2>(rows, Rows{}) : tile_with<1>(rows, Rows{});
+}
+
+// rows × columns of output from panels of `depth` steps; rows are cut into tiles of nearly equal height.
+inline void multiply(const TileInput& in, const float* panel, const TileOutput& out, int64_t rows, int64_t columns) {
+  const int64_t tiles = ceil_div(rows, kTileRows);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
+    TileInput part = in;
+    part.a += begin * in.row_stride;
+    tile_function(end - begin, columns)(part, panel, out.at(begin, 0), columns);
+  }
+}
+
+// The same over all panels in [first_panel, last_panel) of a weight with c_out columns.
+inline void multiply_panels(const TileInput& in, const float* weight, const TileOutput& out, int64_t rows, int64_t c_out,
+                            int64_t first_panel, int64_t last_panel) {
+  const int64_t panel_size = in.depth() * kPanel;
+  for (int64_t j = first_panel; j < last_panel; ++j) {
+    const int64_t column = j * kPanel;
+    multiply(in, weight + j * panel_size, out.at(0, column), rows, minimum(kPanel, c_out - column));
+  }
+}
+
+constexpr int64_t kNoOffset[1] = {0};
+
+KP_INLINE TileInput contiguous_rows(const float* a, int64_t row_stride, int64_t depth) {
+  return {a, row_stride, kNoOffset, 1, depth};
+}
+
+// How a rows × panels problem is divided: row_parts · panel_parts tasks, at most one per thread.
+struct Split {
+  int64_t row_parts, panel_parts;
+};
+
+// Least time of the slowest thread: its share of the FMAs, plus its share of the weights, which it streams from the outer cache.
+inline Split split_work(int64_t rows, int64_t depth, int64_t panels) {
+  constexpr double kStreamCost = 12.0;  // reading one weight row of a panel from the outer cache, in units of one row's FMAs
+  const int64_t threads = thread_count();
+  Split best{1, 1};
+  double best_cost = 0;
+  for (int64_t panel_parts = 1; panel_parts <= minimum(threads, panels); ++panel_parts) {
+    const int64_t row_parts = minimum(threads / panel_parts, rows);
+    const double my_rows = static_cast<double>(ceil_div(rows, row_parts)), my_panels = static_cast<double>(ceil_div(panels, panel_parts));
+    const double outer_cache = static_cast<double>(depth) * static_cast<double>(panels) * kPanel * sizeof(float) > 256 * 1024 ? kStreamCost : 0;
+    const double cost = my_panels * (my_rows + outer_cache);
+    if (panel_parts == 1 || cost < best_cost) best = {row_parts, panel_parts}, best_cost = cost;
+  }
+  return best;
+}
+
+}  // namespace kernelpress::KERNELPRESS_ISA

@@ -1,0 +1,72 @@
+// A flat list of prepared kernel calls. Addresses that lie in an external buffer are patched at every run; all others are fixed.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace kernelpress {
+
+class Plan {
+ public:
+  using Run = void (*)(const void* arguments);
+
+  // Declares a buffer whose address is given anew at each run; returns its index.
+  int64_t external(int64_t address, int64_t bytes) {
+    externals_.push_back({address, bytes});
+    return static_cast<int64_t>(externals_.size()) - 1;
+  }
+
+  // Appends a call with an argument block of eight-byte words, the first `addresses` of which are addresses.
+  void append(Run run, std::vector<int64_t> words, int addresses) {
+    const int64_t step = static_cast<int64_t>(steps_.size());
+    for (int field = 0; field < addresses; ++field) {
+      for (size_t buffer = 0; buffer < externals_.size(); ++buffer) {
+        const int64_t offset = words[field] - externals_[buffer].address;
+        if (words[field] && offset >= 0 && offset < externals_[buffer].bytes) {
+          patches_.push_back({step, field, static_cast<int64_t>(buffer), offset});
+          break;
+        }
+      }
+    }
+    steps_.push_back({run, std::move(words)});
+  }
+
+  int64_t size() const { return static_cast<int64_t>(steps_.size()); }
+
+  // Runs steps [first, last) with the external buffers at `addresses`.
+  void run(int64_t first, int64_t last, const std::vector<int64_t>& addresses) {
+    if (first < 0 || last > size() || first > last) {
+      throw std::out_of_range("steps: expected 0 <= first <= last <= " + std::to_string(size()) + ", got " + std::to_string(first) +
+                              " and " + std::to_string(last));
+    }
+    if (addresses.size() != externals_.size()) {
+      throw std::invalid_argument("addresses: expected one for each of " + std::to_string(externals_.size()) +
+                                  " external buffers, got " + std::to_string(addresses.size()));
+    }
+    for (const Patch& patch : patches_) {
+      if (patch.step >= first && patch.step < last) steps_[patch.step].words[patch.field] = addresses[patch.buffer] + patch.offset;
+    }
+    for (int64_t step = first; step < last; ++step) steps_[step].run(steps_[step].words.data());
+  }
+
+ private:
+  struct External {
+    int64_t address, bytes;
+  };
+  struct Patch {
+    int64_t step;
+    int field;
+    int64_t buffer, offset;
+  };
+  struct Step {
+    Run run;
+    std::vector<int64_t> words;
+  };
+  std::vector<External> externals_;
+  std::vector<Patch> patches_;
+  std::vector<Step> steps_;
+};
+
+}  // namespace kernelpress

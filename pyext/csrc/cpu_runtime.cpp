@@ -1,0 +1,49 @@
+// The host side of kernels/cpu/runtime.h: torch's thread pool where its address was handed in, a serial loop elsewhere.
+#include "cpu_runtime.h"
+
+#include <cstdlib>
+#include <new>
+
+#include "kernels/cpu/runtime.h"
+
+namespace kernelpress {
+namespace {
+
+HostParallelFor host_parallel_for = nullptr;
+HostThreadCount host_thread_count = nullptr;
+
+struct Scratch {
+  float* memory = nullptr;
+  int64_t floats = 0;
+  ~Scratch() { std::free(memory); }
+};
+
+thread_local Scratch scratch;
+
+}  // namespace
+
+void use_host_threads(HostParallelFor parallel_for, HostThreadCount thread_count) {
+  host_parallel_for = parallel_for;
+  host_thread_count = thread_count;
+}
+
+void parallel_for(int64_t begin, int64_t end, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (begin >= end) return;
+  if (host_parallel_for && end - begin > 1) host_parallel_for(begin, end, 1, body, context);
+  else body(begin, end, context);
+}
+
+int64_t thread_count() { return host_parallel_for && host_thread_count ? host_thread_count() : 1; }
+
+float* thread_scratch(int64_t floats) {
+  if (floats > scratch.floats) {
+    std::free(scratch.memory);
+    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 4095) / 4096 * 4096;
+    scratch.memory = static_cast<float*>(std::aligned_alloc(64, bytes));
+    scratch.floats = scratch.memory ? floats : 0;
+    if (!scratch.memory) throw std::bad_alloc();
+  }
+  return scratch.memory;
+}
+
+}  // namespace kernelpress

@@ -1,0 +1,15 @@
+// Hands the host's thread pool to the CPU kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace kernelpress {
+
+// The signatures of libtorch's exported C functions torch_parallel_for and torch_get_num_threads.
+using HostParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+using HostThreadCount = int (*)();
+
+// Null addresses mean: run serially.
+void use_host_threads(HostParallelFor parallel_for, HostThreadCount thread_count);
+
+}  // namespace kernelpress
