@@ -40,7 +40,8 @@ def load() -> NativeCpu:
     except ImportError as error:
         if wanted:
             raise ValueError(f"KERNELPRESS_CPU: got {wanted!r}, but nothing native can run: {error}") from error
-        return NativeCpu(None, f"{error} (it is built by `pip install`, or by `make build` in a checkout)", "none")
+        how = " (`make build` compiles it in a checkout)" if isinstance(error, ModuleNotFoundError) else ""
+        return NativeCpu(None, f"{error}{how}", "none")
     if wanted:
         runnable = module.variants()
         if wanted not in runnable:
