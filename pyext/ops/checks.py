@@ -114,6 +114,6 @@ def conv_output_size(
             if slack < 0 or size == 0:
                 raise ValueError(message)
         else:
-            torch._check_value(slack >= 0, lambda message=message: message)  # type: ignore[misc]
+            torch._check_value(slack >= 0, lambda message=message: message)
         sizes.append(slack // stride[axis] + 1)
     return sizes[0], sizes[1]

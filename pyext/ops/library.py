@@ -36,7 +36,7 @@ def call(operator: Operator, tensors: tuple[Tensor | None, ...], options: Any, b
     """Call an op: through the dispatcher where something could intercept it, straight to the backend otherwise."""
     if torch.compiler.is_compiling() or not _nothing_intercepts(tensors):
         overload = getattr(torch.ops.kernelpress, operator.name).default
-        return overload(*tensors, **options._asdict(), backend=backend)  # type: ignore[no-any-return]
+        return overload(*tensors, **options._asdict(), backend=backend)
     return registry.run(operator, tensors, options, backend)
 
 
@@ -93,7 +93,7 @@ def _register_autograd(operator: Operator) -> None:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         twice = torch.is_grad_enabled()
         saved = ctx.saved_tensors
-        needed = ctx.needs_input_grad[: len(saved)]
+        needed = (*ctx.needs_input_grad, *[False] * (len(saved) - len(ctx.needs_input_grad)))
         with torch.enable_grad():
             tensors = [
                 t if twice or t is None else t.detach().requires_grad_(need)

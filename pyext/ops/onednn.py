@@ -91,7 +91,7 @@ def _prepare(problem: Problem) -> Run:
     after_residual = _WITH_RESIDUAL.get(problem.options.activation)
 
     def pack(weight: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_convolution_weight(  # type: ignore[no-any-return]
+        return torch.ops.mkldnn._reorder_convolution_weight(
             weight.contiguous(), geometry.padding, geometry.stride, geometry.dilation, geometry.groups, input_size
         )
 
@@ -111,7 +111,7 @@ def _prepare(problem: Problem) -> Run:
             y = torch.ops.mkldnn._convolution_pointwise.binary(
                 image, residual, weight, bias, *fixed, "add", 1.0, after_residual, (), None
             )
-        return y.contiguous(memory_format=torch.channels_last)  # type: ignore[no-any-return]
+        return y.contiguous(memory_format=torch.channels_last)
 
     return compute
 

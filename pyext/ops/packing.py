@@ -1,8 +1,8 @@
 """Weights in the form that a kernel reads, packed once per weight and kept for as long as the weight lives unchanged.
 
 A packed weight is found by the identity of the weight and of its scale, and is packed anew when either got new memory
-or was written to in place, as their version counters tell. Tensors made under `torch.inference_mode` have none, and writes
-through `.data` are not counted: call `forget` after those. Packed weights stand in no state dict.
+or was written to in place, as their version counters tell. Tensors made under `torch.inference_mode` have none, and
+writes through `.data` are not counted: call `forget` after those. Packed weights stand in no state dict.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -120,7 +120,7 @@ class Operator:
     name: str
     schema: str
     tensors: tuple[str, ...]
-    options: type[NamedTuple]
+    options: Callable[..., Any]
     shape: Callable[[tuple[TensorSpec | None, ...], Any], tuple[int, ...]]
     reference: Callable[..., Tensor]
     macs: Callable[[Sequence[Any], Any, Sequence[int]], int]
