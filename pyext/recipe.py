@@ -101,9 +101,11 @@ class CompressPass(_Section):
 
 
 class EmitSection(_Section):
-    """How the pressed model is emitted."""
+    """What the pressed model is emitted and measured for."""
 
     batch: Annotated[int, Field(ge=1)] = 1
+    threads: Annotated[int, Field(ge=1)] | None = None
+    """Torch's number of threads; as it is unless given."""
 
 
 class MeasureSection(_Section):
@@ -111,7 +113,6 @@ class MeasureSection(_Section):
 
     rounds: Annotated[int, Field(ge=1)] = 5
     budget_seconds: Annotated[float, Field(gt=0)] = 1.0
-    threads: Annotated[int, Field(ge=1)] | None = None
     peers: tuple[Literal["eager", "channels_last", "compile", "emitted"], ...] = PEERS
 
     @model_validator(mode="after")

@@ -132,6 +132,12 @@ class Comparison:
             )
         return {"baseline": self.baseline, "contestants": contestants}
 
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Comparison:
+        """The inverse of `to_dict`; raises `KeyError` or `TypeError` for anything else."""
+        profiles = tuple(Profile.from_dict(contestant) for contestant in stored["contestants"])
+        return cls(stored["baseline"], profiles)
+
 
 def compare(
     contestants: Mapping[str, Contestant],

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelpress.measure.cost import evaluation
+from kernelpress.trace import trace
 
 __all__ = ["TORCH_WAYS", "torch_contestants"]
 
@@ -21,8 +22,9 @@ def torch_contestants(
 ) -> tuple[dict[str, tuple[Callable[..., Any], tuple[Any, ...]]], dict[str, str]]:
     """Contestants for `compare` by way, and the ways that cannot run here with the reason.
 
-    `eager` is the module as it stands; `channels_last` a copy with weights and images in that format; `compile` that copy
-    through Inductor with its weights frozen, compiled here and now. Raises `ValueError` for an unknown way.
+    `eager` is the module as it stands, except that layers of kernelpress, which would run on our kernels, are replaced by
+    PyTorch's own operations; `channels_last` a copy with weights and images in that format; `compile` that
+    copy through Inductor with its weights frozen, compiled here and now. Raises `ValueError` for an unknown way.
     """
     for way in ways:
         if way not in TORCH_WAYS:
@@ -30,6 +32,7 @@ def torch_contestants(
     contestants: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
     refusals: dict[str, str] = {}
     images = tuple(_channels_last(value) for value in inputs)
+    module = _in_plain_torch(module, inputs)
     for way in ways:
         if way == "eager":
             contestants[way] = (module, inputs)
@@ -44,6 +47,13 @@ def torch_contestants(
         except Exception as error:
             refusals[way] = f"torch.compile cannot run it: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
     return contestants, refusals
+
+
+def _in_plain_torch(module: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
+    """`module`, or its exported graph of PyTorch's operations, over the same tensors, if it holds layers of kernelpress."""
+    if not any(type(part).__module__.startswith("kernelpress.layers.") for part in module.modules()):
+        return module
+    return trace(module, inputs)
 
 
 def _channels_last(value: Any) -> Any:

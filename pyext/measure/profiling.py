@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -51,6 +51,12 @@ class Profile:
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers and strings, ready for JSON."""
         return {**asdict(self), "throughput": self.throughput}
+
+    @classmethod
+    def from_dict(cls, stored: Mapping[str, Any]) -> Profile:
+        """The inverse of `to_dict`, which may hold more; raises `KeyError` or `TypeError` for anything else."""
+        latency = Timing(**{**stored["latency"], "rounds": tuple(stored["latency"]["rounds"])})
+        return cls(**{**{entry.name: stored[entry.name] for entry in fields(cls)}, "latency": latency})
 
     def table(self) -> str:
         """The profile as text, one quantity per line."""

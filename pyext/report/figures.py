@@ -98,8 +98,8 @@ def realisation_figure(layers: Sequence[LayerRealisation]) -> str:
         places = range(len(shown))
         colours = [ACCENT if layer.measured >= 1 else LOSS for layer in shown]
         axes.barh(places, [layer.measured - 1 for layer in shown], left=1, color=colours, height=0.6)
-        marks = [(place, layer.theoretical) for place, layer in zip(places, shown, strict=True) if layer.theoretical]
-        axes.scatter([ratio for _, ratio in marks], [place for place, _ in marks], marker="D", s=22, color=INK, zorder=3)
+        marks = [(layer.theoretical, place) for place, layer in zip(places, shown, strict=True) if layer.theoretical]
+        axes.scatter([x for x, _ in marks], [y for _, y in marks], marker="D", s=22, color=INK, zorder=3)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
         axes.axvline(1, color=INK, linewidth=1)
@@ -133,7 +133,8 @@ def accuracy_figure(points: Sequence[AccuracyPoint], *, against: str) -> str:
         figure, axes = _new_figure(4.4, 3.3)
         for point, cost in shown:
             is_final = point is points[-1]
-            axes.scatter([cost], [100 * point.accuracy], s=70 if is_final else 46, color=ACCENT if is_final else MUTED, zorder=3)
+            colour = ACCENT if is_final else MUTED
+            axes.scatter([cost], [100 * point.accuracy], s=70 if is_final else 46, color=colour, zorder=3)
             axes.annotate(
                 f"{point.name}\n{100 * point.accuracy:.1f} %", (cost, 100 * point.accuracy),
                 xytext=(7, 0), textcoords="offset points", fontsize=8.5, va="center",

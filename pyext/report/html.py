@@ -13,13 +13,16 @@ __all__ = ["render_html", "render_json"]
 
 
 def render_html(report: Report) -> str:
-    """One self-contained page: its figures are embedded, nothing is fetched. `ImportError` without jinja2 and matplotlib."""
+    """One self-contained page: its figures are embedded, nothing is fetched.
+
+    Raises `ImportError` without jinja2, matplotlib or PyYAML.
+    """
     try:
         import jinja2
         import matplotlib as _  # noqa: F401
         import yaml
     except ImportError as error:
-        raise ImportError(f"the report takes jinja2, matplotlib and PyYAML ({error}): pip install 'kernelpress[all]'") from error
+        raise ImportError(f"the report takes {error.name}: pip install 'kernelpress[all]'") from error
 
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -17,7 +17,7 @@ __all__ = ["AccuracyPoint", "LayerRealisation", "Report", "Requirement", "commit
 
 @dataclass(frozen=True)
 class AccuracyPoint:
-    """Test accuracy 0…1 at one point of the run, with what the model costs there; latency in ms where it was measured."""
+    """Test accuracy 0…1 at one point of the run, and what the model costs there; latency in ms where measured."""
 
     name: str
     accuracy: float
@@ -163,7 +163,7 @@ def _is_original(candidate: Any) -> bool:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit checked out around `folder`, `+changes` appended for a modified tree; `None` outside a git checkout."""
+    """The commit checked out around `folder`, with `+changes` for a modified tree; `None` outside a git checkout."""
 
     def git(*arguments: str) -> str | None:
         try:

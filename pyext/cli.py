@@ -1,0 +1,244 @@
+"""The command line: `press`, `profile`, `bench`, `doctor`.
+
+Exit status: 0 done, 1 the result is not what the recipe requires, 2 the user's mistake (one line, no traceback; set
+`KERNELPRESS_TRACEBACK=1` to see where it rose), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import kernelpress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line (by default the process's own) and return its exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except KeyboardInterrupt:
+        again = "; the same command goes on from the last finished stage" if options.command == "press" else ""
+        print(f"\nkernelpress: interrupted{again}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output (head, less) has left: nothing to say, and nobody to say it to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        if os.environ.get("KERNELPRESS_TRACEBACK"):
+            raise
+        print(f"kernelpress: error: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kernelpress", description=kernelpress.__doc__.splitlines()[0].partition(": ")[2]
+    )
+    parser.add_argument("--version", action="version", version=f"kernelpress {kernelpress.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    press = commands.add_parser("press", help="compress, emit, measure, write the report")
+    press.add_argument("recipe", type=Path, help="a YAML file; see recipes/")
+    press.add_argument("--output", type=Path, metavar="DIR", help="where to write, instead of the recipe's own folder")
+    press.add_argument("--fresh", action="store_true", help="do every stage again, whatever the folder holds")
+    press.set_defaults(run=_press)
+
+    profile = commands.add_parser("profile", help="what a model costs, in real and proxy metrics")
+    profile.add_argument(
+        "model", metavar="MODEL", help="a name of kernelpress.models, a .pt2 file, or package.module:factory"
+    )
+    profile.add_argument("--batch", type=_positive, default=1, help="images per inference (default 1)")
+    profile.add_argument(
+        "--size", type=_positive, help="height and width of the images (default 224, or what a file was made for)"
+    )
+    profile.add_argument(
+        "--channels", type=_positive, help="channels of the images (default 3, or what a file was made for)"
+    )
+    profile.add_argument("--threads", type=_positive, help="torch's number of threads (default: as it is)")
+    profile.add_argument("--per-layer", action="store_true", help="also time and FLOPs of every layer")
+    profile.add_argument("--emit", action="store_true", help="also the model emitted onto native kernels and captured")
+    profile.set_defaults(run=_profile)
+
+    bench = commands.add_parser("bench", help="kernel microbenchmarks")
+    bench.add_argument("--family", help="one family of kernels (default: all)")
+    bench.add_argument("--device", default="cpu", help="default cpu")
+    bench.add_argument("--peers", action="store_true", help="time PyTorch's own ways in turn with ours")
+    bench.add_argument("--threads", type=_positive, help="torch's number of threads (default: as it is)")
+    bench.set_defaults(run=_bench)
+
+    doctor = commands.add_parser("doctor", help="what this machine can run, and why not")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return value
+
+
+def _console() -> Console:
+    try:
+        from rich.console import Console
+    except ImportError as error:
+        raise ImportError("the command line takes rich: pip install 'kernelpress[cli]'") from error
+    # Tables read badly when folded: where nobody watches, lines are as long as they are.
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def _press(options: argparse.Namespace) -> int:
+    console = _console()
+    try:
+        from kernelpress.press import RequirementError, press
+    except ImportError as error:
+        raise ImportError(f"press takes {error.name}: pip install 'kernelpress[all]'") from error
+
+    def tell(line: str) -> None:
+        stage, colon, rest = line.partition(": ")
+        console.print(f"[bold]{stage}[/bold]: " if colon else line, end="" if colon else "\n", soft_wrap=True)
+        if colon:
+            console.print(rest, markup=False, soft_wrap=True)
+
+    failure: RequirementError | None = None
+    try:
+        report = press(options.recipe, output=options.output, fresh=options.fresh, tell=tell)
+    except RequirementError as error:
+        failure, report = error, error.report
+    _print_comparison(console, report.comparison, report.pressed)
+    console.print(f"\n[bold]{report.headline()}[/bold] (against {report.comparison.baseline})")
+    if failure is not None:
+        print(f"kernelpress: the recipe's requirements are not met: {failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _print_comparison(console: Console, comparison: Any, ours: str | None = None) -> None:
+    from rich.table import Table
+
+    header, rows = comparison.cells()
+    table = Table(box=None, header_style="bold")
+    for index, title in enumerate(header):
+        table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
+    for entry, row in zip(comparison.profiles, rows, strict=True):
+        table.add_row(*row, style="bold green" if entry.name == ours else None)
+    console.print()
+    console.print(table)
+    for note in comparison.notes():
+        console.print(note, style="dim", markup=False)
+
+
+def _profile(options: argparse.Namespace) -> int:
+    console = _console()
+    import torch
+
+    from kernelpress import measure
+    from kernelpress.emit import EmittedModel
+    from kernelpress.measure.contestants import torch_contestants
+    from kernelpress.measure.latency import threads_set_to
+
+    model = _model(options.model)
+    with threads_set_to(options.threads):
+        if isinstance(model, EmittedModel):
+            image = _image_of(model, options)
+            contestants: dict[str, Any] = {"emitted": model, "captured": kernelpress.capture(model, image)}
+        else:
+            image = torch.randn(options.batch, options.channels or 3, options.size or 224, options.size or 224)
+            contestants, _ = torch_contestants(model, (image,), ("eager", "channels_last"))
+            if options.emit:
+                contestants["captured"] = kernelpress.capture(kernelpress.emit(model, image), image)
+        comparison = measure.compare(contestants, image)
+        console.print(f"[bold]{options.model}[/bold], images {'×'.join(map(str, image.shape))}")
+        _print_comparison(console, comparison)
+        if isinstance(model, EmittedModel):
+            if options.per_layer:
+                console.print("\n" + model.summary(), markup=False, soft_wrap=True)
+        elif options.per_layer:
+            console.print(
+                "\n" + measure.layer_table(measure.profile_layers(model, image)), markup=False, soft_wrap=True
+            )
+    return 0
+
+
+def _image_of(model: Any, options: argparse.Namespace) -> Any:
+    """Random images of the form that an emitted model was made for, with the batch, channels and size asked for."""
+    import torch
+
+    (example,) = model.example_inputs()
+    _, channels, height, width = example.shape
+    size = (options.size, options.size) if options.size else (height, width)
+    return torch.randn(options.batch, options.channels or channels, *size)
+
+
+def _model(name: str) -> Any:
+    """The module that a name, a file or `package.module:factory` stands for."""
+    from torch import nn
+
+    from kernelpress import models
+
+    if name.endswith(".pt2"):
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"MODEL: {name} does not exist")
+        return kernelpress.load(name)
+    if ":" not in name:
+        if name not in models.names():
+            known = ", ".join(models.names())
+            raise ValueError(f"MODEL: expected one of {known}, a .pt2 file or package.module:factory, got {name!r}")
+        return models.create(name).eval()
+    module_name, _, factory_name = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ImportError(f"MODEL: cannot import {module_name}: {error}") from error
+    factory: Callable[[], Any] | None = getattr(module, factory_name, None)
+    if not callable(factory):
+        raise ValueError(f"MODEL: {module_name} has no function {factory_name!r}")
+    model = factory()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"MODEL: expected {name} to return an nn.Module, got {type(model).__name__}")
+    return model.eval()
+
+
+def _bench(options: argparse.Namespace) -> int:
+    console = _console()
+    from kernelpress import bench
+
+    families = bench.FAMILIES if options.family is None else (options.family,)
+    roofline = bench.measure_roofline(options.threads)
+    for family in families:
+        rows = bench.run(family, options.device, options.peers, threads=options.threads)
+        console.print(bench.table(rows, roofline))
+    return 0
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    console = _console()
+    from kernelpress.doctor import examine
+
+    marks = {True: "[green]✓[/green]", False: "[yellow]✗[/yellow]", None: " "}
+    section = ""
+    for finding in examine():
+        if finding.section != section:
+            section = finding.section
+            console.print(f"\n[bold]{section}[/bold]")
+        console.print(f"  {marks[finding.is_ok]} {finding.name:<20} ", end="")
+        console.print(finding.detail, markup=False, soft_wrap=True)
+    return 0

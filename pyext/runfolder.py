@@ -1,0 +1,91 @@
+"""Stages of a run kept on disk: each is redone only when what it depends on has changed or its files are damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kernelpress.emit.files import write_atomically
+
+__all__ = ["RunFolder", "StageRecord", "stage_key"]
+
+
+def stage_key(*parts: Any) -> str:
+    """A key that changes with any of `parts`, which are plain values as JSON knows them."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What a finished stage left: the key it was made under, its results, the digests of its files, its time in s."""
+
+    key: str
+    results: dict[str, Any]
+    files: dict[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The output folder of a run: the stages' files lie in it, their records in `stages/`.
+
+    A stage is finished when its record is there, which is written last: what an interruption leaves is no stage.
+    """
+
+    path: Path
+
+    def create(self) -> None:
+        """Make the folder. Raises `NotADirectoryError` or `PermissionError` naming it."""
+        try:
+            (self.path / "stages").mkdir(parents=True, exist_ok=True)
+        except FileExistsError as error:
+            raise NotADirectoryError(f"output: {self.path} (or its stages/) is a file, not a folder") from error
+        except OSError as error:
+            raise type(error)(error.errno, f"output: {self.path} cannot be made: {error.strerror}") from error
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write one file of the folder, whole or not at all."""
+        write_atomically(self.path / name, content)
+
+    def finish(
+        self, stage: str, key: str, results: Mapping[str, Any], files: tuple[str, ...], seconds: float
+    ) -> StageRecord:
+        """Write the record of a stage whose `files` are written already."""
+        digests = {name: _digest(self.path / name) for name in files}
+        record = StageRecord(key, dict(results), digests, seconds)
+        self.write(f"stages/{stage}.json", json.dumps(asdict(record), indent=1).encode())
+        return record
+
+    def forget(self, stage: str) -> None:
+        """Drop the record of a stage, so that it is run again."""
+        (self.path / "stages" / f"{stage}.json").unlink(missing_ok=True)
+
+    def finished(self, stage: str, key: str) -> StageRecord | str:
+        """The record of `stage` if it can be used, else the reason why it has to be run; `""` where it never was."""
+        file = self.path / "stages" / f"{stage}.json"
+        try:
+            record = StageRecord(**json.loads(file.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return ""
+        except (OSError, ValueError, TypeError) as error:
+            return f"{file} is damaged ({error})"
+        if record.key != key:
+            return "the recipe, an earlier stage, the machine or a version has changed"
+        for name, digest in record.files.items():
+            if not (self.path / name).is_file():
+                return f"{self.path / name} is missing"
+            if _digest(self.path / name) != digest:
+                return f"{self.path / name} is not as it was written"
+        return record
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
