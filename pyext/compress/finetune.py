@@ -1,0 +1,301 @@
+"""Training of a classifier, from random weights or after compression, on one process or many, with resumption."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from kernelpress.compress.checkpoint import load_checkpoint, read_record, save_checkpoint
+from kernelpress.compress.evaluation import evaluate
+
+__all__ = ["EpochRecord", "FinetuneResult", "TeacherLoss", "finetune", "learning_rate_factor"]
+
+CHECKPOINT_NAME = "finetune.safetensors"
+
+
+class TeacherLoss(Protocol):
+    """A loss, a scalar to minimise, that compares a student with its teacher on one batch."""
+
+    def __call__(self, student_output: Tensor, teacher_output: Tensor, target: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class EpochRecord:
+    """One pass over the training set.
+
+    `loss`: mean over its batches; `accuracy`: 0…1, None without a `val_loader`; `learning_rate`: at its last step.
+    """
+
+    epoch: int
+    loss: float
+    accuracy: float | None
+    learning_rate: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a training did: `best_accuracy` is the highest of any epoch, None without a `val_loader`."""
+
+    history: tuple[EpochRecord, ...]
+    best_accuracy: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What fixes the course of a training; a checkpoint goes on only under the same."""
+
+    epochs: int
+    steps_per_epoch: int
+    lr: float
+    weight_decay: float
+    optimizer: str
+    momentum: float
+    warmup: float
+    label_smoothing: float
+    seed: int
+
+
+def finetune(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    *,
+    epochs: int,
+    lr: float = 0.05,
+    weight_decay: float = 1e-4,
+    optimizer: Literal["sgd", "adamw"] = "sgd",
+    momentum: float = 0.9,
+    warmup: float = 0.05,
+    label_smoothing: float = 0.0,
+    teacher: nn.Module | None = None,
+    losses: Sequence[TeacherLoss] = (),
+    val_loader: DataLoader[Any] | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> FinetuneResult:
+    """Trains `model` in place on the batches (images, class indices) of `loader` and leaves it with its last weights.
+
+    The loss is cross-entropy, plus every one of `losses` on (student output, teacher output, target). SGD has Nesterov
+    momentum; weight decay spares BatchNorm and biases. The learning rate rises linearly to `lr` over the first `warmup`
+    part of all steps, then falls to zero along a half cosine (Loshchilov & Hutter 2017, eq. 5). A run depends on `seed`
+    and the data alone: shuffling and augmentation by torch's generator are seeded anew at each epoch.
+
+    With `checkpoint_dir`, each epoch ends with a checkpoint there, and a call with the same settings goes on from it.
+    Started by `torchrun` or `accelerate launch`, every process trains on its share of the batches on its own device
+    (so the batch is that of `loader` times the processes) and the model returns to the device it came from.
+
+    Raises `ValueError` for settings out of range, an empty loader or a checkpoint of another training,
+    `FloatingPointError` where the loss stops being finite, `ImportError` without accelerate.
+    """
+    _check(model, loader, epochs, lr, weight_decay, optimizer, momentum, warmup, label_smoothing, teacher, losses)
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DataLoaderConfiguration
+    except ImportError as error:
+        raise ImportError("training takes accelerate: pip install 'kernelpress[train]'") from error
+
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed))
+    home = next(model.parameters()).device
+    was_training = model.training
+    chosen = _optimizer(model, optimizer, lr, weight_decay, momentum)
+    wrapped, chosen, batches = accelerator.prepare(model, chosen, loader)
+    settings = _Settings(
+        epochs=epochs,
+        steps_per_epoch=len(batches),
+        lr=lr,
+        weight_decay=weight_decay,
+        optimizer=optimizer,
+        momentum=momentum,
+        warmup=warmup,
+        label_smoothing=label_smoothing,
+        seed=seed,
+    )
+    checkpoint = Path(checkpoint_dir) / CHECKPOINT_NAME if checkpoint_dir is not None else None
+    history: list[EpochRecord] = []
+    try:
+        if checkpoint is not None and checkpoint.exists():
+            history = _history_of(checkpoint, settings)
+            load_checkpoint(checkpoint, model, chosen)
+        with (
+            _fixed(teacher, accelerator.device),
+            _seeds_kept(accelerator.device),
+            _progress_bar(progress and accelerator.is_main_process, settings, len(history)) as advance,
+        ):
+            for epoch in range(len(history), epochs):
+                started = time.perf_counter()
+                torch.manual_seed((seed * epochs + epoch) * accelerator.num_processes + accelerator.process_index)
+                batches.set_epoch(epoch)
+                loss = _train_epoch(accelerator, wrapped, chosen, batches, settings, epoch, teacher, losses, advance)
+                accuracy = evaluate(model, val_loader) if val_loader is not None else None
+                history.append(
+                    EpochRecord(epoch, loss, accuracy, chosen.param_groups[0]["lr"], time.perf_counter() - started)
+                )
+                if checkpoint is not None and accelerator.is_main_process:
+                    record = {"settings": asdict(settings), "history": [asdict(entry) for entry in history]}
+                    save_checkpoint(checkpoint, model, chosen, record)
+                accelerator.wait_for_everyone()
+    finally:
+        model.train(was_training)
+        model.to(home)
+    accuracies = [entry.accuracy for entry in history if entry.accuracy is not None]
+    return FinetuneResult(
+        history=tuple(history),
+        best_accuracy=max(accuracies, default=None),
+        seconds=sum(entry.seconds for entry in history),
+    )
+
+
+def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
+    """Factor of the learning rate at `step`: linear rise over `warmup` · `steps`, then half a cosine to zero."""
+    warmup_steps = round(warmup * steps)
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
+
+
+def _train_epoch(
+    accelerator: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: DataLoader[Any],
+    settings: _Settings,
+    epoch: int,
+    teacher: nn.Module | None,
+    losses: Sequence[TeacherLoss],
+    advance: Callable[[str], None],
+) -> float:
+    """Trains over all batches once; returns the mean loss over all processes."""
+    model.train()
+    steps = settings.epochs * settings.steps_per_epoch
+    total = torch.zeros((), device=accelerator.device)
+    for index, (images, target) in enumerate(batches):
+        factor = learning_rate_factor(epoch * settings.steps_per_epoch + index, steps, settings.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = settings.lr * factor
+        output = model(images)
+        loss = F.cross_entropy(output, target, label_smoothing=settings.label_smoothing)
+        if teacher is not None:
+            with torch.no_grad():
+                teacher_output = teacher(images)
+            loss = loss + sum(term(output, teacher_output, target) for term in losses)
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        optimizer.step()
+        total += loss.detach()
+        advance(f"epoch {epoch + 1}/{settings.epochs}")
+    mean = float(accelerator.reduce(total, "mean")) / settings.steps_per_epoch
+    if not math.isfinite(mean):
+        raise FloatingPointError(
+            f"the loss became {mean} in epoch {epoch + 1}: lower lr, now {settings.lr}, or check the images"
+        )
+    return mean
+
+
+def _check(
+    model: nn.Module,
+    loader: DataLoader[Any],
+    epochs: int,
+    lr: float,
+    weight_decay: float,
+    optimizer: str,
+    momentum: float,
+    warmup: float,
+    label_smoothing: float,
+    teacher: nn.Module | None,
+    losses: Sequence[TeacherLoss],
+) -> None:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(f"model: expected parameters to train, {type(model).__name__} has none")
+    if not isinstance(loader, DataLoader):
+        raise TypeError(f"loader: expected a torch DataLoader, got {type(loader).__name__}")
+    if len(loader) == 0:
+        raise ValueError("loader: expected at least one batch, got none")
+    if epochs < 1:
+        raise ValueError(f"epochs: expected at least 1, got {epochs}")
+    if not lr > 0:
+        raise ValueError(f"lr: expected above 0, got {lr}")
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay: expected zero or more, got {weight_decay}")
+    if optimizer not in ("sgd", "adamw"):
+        raise ValueError(f"optimizer: expected sgd or adamw, got {optimizer!r}")
+    for name, fraction in (("momentum", momentum), ("warmup", warmup), ("label_smoothing", label_smoothing)):
+        if not 0 <= fraction < 1:
+            raise ValueError(f"{name}: expected at least 0 and below 1, got {fraction}")
+    if teacher is None and losses:
+        raise ValueError(f"teacher: expected a module for the {len(losses)} losses that compare with it, got None")
+    if teacher is not None and not losses:
+        raise ValueError("losses: expected at least one that compares with the teacher, got none")
+
+
+def _optimizer(model: nn.Module, name: str, lr: float, weight_decay: float, momentum: float) -> torch.optim.Optimizer:
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if name == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+
+
+def _history_of(checkpoint: Path, settings: _Settings) -> list[EpochRecord]:
+    record = read_record(checkpoint)
+    for name, value in asdict(settings).items():
+        written = record["settings"].get(name)
+        if written != value:
+            raise ValueError(
+                f"checkpoint_dir: {checkpoint} belongs to a training with {name} = {written!r}, got {value!r}; "
+                "use the same settings or another folder"
+            )
+    return [EpochRecord(**entry) for entry in record["history"]]
+
+
+@contextmanager
+def _fixed(teacher: nn.Module | None, device: torch.device) -> Iterator[None]:
+    """Has `teacher` on `device` in eval mode; gives it its mode and device back."""
+    if teacher is None:
+        yield
+        return
+    home = next((parameter.device for parameter in teacher.parameters()), device)
+    was_training = teacher.training
+    teacher.to(device).eval()
+    try:
+        yield
+    finally:
+        teacher.train(was_training)
+        teacher.to(home)
+
+
+@contextmanager
+def _seeds_kept(device: torch.device) -> Iterator[None]:
+    """Leaves the caller's random state as it was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield
+
+
+@contextmanager
+def _progress_bar(shown: bool, settings: _Settings, epochs_done: int) -> Iterator[Callable[[str], None]]:
+    """Gives a function to call after each step, with what to print beside the bar."""
+    if not shown:
+        yield lambda _: None
+        return
+    from rich.progress import Progress
+
+    with Progress(transient=True) as bar:
+        steps = settings.epochs * settings.steps_per_epoch
+        task = bar.add_task("", total=steps, completed=epochs_done * settings.steps_per_epoch)
+        yield lambda text: bar.update(task, advance=1, description=text)
