@@ -33,7 +33,11 @@ void parallel_for(int64_t begin, int64_t end, void (*body)(int64_t, int64_t, voi
   else body(begin, end, context);
 }
 
-int64_t thread_count() { return host_parallel_for && host_thread_count ? host_thread_count() : 1; }
+int64_t thread_count() {
+  uint32_t count = 1;
+  if (!host_parallel_for || !host_thread_count || host_thread_count(&count) != 0) return 1;
+  return count;
+}
 
 float* thread_scratch(int64_t floats) {
   if (floats > scratch.floats) {

@@ -5,9 +5,9 @@
 
 namespace kernelpress {
 
-// The signatures of libtorch's exported C functions torch_parallel_for and torch_get_num_threads.
+// The signatures of libtorch's exported C functions torch_parallel_for and torch_get_num_threads; both return 0 for success.
 using HostParallelFor = int (*)(int64_t begin, int64_t end, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
-using HostThreadCount = int (*)();
+using HostThreadCount = int (*)(uint32_t* count);
 
 // Null addresses mean: run serially.
 void use_host_threads(HostParallelFor parallel_for, HostThreadCount thread_count);
