@@ -1,0 +1,25 @@
+"""Emission: any exportable module becomes a graph of the fastest layers measured, and that graph a plan."""
+
+from __future__ import annotations
+
+from kernelpress.emit.archive import load, save
+from kernelpress.emit.cache import cache_folder
+from kernelpress.emit.candidates import Candidate
+from kernelpress.emit.emitted import EmittedModel
+from kernelpress.emit.pipeline import emit
+from kernelpress.emit.plan import Plan, capture
+from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
+
+__all__ = [
+    "Candidate",
+    "CandidateRecord",
+    "EmissionRecord",
+    "EmittedModel",
+    "PlaceRecord",
+    "Plan",
+    "cache_folder",
+    "capture",
+    "emit",
+    "load",
+    "save",
+]

@@ -1,0 +1,82 @@
+"""Puts graphs together: copies, the chosen fragments in their places, and the constants that a graph reads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
+
+from kernelpress.emit.candidates import Candidate, constant, mark_channels_last
+
+__all__ = ["assemble", "channels_last_copy", "copy_of", "with_constants"]
+
+
+def copy_of(graph_module: GraphModule) -> GraphModule:
+    """Another graph over the same tensors."""
+    graph = Graph()
+    graph.set_codegen(graph_module.graph._codegen)
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    return GraphModule(graph_module, graph)
+
+
+def assemble(graph_module: GraphModule, chosen: Sequence[Candidate]) -> GraphModule:
+    """A copy of the graph in which the chosen fragments stand for the nodes they cover."""
+    by_output = {candidate.output: candidate for candidate in chosen}
+    covered = {node for candidate in chosen for node in candidate.nodes}
+    graph = Graph()
+    graph.set_codegen(graph_module.graph._codegen)
+    new: dict[Node, Node] = {}
+    for node in graph_module.graph.nodes:
+        if node in by_output:
+            candidate = by_output[node]
+            placeholders = [n for n in candidate.fragment.nodes if n.op == "placeholder"]
+            known = {own: new[outer] for own, outer in zip(placeholders, candidate.inputs, strict=True)}
+            result = graph.graph_copy(candidate.fragment, known)
+            assert isinstance(result, Node)
+            new[node] = result
+            result.meta = dict(node.meta)
+        elif node not in covered:
+            new[node] = graph.node_copy(node, new.__getitem__)
+    return with_constants(graph_module, graph)
+
+
+def with_constants(graph_module: GraphModule, graph: Graph) -> GraphModule:
+    """`graph` as a module that owns just the constants it reads, each in the memory format it is read in."""
+    root: dict[str, Any] = {}
+    graph.eliminate_dead_code()
+    for node in [node for node in graph.nodes if node.op == "get_attr"]:
+        tensor = constant(graph_module, node)
+        if isinstance(tensor, Tensor):
+            target = _target_for(root, str(node.target), tensor)
+            node.target, tensor = target, nn.Parameter(tensor.detach(), False) if tensor.is_floating_point() else tensor
+        root.setdefault(str(node.target), tensor)
+    graph.lint()
+    return GraphModule(root, graph)
+
+
+def _target_for(root: Mapping[str, Any], target: str, tensor: Tensor) -> str:
+    """`target`, or another name if a tensor of another memory format has taken it."""
+    taken = root.get(target)
+    return target if taken is None or taken.stride() == tensor.stride() else f"{target}_{len(root)}"
+
+
+def channels_last_copy(traced: GraphModule) -> GraphModule:
+    """The original graph with its images in channels_last from the first operation on."""
+    whole = copy_of(traced)
+    nodes = [node for node in whole.graph.nodes if node.op == "call_function"]
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                mark_channels_last(source)
+    for node in [n for n in whole.graph.nodes if n.op == "placeholder"]:
+        tensor = node.meta.get("val")
+        if isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.is_floating_point():
+            with whole.graph.inserting_before(nodes[0] if nodes else None):
+                image = whole.graph.call_function(torch.ops.aten.contiguous.default, (node,))
+                image.kwargs = {"memory_format": torch.channels_last}
+                image.meta = dict(node.meta)
+            node.replace_all_uses_with(image, delete_user_cb=lambda user, image=image: user is not image)
+    return with_constants(traced, whole.graph)

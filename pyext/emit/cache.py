@@ -1,0 +1,97 @@
+"""Measured times on disk, so that a layer seen once on this machine is not timed again."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+import kernelpress
+from kernelpress import native
+from kernelpress.emit.files import write_atomically
+
+__all__ = ["TimingCache", "cache_folder", "device_key"]
+
+
+def cache_folder() -> Path:
+    """`KERNELPRESS_CACHE` if set, else `kernelpress` in `XDG_CACHE_HOME`, else in `~/.cache`."""
+    if chosen := os.environ.get("KERNELPRESS_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kernelpress"
+
+
+def device_key(device: torch.device) -> str:
+    """What a time depends on besides the layer: the processor, its threads, the kernels' variant, the versions."""
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    else:
+        where = f"{_processor()}, {torch.get_num_threads()} threads, {_kernel_variant()}"
+    return f"{where}, torch {torch.__version__}, kernelpress {kernelpress.__version__}"
+
+
+def _processor() -> str:
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _kernel_variant() -> str:
+    """The instruction set of the native kernels, and which build of them it is."""
+    module = native.cpu()
+    if module is None:
+        return "no native kernels"
+    build = os.stat(module.__file__)
+    return f"{module.variant()} {build.st_size:x}{build.st_mtime_ns:x}"
+
+
+class TimingCache:
+    """Milliseconds by layer for one device, in one JSON file; a file that cannot be read counts as empty.
+
+    `enabled=False` remembers for the life of the object only. Two processes that write at once lose measurements of
+    one of them, never the file.
+    """
+
+    def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
+        key = device_key(device)
+        self._path = (
+            cache_folder() / f"timings-{hashlib.sha256(key.encode()).hexdigest()[:16]}.json" if enabled else None
+        )
+        self._key = key
+        self._times: dict[str, float] = self._read()
+        self._is_changed = False
+
+    def _read(self) -> dict[str, float]:
+        if self._path is None:
+            return {}
+        try:
+            stored = json.loads(self._path.read_text(encoding="utf-8"))
+            times = stored["milliseconds"] if stored["device"] == self._key else {}
+            return {str(name): float(time) for name, time in times.items() if float(time) > 0}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+
+    def get(self, name: str) -> float | None:
+        """Milliseconds of layer `name`, or None if it was never timed."""
+        return self._times.get(name)
+
+    def put(self, name: str, milliseconds: float) -> None:
+        """Remembers a time; `save` writes it."""
+        self._times[name] = milliseconds
+        self._is_changed = True
+
+    def save(self) -> None:
+        """Writes what is new; a folder that cannot be written to costs only the next run's time."""
+        if self._path is None or not self._is_changed:
+            return
+        content = {"device": self._key, "milliseconds": self._read() | self._times}
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path, json.dumps(content, indent=0).encode())
+        self._is_changed = False

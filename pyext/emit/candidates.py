@@ -1,0 +1,156 @@
+"""The ways to execute each place: kernelpress layers on every backend, and the original operations in both memory
+formats.
+
+A candidate carries a fragment, a small graph that computes its output from its inputs: the same fragment is timed and,
+if chosen, copied into the emitted graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from kernelpress.emit.fuse import Match
+from kernelpress.emit.graph import attribute, channels_last_if_image, shape, value
+from kernelpress.ops import registry
+
+__all__ = ["ORIGINAL", "Candidate", "candidates_for", "constant", "constants_of", "mark_channels_last", "original"]
+
+aten = torch.ops.aten
+
+ORIGINAL = "aten"
+"""Name of the candidates that are the original operations."""
+
+CHANNELS_LAST_CONSTANT = "kernelpress_channels_last"
+
+
+@dataclass(frozen=True, eq=False)
+class Candidate:
+    """One way to compute `output` from `inputs`, in place of the graph's `nodes`.
+
+    `name` is the op and `variant` its backend; for the original operations they are "aten" and the memory format.
+    The placeholders of `fragment` stand for `inputs`, in their order.
+    """
+
+    name: str
+    variant: str
+    nodes: frozenset[Node]
+    output: Node
+    inputs: tuple[Node, ...]
+    fragment: Graph
+    parts: int = 1
+
+    @property
+    def label(self) -> str:
+        """What records and tables call it, as in `conv2d[cpu]`."""
+        return f"{self.name}[{self.variant}]"
+
+    @property
+    def is_original(self) -> bool:
+        """Whether it runs the operations that the model came with."""
+        return self.name == ORIGINAL
+
+
+def candidates_for(match: Match, order: Mapping[Node, int]) -> list[Candidate]:
+    """Every way to execute the nodes of `match`; `order` is the position of each node in the graph."""
+    nodes = sorted(match.nodes, key=order.__getitem__)
+    layers = [_layer(match, entry.backend) for entry in registry.operator(match.op).implementations]
+    return [*layers, original(nodes, "channels_last"), original(nodes, "contiguous")]
+
+
+def constants_of(graph_module: GraphModule, fragment: Graph) -> dict[str, Tensor]:
+    """The constants that `fragment` reads, in the memory format it wants them."""
+    return {str(node.target): constant(graph_module, node) for node in fragment.nodes if node.op == "get_attr"}
+
+
+def constant(graph_module: GraphModule, node: Node) -> Any:
+    """The constant of one `get_attr` node, in the memory format the node wants it."""
+    found = attribute(graph_module, str(node.target))
+    return channels_last_if_image(found) if node.meta.get(CHANNELS_LAST_CONSTANT) else found
+
+
+def mark_channels_last(node: Node) -> None:
+    """Makes the `get_attr` node `node` read its constant in channels_last memory."""
+    node.meta[CHANNELS_LAST_CONSTANT] = True
+
+
+class _Fragment:
+    """A graph under construction that turns foreign nodes into its own: constants as such, all others as inputs."""
+
+    def __init__(self) -> None:
+        self.graph = Graph()
+        self.inputs: list[Node] = []
+        self._own: dict[Node, Node] = {}
+
+    def own(self, node: Node) -> Node:
+        if node not in self._own:
+            if node.op == "get_attr":
+                self._own[node] = self.graph.get_attr(str(node.target))
+            else:
+                self.inputs.append(node)
+                self._own[node] = self.graph.placeholder(f"input_{len(self.inputs)}")
+            self._own[node].meta = dict(node.meta)
+        return self._own[node]
+
+    def replace(self, node: Node, own: Node) -> None:
+        self._own[node] = own
+
+    def declare(self, nodes: Iterable[Node]) -> None:
+        """Makes the inputs and constants first: placeholders must stand before calls."""
+        for node in nodes:
+            self.own(node)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        return self.graph.call_function(target, args, kwargs)
+
+
+def _layer(match: Match, backend: str) -> Candidate:
+    fragment = _Fragment()
+    operator = registry.operator(match.op)
+    fragment.declare(given for given in match.arguments.values() if isinstance(given, Node))
+    given = {name: fragment.own(a) if isinstance(a, Node) else a for name, a in match.arguments.items()}
+    if given.get("input_scale") is not None:
+        given["input_scale"] = fragment.call(aten.flatten.using_ints, given["input_scale"], 1)
+    tensors = [given.pop(name, None) for name in operator.tensors]
+    while tensors and tensors[-1] is None:
+        tensors.pop()
+    result = fragment.call(getattr(torch.ops.kernelpress, match.op).default, *tensors, **given, backend=backend)
+    if match.op == "global_avg_pool2d" and len(shape(match.output) or ()) == 4:
+        result = fragment.call(aten.unsqueeze.default, fragment.call(aten.unsqueeze.default, result, -1), -1)
+    fragment.graph.output(result)
+    return Candidate(match.op, backend, match.nodes, match.output, tuple(fragment.inputs), fragment.graph, match.parts)
+
+
+def original(nodes: list[Node], memory_format: str) -> Candidate:
+    """The operations `nodes`, in execution order, as they came; the last one computes the output.
+
+    In "channels_last" they take and give images as all of the emitted graph does; in "contiguous" the conversions of
+    images in and out belong to the candidate.
+    """
+    fragment = _Fragment()
+    inner = set(nodes)
+    outer = [source for node in nodes for source in node.all_input_nodes if source not in inner]
+    fragment.declare(outer)
+    for source in dict.fromkeys(outer):
+        if source.op == "get_attr":
+            if memory_format == "channels_last":
+                mark_channels_last(fragment.own(source))
+        elif memory_format == "contiguous" and _is_image(source):
+            fragment.replace(source, fragment.call(aten.contiguous.default, fragment.own(source)))
+    for node in nodes:
+        fragment.replace(node, fragment.graph.node_copy(node, fragment.own))
+    result = fragment.own(nodes[-1])
+    if memory_format == "contiguous" and _is_image(nodes[-1]):
+        result = fragment.call(aten.contiguous.default, result, memory_format=torch.channels_last)
+    fragment.graph.output(result)
+    return Candidate(ORIGINAL, memory_format, frozenset(nodes), nodes[-1], tuple(fragment.inputs), fragment.graph)
+
+
+def _is_image(node: Node) -> bool:
+    tensor = value(node)
+    return isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.is_floating_point()

@@ -1,0 +1,65 @@
+"""`EmittedModel`: the module that emission returns."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from kernelpress.emit.evaluate import Example
+from kernelpress.emit.record import EmissionRecord, summary_table
+
+__all__ = ["EmittedModel"]
+
+
+class EmittedModel(nn.Module):
+    """A model whose graph consists of kernelpress layers and of the operations that were faster as they came.
+
+    Takes and returns what the original does: same arguments by position, same output structure. Images may come in any
+    memory format. Weights are frozen parameters of `body`; gradients reach the inputs.
+    """
+
+    def __init__(
+        self, body: GraphModule, record: EmissionRecord, examples: tuple[Example, ...], dynamic_batch: bool
+    ) -> None:
+        """`body`: the graph; `examples`: the form of its flat inputs; `dynamic_batch`: whether any batch size goes."""
+        super().__init__()
+        self.body = body
+        self.record = record
+        self.examples = examples
+        self.dynamic_batch = dynamic_batch
+        self.eval()
+
+    def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
+        """The model's outputs for `inputs`."""
+        return self.body(*inputs, **named_inputs)
+
+    def train(self, mode: bool = True) -> EmittedModel:
+        """Emission fixes inference behaviour: raises `RuntimeError` for `mode=True`."""
+        if mode:
+            raise RuntimeError("an emitted model is for inference: train the original model and emit it again")
+        return super().train(False)
+
+    def summary(self) -> str:
+        """A table of places: what runs there, how long it took, and why it was chosen."""
+        return summary_table(self.record)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a `torch.export` archive (`.pt2`) that `kernelpress.load` reads; see `emit.archive.save`."""
+        from kernelpress.emit.archive import save
+
+        save(self, path)
+
+    def example_inputs(self) -> tuple[Any, ...]:
+        """Random inputs of the form that the model was emitted for, as `forward` takes them."""
+        from torch.utils import _pytree as pytree
+
+        flat = [example.random() for example in self.examples]
+        args, _ = pytree.tree_unflatten(flat, self.body._in_spec)
+        return tuple(args)
+
+    def extra_repr(self) -> str:
+        """The number of places and the device."""
+        return f"{len(self.record.places)} places, on {self.record.device}"

@@ -1,0 +1,230 @@
+"""What candidates cost and how exact they are, on this device, at the shapes of the example inputs."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+
+from kernelpress.emit.cache import TimingCache
+from kernelpress.emit.candidates import Candidate, constants_of, original
+from kernelpress.measure.latency import time_alternately
+
+__all__ = ["Cost", "Evaluation", "Example", "evaluate", "example_values", "relative_error", "runnable"]
+
+Cost = Callable[[Candidate], float]
+"""Milliseconds of a candidate, given instead of measured."""
+
+SECONDS_PER_CANDIDATE = 6e-3
+ROUNDS = 3
+
+LARGEST_BATCH_OF_CANDIDATES = 48
+LARGEST_BATCH_OF_BYTES = 256 << 20
+"""Candidates are timed in turn in batches; what their inputs occupy together is bounded."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """How a value of the graph looks when the example inputs run through: a tensor's form, or a plain value."""
+
+    shape: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+    plain: Any = None
+
+    def random(self) -> Any:
+        """A fresh standard normal tensor of this form; anything but a float tensor as zeros; a plain value as it is."""
+        if self.dtype is None:
+            return self.plain
+        empty = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
+        return empty.normal_() if self.dtype.is_floating_point else empty.zero_()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return 0 if self.dtype is None else torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return repr(self.plain) if self.dtype is None else f"{self.dtype}{list(self.shape)}/{list(self.stride)}"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Milliseconds and relative error of one candidate, or the reason why it cannot serve."""
+
+    candidate: Candidate
+    milliseconds: float | None
+    error: float | None
+    refusal: str | None = None
+
+
+def example_values(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[Node, Example]:
+    """Runs the graph once on `inputs` (flat, one per placeholder) and notes the form of every value.
+
+    Images between operations are noted as channels_last, which is what the emitted graph hands on, and graph inputs as
+    the caller lays them out.
+    """
+    examples: dict[Node, Example] = {}
+
+    class Recorder(Interpreter):
+        def run_node(self, node: Node) -> Any:
+            result = super().run_node(node)
+            examples[node] = _example(result, is_input=node.op == "placeholder")
+            return result
+
+    with torch.no_grad():
+        Recorder(graph_module).run(*inputs, enable_io_processing=False)
+    return examples
+
+
+def _example(result: Any, *, is_input: bool) -> Example:
+    if not isinstance(result, Tensor):
+        return Example(plain=result if isinstance(result, (int, float, bool)) else None)
+    stride = result.stride()
+    if result.dim() == 4 and not is_input:
+        stride = torch.empty(result.shape, device="meta").contiguous(memory_format=torch.channels_last).stride()
+    return Example(tuple(result.shape), tuple(stride), result.dtype, result.device)
+
+
+def evaluate(
+    graph_module: GraphModule,
+    candidates: Sequence[Candidate],
+    examples: Mapping[Node, Example],
+    tolerance: float,
+    cache: TimingCache,
+    cost: Cost | None = None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[Evaluation]:
+    """Runs every candidate on random inputs of the examples' form: one evaluation each, in the order given.
+
+    A candidate that raises, or whose output differs from that of the original operations by more than `tolerance`, is
+    refused with the reason. Equal layers at equal shapes are timed once. `cost` replaces timing; `advance` is told how
+    many candidates are done.
+    """
+    evaluations: list[Evaluation] = []
+    for batch in _batches(candidates, examples):
+        evaluations += _evaluate_batch(graph_module, batch, examples, tolerance, cache, cost)
+        advance(len(batch))
+    cache.save()
+    return evaluations
+
+
+def _batches(candidates: Sequence[Candidate], examples: Mapping[Node, Example]) -> Iterator[list[Candidate]]:
+    batch: list[Candidate] = []
+    seen: set[Node] = set()
+    for candidate in candidates:
+        seen.update(candidate.inputs)
+        too_large = sum(examples[node].nbytes for node in seen) > LARGEST_BATCH_OF_BYTES
+        if batch and (too_large or len(batch) == LARGEST_BATCH_OF_CANDIDATES):
+            yield batch
+            batch, seen = [], set(candidate.inputs)
+        batch.append(candidate)
+    if batch:
+        yield batch
+
+
+def _evaluate_batch(
+    graph_module: GraphModule,
+    batch: Sequence[Candidate],
+    examples: Mapping[Node, Example],
+    tolerance: float,
+    cache: TimingCache,
+    cost: Cost | None,
+) -> list[Evaluation]:
+    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    inputs: dict[Node, Any] = {}
+    expected: dict[frozenset[Node], Any] = {}
+    checked: list[tuple[float | None, str | None]] = []
+    calls: dict[str, Callable[[], object]] = {}
+    keys = [_key(graph_module, candidate, examples) for candidate in batch]
+    for candidate, key in zip(batch, keys, strict=True):
+        for node in candidate.inputs:
+            if node not in inputs:
+                inputs[node] = examples[node].random()
+        if candidate.nodes not in expected:
+            nodes = sorted(candidate.nodes, key=order.__getitem__)
+            expected[candidate.nodes] = runnable(graph_module, original(nodes, "channels_last"), inputs)()
+        error, refusal = _check(graph_module, candidate, inputs, expected[candidate.nodes], tolerance)
+        checked.append((error, refusal))
+        if refusal is None and cost is None and cache.get(key) is None:
+            calls.setdefault(key, runnable(graph_module, candidate, inputs))
+    if calls:
+        timings = time_alternately(calls, budget_seconds=SECONDS_PER_CANDIDATE, rounds=ROUNDS)
+        for key, timing in timings.items():
+            cache.put(key, timing.median)
+    return [
+        Evaluation(
+            candidate, None if refusal else cost(candidate) if cost is not None else cache.get(key), error, refusal
+        )
+        for candidate, key, (error, refusal) in zip(batch, keys, checked, strict=True)
+    ]
+
+
+def runnable(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any]) -> Callable[[], Any]:
+    """The candidate as a function without arguments."""
+    module = GraphModule(constants_of(graph_module, candidate.fragment), candidate.fragment)
+    return functools.partial(module.forward, *[inputs[node] for node in candidate.inputs])
+
+
+def _check(
+    graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any], expected: Any, tolerance: float
+) -> tuple[float | None, str | None]:
+    """The candidate's relative error to the original, and the reason if it must be refused."""
+    try:
+        with torch.no_grad():
+            result = runnable(graph_module, candidate, inputs)()
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as refused:
+        return None, str(refused).splitlines()[0]
+    error = relative_error(result, expected)
+    return error, None if error <= tolerance else f"error {error:.1e} is above the tolerance {tolerance:.1e}"
+
+
+def relative_error(result: Tensor, expected: Tensor) -> float:
+    """‖result − expected‖ / ‖expected‖ in float64; infinite where shape, dtype or the places of NaN and ±∞ differ."""
+    if result.shape != expected.shape or result.dtype != expected.dtype:
+        return float("inf")
+    if not expected.dtype.is_floating_point:
+        return 0.0 if torch.equal(result, expected) else float("inf")
+    a, b = result.detach().double(), expected.detach().double()
+    finite = torch.isfinite(b)
+    if not finite.all():
+        if not torch.equal(torch.isfinite(a), finite) or not torch.equal(
+            a[~finite].nan_to_num(), b[~finite].nan_to_num()
+        ):
+            return float("inf")
+        a, b = a[finite], b[finite]
+    difference, norm = float((a - b).norm()), float(b.norm())
+    error = difference / norm if norm > 0 else difference
+    return error if error == error else float("inf")
+
+
+def _key(graph_module: GraphModule, candidate: Candidate, examples: Mapping[Node, Example]) -> str:
+    """What the time of a candidate depends on: its operations, their arguments, and the form of every tensor."""
+    names: dict[Node, str] = {}
+    lines: list[str] = []
+    inputs = iter(candidate.inputs)
+    constants = constants_of(graph_module, candidate.fragment)
+    for node in candidate.fragment.nodes:
+        names[node] = f"%{len(names)}"
+        if node.op == "placeholder":
+            lines.append(str(examples[next(inputs)]))
+        elif node.op == "get_attr":
+            tensor = constants[str(node.target)]
+            lines.append(f"{tensor.dtype}{list(tensor.shape)}/{list(tensor.stride())}")
+        else:
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda n: _Name(names[n]))
+            lines.append(f"{node.target}{args}{dict(kwargs)}")
+    return "; ".join(lines)
+
+
+class _Name(str):
+    """A value's name that prints without quotes."""
+
+    def __repr__(self) -> str:
+        return str(self)

@@ -1,0 +1,102 @@
+"""Small questions about fx graphs, and small edits of them, that every step of emission needs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+__all__ = [
+    "arguments",
+    "attribute",
+    "channels_last_if_image",
+    "constant_tensor",
+    "delete_attribute",
+    "number",
+    "only_user",
+    "set_attribute",
+    "shape",
+    "value",
+]
+
+
+def value(node: Node) -> Any:
+    """What `node` computes at trace time: a fake tensor, a (symbolic) number, or a nest of them."""
+    return node.meta.get("val")
+
+
+def shape(node: object) -> tuple[Any, ...] | None:
+    """Shape of the tensor that `node` computes (the batch may be symbolic), or None if it is no tensor."""
+    tensor = value(node) if isinstance(node, Node) else None
+    return tuple(tensor.shape) if isinstance(tensor, Tensor) else None
+
+
+def arguments(node: Node) -> dict[str, Any]:
+    """The arguments of an operator call by their schema names, defaults included."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    bound.update({a.name: given for a, given in zip(schema.arguments, node.args, strict=False)})
+    bound.update(node.kwargs)
+    return bound
+
+
+def only_user(node: Node) -> Node | None:
+    """The one node that reads `node`, or None if nobody or several do."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def number(argument: Any) -> float | None:
+    """`argument` as a float if it is a plain number."""
+    return float(argument) if isinstance(argument, (int, float)) and not isinstance(argument, bool) else None
+
+
+def attribute(module: nn.Module, target: str) -> Any:
+    """The parameter, buffer or constant that a `get_attr` node of `module` with this target reads."""
+    *owners, name = target.split(".")
+    for owner in owners:
+        module = getattr(module, owner)
+    return getattr(module, name)
+
+
+def constant_tensor(graph_module: GraphModule, argument: object) -> Tensor | None:
+    """The tensor behind a `get_attr` node, or None if `argument` is anything else."""
+    if not isinstance(argument, Node) or argument.op != "get_attr":
+        return None
+    found = attribute(graph_module, str(argument.target))
+    return found.detach() if isinstance(found, Tensor) else None
+
+
+def set_attribute(graph_module: GraphModule, target: str, tensor: Tensor) -> str:
+    """Stores `tensor` as a frozen parameter (a buffer if it is not of a float type) under `target`, or under the next
+    free name if that is taken; returns the name."""
+    *owners, name = target.split(".")
+    owner: nn.Module = graph_module
+    for part in owners:
+        if not isinstance(getattr(owner, part, None), nn.Module):
+            owner.add_module(part, nn.Module())
+        owner = getattr(owner, part)
+    free, count = name, 0
+    while hasattr(owner, free):
+        count += 1
+        free = f"{name}_{count}"
+    tensor = tensor.detach()
+    if tensor.is_floating_point():
+        owner.register_parameter(free, nn.Parameter(tensor, requires_grad=False))
+    else:
+        owner.register_buffer(free, tensor)
+    return ".".join([*owners, free])
+
+
+def delete_attribute(graph_module: GraphModule, target: str) -> None:
+    """Forgets the parameter or buffer stored under `target`."""
+    owner, _, name = target.rpartition(".")
+    delattr(attribute(graph_module, owner) if owner else graph_module, name)
+
+
+def channels_last_if_image(tensor: Tensor) -> Tensor:
+    """4-dimensional float tensors in channels_last memory, everything else as it is."""
+    if tensor.dim() == 4 and tensor.is_floating_point():
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor

@@ -1,0 +1,260 @@
+"""Lowers an emitted graph, at fixed shapes, to steps over buffers: what the plan runs.
+
+The graph is interpreted once. A result that shares memory with an argument becomes another view of that argument's
+buffer and costs nothing; a kernelpress layer on the `cpu` backend becomes a native step; everything else is a call of
+torch.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from kernelpress.ops import registry
+
+__all__ = ["Buffer", "NativeStep", "Place", "Program", "Step", "TorchStep", "View", "lower"]
+
+
+class Place(enum.Enum):
+    """Where a buffer's memory comes from."""
+
+    ARENA = "arena"
+    INPUT = "input"
+    OUTPUT = "output"
+    """Allocated anew at each run, because it is returned."""
+    CONSTANT = "constant"
+    TORCH = "torch"
+    """Allocated by the torch call that computes it."""
+
+
+@dataclass
+class Buffer:
+    """A piece of memory of `nbytes`; `base` is the view that covers what was stored there first."""
+
+    place: Place
+    nbytes: int
+    base: View
+    constant: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """A tensor in buffer `buffer`: shape and strides in elements, `offset` in elements from the buffer's base view."""
+
+    buffer: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class NativeStep:
+    """A kernelpress op that a native kernel computes into `out`; views stand for tensors among the arguments."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: View
+
+    @property
+    def results(self) -> tuple[View, ...]:
+        """What the step writes."""
+        return (self.out,)
+
+
+@dataclass(frozen=True)
+class TorchStep:
+    """A call of torch: `into_out` if it writes to its one result (an `out=` argument), else it allocates its results.
+
+    `positions` are those of `results` among the leaves of what the call returns.
+    """
+
+    name: str
+    target: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    results: tuple[View, ...]
+    positions: tuple[int, ...] = (0,)
+    into_out: bool = False
+
+
+Step = NativeStep | TorchStep
+
+
+@dataclass
+class Program:
+    """Steps in execution order over `buffers`; `inputs` are views or plain values, `output` is a nest of either."""
+
+    buffers: list[Buffer] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    inputs: list[Any] = field(default_factory=list)
+    output: Any = None
+
+
+def views_of(nest: Any) -> list[View]:
+    """The views in a nest of arguments."""
+    return [leaf for leaf in pytree.tree_leaves(nest) if isinstance(leaf, View)]
+
+
+def lower(graph_module: GraphModule, inputs: Sequence[Any]) -> Program:
+    """The program of `graph_module` for flat inputs of these shapes and strides.
+
+    Raises `ValueError` for a graph that writes to its own tensors in place, or computes on another device than the CPU.
+    """
+    lowering = _Lowering(graph_module)
+    with torch.no_grad():
+        lowering.run(*inputs, enable_io_processing=False)
+    program = lowering.program
+    for view in views_of(program.output):
+        buffer = program.buffers[view.buffer]
+        if buffer.place is Place.ARENA:
+            buffer.place = Place.OUTPUT
+    return program
+
+
+class _Lowering(Interpreter):
+    """Runs the graph and writes down what happens to memory."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__(graph_module)
+        self.program = Program()
+        self._views: dict[Node, Any] = {}
+
+    def run_node(self, node: Node) -> Any:
+        if node.op == "call_function":
+            _check_functional(node)
+        result = super().run_node(node)
+        _check_device(node, result)
+        if node.op == "placeholder":
+            self._views[node] = self._new_view(result, Place.INPUT) if isinstance(result, Tensor) else result
+            self.program.inputs.append(self._views[node])
+        elif node.op == "get_attr":
+            self._views[node] = self._constant(result) if isinstance(result, Tensor) else result
+        elif node.op == "output":
+            self.program.output = self._arguments(node.args[0])
+        else:
+            self._views[node] = self._call(node, result)
+        return result
+
+    def _arguments(self, nest: Any) -> Any:
+        return torch.fx.map_arg(nest, self._views.__getitem__)
+
+    def _call(self, node: Node, result: Any) -> Any:
+        args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
+        leaves, spec = pytree.tree_flatten(result)
+        owners = self._owners(node)
+        views = [self._alias(leaf, owners) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        fresh = tuple(i for i, view in enumerate(views) if view is None)
+        if fresh:
+            native = self._native_step(node, args, kwargs, result)
+            if native is not None:
+                self.program.steps.append(native)
+                return native.out
+            out_variant = _out_variant(node.target) if spec.is_leaf() else None
+            place = Place.TORCH if out_variant is None else Place.ARENA
+            results: list[View] = []
+            for i in fresh:
+                views[i] = view = self._alias(leaves[i], owners) or self._new_view(leaves[i], place)
+                owners.append((leaves[i], view))
+                results.append(view)
+            target: Any = out_variant or node.target
+            into_out = out_variant is not None
+            self.program.steps.append(
+                TorchStep(str(node.target), target, args, kwargs, tuple(results), fresh, into_out)
+            )
+        return pytree.tree_unflatten(views, spec)
+
+    def _owners(self, node: Node) -> list[tuple[Tensor, View]]:
+        """The tensors that `node` reads, with their views."""
+        owners: list[tuple[Tensor, View]] = []
+        for source in node.all_input_nodes:
+            tensors, views = pytree.tree_leaves(self.env[source]), pytree.tree_leaves(self._views[source])
+            owners += [(t, v) for t, v in zip(tensors, views, strict=True) if isinstance(t, Tensor)]
+        return owners
+
+    def _alias(self, tensor: Tensor, owners: Sequence[tuple[Tensor, View]]) -> View | None:
+        """`tensor` as a view of the buffer of the tensor it shares memory with, if there is one."""
+        address = tensor.untyped_storage().data_ptr()
+        for owner, view in owners:
+            if address and owner.untyped_storage().data_ptr() == address and owner.dtype == tensor.dtype:
+                offset = view.offset + int(tensor.storage_offset()) - int(owner.storage_offset())
+                return View(view.buffer, tuple(tensor.shape), tuple(tensor.stride()), offset, tensor.dtype)
+        return None
+
+    def _new_view(self, tensor: Tensor, place: Place, constant: Tensor | None = None) -> View:
+        span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        nbytes = span * tensor.element_size() if tensor.numel() else 0
+        view = View(len(self.program.buffers), tuple(tensor.shape), tuple(tensor.stride()), 0, tensor.dtype)
+        self.program.buffers.append(Buffer(place, nbytes, view, constant))
+        return view
+
+    def _constant(self, tensor: Tensor) -> View:
+        return self._new_view(tensor, Place.CONSTANT, tensor.detach())
+
+    def _native_step(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> NativeStep | None:
+        """The native step of a kernelpress op, after copies of the images that do not lie as the kernel reads them."""
+        target = node.target
+        if not isinstance(target, torch._ops.OpOverload) or target.namespace != "kernelpress":
+            return None
+        op = target._schema.name.split("::")[1]
+        operator = registry.operator(op)
+        tensors, options, backend = registry.bind(operator, *self.fetch_args_kwargs_from_env(node))
+        if registry.requested_backend(backend) not in ("auto", "cpu") or operator.native is None:
+            return None
+        given = list(registry.bind(operator, args, kwargs)[0])
+        copies: list[tuple[int, Tensor]] = []
+        for i, (layout, tensor) in enumerate(zip(operator.native.layouts, tensors, strict=True)):
+            if layout is not None and tensor is not None and layout.spacing(tensor.shape, tensor.stride()) is None:
+                tensors[i] = layout.copy(tensor)
+                copies.append((i, tensors[i]))
+        named = options._asdict()
+        if registry.native_reason(op, tensors, named, result) is not None:
+            return None
+        for i, copied in copies:
+            view = self._new_view(copied, Place.ARENA)
+            copy = TorchStep("copy to the kernel's layout", aten_copy, (given[i],), {}, (view,), into_out=True)
+            self.program.steps.append(copy)
+            given[i] = view
+        return NativeStep(op, tuple(given), named, self._new_view(result, Place.ARENA))
+
+
+def aten_copy(source: Tensor, *, out: Tensor) -> Tensor:
+    """`source` in the memory format of `out`."""
+    return out.copy_(source)
+
+
+def _check_functional(node: Node) -> None:
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+        raise ValueError(
+            f"model: expected operations without side effects, got the in-place {target} at {node.name}; emit the model"
+        )
+
+
+def _check_device(node: Node, result: Any) -> None:
+    for leaf in pytree.tree_leaves(result):
+        if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
+            raise ValueError(f"model: expected tensors on the CPU, got {leaf.device} at {node.name}")
+
+
+def _out_variant(target: Any) -> Any:
+    """The overload of an ATen operation that writes into a given tensor, where it does so without a copy of its own."""
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    wanted = [(a.name, str(a.type)) for a in target._schema.arguments]
+    packet = target.overloadpacket
+    for name in packet.overloads():
+        variant = getattr(packet, name)
+        outs = [a for a in variant._schema.arguments if a.is_out]
+        rest = [(a.name, str(a.type)) for a in variant._schema.arguments if not a.is_out]
+        if len(outs) == 1 and outs[0].name == "out" and rest == wanted and torch.Tag.generated not in variant.tags:
+            return variant
+    return None

@@ -1,0 +1,193 @@
+"""`emit`: any exportable module in, the fastest exact arrangement of kernelpress layers and original operations out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernelpress.ops  # noqa: F401  (registers torch.ops.kernelpress)
+from kernelpress.emit.assemble import assemble, channels_last_copy, copy_of, with_constants
+from kernelpress.emit.cache import TimingCache, device_key
+from kernelpress.emit.candidates import Candidate, candidates_for, original
+from kernelpress.emit.canonical import canonicalize
+from kernelpress.emit.choose import Choice, choose
+from kernelpress.emit.emitted import EmittedModel
+from kernelpress.emit.evaluate import Cost, Evaluation, Example, evaluate, example_values, relative_error, runnable
+from kernelpress.emit.fold import fold
+from kernelpress.emit.fuse import find_matches
+from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
+from kernelpress.measure.latency import time_alternately
+from kernelpress.trace import module_of, trace
+
+__all__ = ["emit"]
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+MODEL_SECONDS = 0.5
+MODEL_ROUNDS = 5
+
+
+def emit(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    *,
+    dynamic_batch: bool = True,
+    tolerance: float | None = None,
+    cache: bool = True,
+    progress: bool = True,
+    cost: Cost | None = None,
+) -> EmittedModel:
+    """Makes `model`, in eval mode, as fast as its layers can be executed on its device; the model itself stays
+    untouched.
+
+    Every layer is timed at the shapes that `example_inputs` (what `forward` takes by position) lead to: on our kernels,
+    fused with its neighbours and not, and as it came, in both memory formats. The cheapest cover of the graph is kept;
+    if the whole is then not faster than the original, the original is. `EmittedModel.record` tells what was decided.
+
+    `tolerance`: largest relative error ‖y − y₀‖ / ‖y₀‖ of a layer to the original one; by default 1e-4 in float32,
+    1e-10 in float64, 1e-2 in float16, 5e-2 in bfloat16. `cache`: reuse and remember times on disk. `progress`: draw a
+    progress bar on terminals. `cost`: milliseconds of a candidate, instead of timing (for tests, and for other devices'
+    models).
+
+    Raises `TraceError` for a model that cannot be exported, `TypeError` and `ValueError` for other bad arguments.
+    """
+    if tolerance is not None and not 0 < tolerance < float("inf"):
+        raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    traced = trace(model, inputs, dynamic_batch=dynamic_batch)
+    flat = pytree.tree_leaves((inputs, {}))
+    device, dtype = _device_and_dtype(traced, flat)
+    bound = tolerance or TOLERANCES.get(dtype, TOLERANCES[torch.float32])
+
+    graph_module = fold(canonicalize(copy_of(traced)))
+    examples = example_values(graph_module, flat)
+    candidates = _candidates(graph_module)
+    times = TimingCache(device, enabled=cache and cost is None)
+    with _progress_bar(len(candidates), progress) as advance:
+        evaluations = evaluate(graph_module, candidates, examples, bound, times, cost, advance)
+    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    choices = choose(evaluations, order)
+    places = tuple(_place_record(graph_module, choice, examples, order) for choice in choices)
+    body = assemble(graph_module, [choice.chosen for choice in choices])
+
+    record = EmissionRecord(places, device_key(device))
+    body, record = _faster_of(traced, body, record, inputs, bound, is_measured=cost is None)
+    flat_examples = tuple(examples[node] for node in graph_module.graph.nodes if node.op == "placeholder")
+    return EmittedModel(body, record, flat_examples, bool(traced.meta["dynamic_batch"]))
+
+
+def _device_and_dtype(traced: GraphModule, inputs: Sequence[Any]) -> tuple[torch.device, torch.dtype]:
+    tensors = [*traced.parameters(), *traced.buffers(), *(x for x in inputs if isinstance(x, Tensor))]
+    floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+    first = (floats or tensors)[0]
+    return first.device, first.dtype
+
+
+def _candidates(graph_module: GraphModule) -> list[Candidate]:
+    """All candidates, in the order of the nodes they end at; every covered node also stands alone as it came."""
+    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    matches = sorted(find_matches(graph_module), key=lambda match: order[match.output])
+    found: dict[tuple[str, frozenset[Node]], Candidate] = {}
+    for match in matches:
+        for candidate in candidates_for(match, order):
+            found.setdefault((candidate.label, candidate.nodes), candidate)
+    for node in sorted({node for match in matches for node in match.nodes}, key=order.__getitem__):
+        alone = original([node], "channels_last")
+        found.setdefault((alone.label, alone.nodes), alone)
+    return sorted(found.values(), key=lambda candidate: order[candidate.output])
+
+
+def _place_record(
+    graph_module: GraphModule, choice: Choice, examples: Mapping[Node, Example], order: Mapping[Node, int]
+) -> PlaceRecord:
+    nodes = sorted(choice.chosen.nodes, key=order.__getitem__)
+    weighed = [_candidate_record(evaluation) for evaluation in choice.considered]
+    if choice.parts:
+        label = " + ".join(part.candidate.label for part in choice.parts)
+        weighed.append(CandidateRecord(label, sum(part.milliseconds or 0.0 for part in choice.parts), None))
+    name = module_of(nodes[0]) or nodes[0].name
+    operations = tuple(node.name for node in nodes)
+    flops = _flops(graph_module, original(nodes, "channels_last"), examples)
+    shape = examples[choice.chosen.output].shape
+    return PlaceRecord(
+        name, operations, shape, flops, choice.chosen.label, choice.reason, choice.milliseconds, tuple(weighed)
+    )
+
+
+def _candidate_record(evaluation: Evaluation) -> CandidateRecord:
+    return CandidateRecord(evaluation.candidate.label, evaluation.milliseconds, evaluation.error, evaluation.refusal)
+
+
+def _flops(graph_module: GraphModule, candidate: Candidate, examples: Mapping[Node, Example]) -> int:
+    inputs = {node: examples[node].random() for node in candidate.inputs}
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        runnable(graph_module, candidate, inputs)()
+    return int(counter.get_total_flops())
+
+
+def _faster_of(
+    traced: GraphModule,
+    body: GraphModule,
+    record: EmissionRecord,
+    inputs: tuple[Any, ...],
+    tolerance: float,
+    *,
+    is_measured: bool,
+) -> tuple[GraphModule, EmissionRecord]:
+    """The emitted graph if it is exact and faster than the original in both memory formats, else the original."""
+    originals = {
+        "contiguous": with_constants(traced, copy_of(traced).graph),
+        "channels_last": channels_last_copy(traced),
+    }
+    with torch.no_grad():
+        expected, result = (pytree.tree_leaves(module(*inputs)) for module in (originals["contiguous"], body))
+    pairs = [(a, b) for a, b in zip(result, expected, strict=True) if isinstance(b, Tensor)]
+    error = max((relative_error(a, b) for a, b in pairs), default=0.0)
+    record = replace(record, error=error)
+    if not error <= 10 * tolerance:
+        reason = f"kept the original: the emitted model's error {error:.1e} is above 10 × the tolerance {tolerance:.1e}"
+        return originals["contiguous"], replace(record, kept_original=True, reason=reason)
+    if not is_measured:
+        return body, record
+
+    def call(module: GraphModule) -> Callable[[], object]:
+        return lambda: module(*inputs)
+
+    timings = time_alternately(
+        {"emitted": call(body)} | {name: call(module) for name, module in originals.items()},
+        budget_seconds=MODEL_SECONDS,
+        rounds=MODEL_ROUNDS,
+    )
+    milliseconds = {name: timing.median for name, timing in timings.items()}
+    fastest = min(originals, key=milliseconds.__getitem__)
+    record = replace(record, original_milliseconds=milliseconds[fastest], emitted_milliseconds=milliseconds["emitted"])
+    if milliseconds["emitted"] <= milliseconds[fastest]:
+        return body, record
+    return originals[fastest], replace(
+        record, kept_original=True, reason=f"kept the original in {fastest} memory: it is faster"
+    )
+
+
+@contextmanager
+def _progress_bar(total: int, is_wanted: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, if that is a terminal and rich is installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        is_wanted = False
+    if not is_wanted or not total:
+        yield lambda count: None
+        return
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("timing layers", total=total)
+        yield lambda count: bar.advance(task, count)
