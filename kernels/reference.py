@@ -26,7 +26,7 @@ __all__ = [
     "separable_conv2d",
 ]
 
-Pair = tuple[int, int]
+Pair = tuple[int, ...]
 
 _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda x: x,

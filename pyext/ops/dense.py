@@ -36,9 +36,9 @@ Specs = tuple[TensorSpec | None, ...]
 class ConvOptions(NamedTuple):
     """Keyword arguments of `conv2d`."""
 
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     groups: int = 1
     activation: str = "identity"
 

@@ -33,9 +33,9 @@ __all__ = ["check_depthwise_weight", "depthwise_conv2d"]
 class DepthwiseOptions(NamedTuple):
     """Keyword arguments of `depthwise_conv2d`."""
 
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     activation: str = "identity"
 
 

@@ -27,9 +27,9 @@ class GlobalPoolOptions(NamedTuple):
 class MaxPoolOptions(NamedTuple):
     """Keyword arguments of `max_pool2d`."""
 
-    kernel_size: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int] = (0, 0)
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...] = (0, 0)
 
 
 def _global_shape(tensors: Specs, options: GlobalPoolOptions) -> tuple[int, ...]:

@@ -37,9 +37,9 @@ Specs = tuple[TensorSpec | None, ...]
 class SeparableOptions(NamedTuple):
     """Keyword arguments of `separable_conv2d`."""
 
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     depthwise_activation: str = "identity"
     activation: str = "identity"
 
@@ -47,9 +47,9 @@ class SeparableOptions(NamedTuple):
 class InvertedResidualOptions(NamedTuple):
     """Keyword arguments of `inverted_residual`."""
 
-    stride: tuple[int, int] = (1, 1)
-    padding: tuple[int, int] = (0, 0)
-    dilation: tuple[int, int] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    dilation: tuple[int, ...] = (1, 1)
     expand_activation: str = "identity"
     depthwise_activation: str = "identity"
     activation: str = "identity"

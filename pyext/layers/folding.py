@@ -1,0 +1,69 @@
+"""BatchNorm folded into the convolution before it, kept until one of the two is written to."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["fold", "folded", "is_foldable"]
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """A folded weight and bias, and the state of the tensors that they were made of."""
+
+    state: tuple[tuple[int, int, int], ...]
+    sources: tuple[Tensor, ...]
+    weight: Tensor
+    bias: Tensor
+
+
+_lock = threading.Lock()
+_cache: WeakKeyDictionary[nn.Module, _Folded] = WeakKeyDictionary()
+
+
+def is_foldable(norm: nn.Module | None) -> bool:
+    """Whether a norm is absent, or a BatchNorm that applies its running statistics."""
+    return norm is None or (isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None)
+
+
+def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that computes `norm(convolution(x))` in evaluation mode."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert variance is not None
+    scale = torch.rsqrt(variance + norm.eps)
+    if norm.affine:
+        scale = scale * norm.weight
+    shift = -mean if convolution.bias is None else convolution.bias - mean
+    bias = shift * scale
+    if norm.affine:
+        bias = bias + norm.bias
+    return convolution.weight * scale[:, None, None, None], bias
+
+
+def folded(convolution: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+    """The convolution's weight and bias, with `norm` folded in where there is one.
+
+    What was folded is kept, so that the same tensors come back until the convolution or the norm changes.
+    """
+    if norm is None:
+        return convolution.weight, convolution.bias
+    assert isinstance(norm, nn.BatchNorm2d)
+    if torch.compiler.is_compiling():
+        return fold(convolution, norm)
+    tensors = (convolution.weight, convolution.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    sources = tuple([t for t in tensors if t is not None])
+    state = tuple([(id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in sources])
+    known = _cache.get(norm)
+    if known is None or known.state != state:
+        with torch.no_grad():
+            weight, bias = fold(convolution, norm)
+        known = _Folded(state, sources, weight, bias)
+        with _lock:
+            _cache[norm] = known
+    return known.weight, known.bias
