@@ -323,5 +323,6 @@ def _simplify(graph: Graph) -> None:
 
 
 def _is_whole_slice(node: Node) -> bool:
-    _, _, start, end, step = (*node.args, *(None, 0, None, None, 1)[len(node.args) :])
+    defaults: tuple[Any, ...] = (None, 0, None, None, 1)
+    start, end, step = (*node.args, *defaults[len(node.args) :])[2:]
     return start in (0, None) and step == 1 and end in (None, 2**63 - 1)
