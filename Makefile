@@ -14,7 +14,7 @@ help:
 	@echo 'make test       the tests'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make build      compile what changed of the native modules'
-	@echo 'make bench      kernel microbenchmarks beside the peers'
+	@echo 'make bench      kernels and whole models beside the peers; writes benchmarks/results/'
 	@echo 'make wheel      a wheel in dist/'
 	@echo 'make clean      remove what was built; distclean: the environment and results too'
 
@@ -36,7 +36,8 @@ build: $(INSTALLED)
 	@$(BIN)/python setup.py -q build_ext --inplace
 
 bench: build $(PEERS)
-	$(BIN)/kernelpress bench --peers
+	$(BIN)/python -m pytest $(filter-out %_models.py,$(wildcard benchmarks/bench_*.py)) --record
+	$(BIN)/python benchmarks/bench_models.py
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel . --no-deps -w dist
