@@ -24,10 +24,12 @@ M = TypeVar("M", bound=nn.Module)
 def computes_plainly(x: Tensor, *others: Tensor | None) -> bool:
     """Whether a layer computes in plain PyTorch instead of calling its op.
 
-    It does where a gradient is wanted (so that it trains at PyTorch's own speed), under autocast, and while
-    `torch.export` or `torch.fx` reads the model (so that the graph is portable ATen).
+    It does where a gradient is wanted (so that it trains at PyTorch's own speed), under autocast, on the meta device,
+    and while `torch.export` or `torch.fx` reads the model (so that the graph is portable ATen).
     """
-    if not isinstance(x, Tensor) or torch.compiler.is_exporting() or torch.is_autocast_enabled(x.device.type):
+    if not isinstance(x, Tensor) or torch.compiler.is_exporting() or x.is_meta:
+        return True
+    if torch.is_autocast_enabled(x.device.type):
         return True
     if not torch.is_grad_enabled():
         return False
