@@ -222,10 +222,9 @@ def _bench(options: argparse.Namespace) -> int:
     from kernelpress import bench
 
     families = bench.FAMILIES if options.family is None else (options.family,)
-    roofline = bench.measure_roofline(options.threads)
     for family in families:
         rows = bench.run(family, options.device, options.peers, threads=options.threads)
-        console.print(bench.table(rows, roofline))
+        console.print(bench.table(rows, bench.measure_roofline(options.threads)))
     return 0
 
 

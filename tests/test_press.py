@@ -1,0 +1,291 @@
+"""Recipes, the stages of a run and their resumption, the report."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("pydantic", reason="recipes take pydantic: pip install 'kernelpress[all]'")
+pytest.importorskip("sklearn", reason="the digits are part of scikit-learn: pip install 'kernelpress[all]'")
+
+from kernelpress.emit import CandidateRecord, EmissionRecord, PlaceRecord
+from kernelpress.measure import Comparison
+from kernelpress.press import RequirementError, press
+from kernelpress.recipe import RecipeError, load_recipe
+from kernelpress.report import layer_realisations, render_html
+
+RECIPE = """
+title: tiny
+data: {source: digits, image_size: 16, batch_size: 64}
+model: {name: resnet20, options: {width: 16}}
+train: {epochs: 1, lr: 0.1}
+compress:
+  - prune_channels: {ratio: 0.4, round_to: 4}
+finetune: {epochs: 1, lr: 0.02}
+emit: {threads: 1}
+measure: {rounds: 2, budget_seconds: 0.02, peers: [eager, emitted]}
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    def write(text: str = RECIPE):
+        file = tmp_path / "recipe.yaml"
+        file.write_text(text, encoding="utf-8")
+        return file
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The folder and the report of one whole run."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    report = press(folder / "recipe.yaml", output=folder / "out", tell=lambda _: None, progress=False)
+    return folder / "out", report
+
+
+@pytest.fixture
+def run_again(finished_run, recipe_file, tmp_path):
+    """A function that runs a recipe over a copy of the finished run's folder; returns the lines told and the report."""
+    folder = tmp_path / "out"
+    shutil.copytree(finished_run[0], folder)
+
+    def run(text: str = RECIPE, **options):
+        lines: list[str] = []
+        report = press(recipe_file(text), output=folder, tell=lines.append, progress=False, **options)
+        return lines, report
+
+    run.folder = folder
+    return run
+
+
+def stages_run(lines: list[str]) -> list[str]:
+    """The stages that did their work, by the lines a run told."""
+    return [match[1] for line in lines if (match := re.match(r"(\w+): finished in", line))]
+
+
+class TestRecipe:
+    def refused(self, file) -> str:
+        with pytest.raises(RecipeError) as caught:
+            load_recipe(file)
+        return str(caught.value)
+
+    def test_short_forms_stand_for_mappings(self, recipe_file):
+        recipe = load_recipe(recipe_file("data: digits\nmodel: resnet20\ntrain: {epochs: 3}\n"))
+        assert recipe.data.source == "digits"
+        assert recipe.model.name == "resnet20"
+        assert recipe.train.epochs == 3
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (
+                "model: x\ntrain:\n  epochs: 1\n  epoch: 3\n",
+                r"recipe.yaml:4: train.epoch: unknown key, did you mean 'epochs'",
+            ),
+            (
+                "model: x\nmodle: y\ntrain: {epochs: 1}\n",
+                r":2: modle: unknown key, did you mean 'model'\?; known: title",
+            ),
+            (
+                "model: x\ntrain: {epochs: 1}\ncompress:\n  - prune_chanels: {ratio: 0.5}\n",
+                r":4: compress\[0\].prune_chanels: unknown key, did you mean 'prune_channels'\?; known: prune_channels",
+            ),
+            (
+                "model: x\ntrain: {epochs: 1}\ncompress:\n  - prune_channels:\n      ratio: 1.5\n",
+                r":5: compress\[0\].prune_channels.ratio: input should be less than 1, got 1.5",
+            ),
+            ("model: x\ntrain: {epochs: 1}\ncompress:\n  - {}\n", r":4: compress\[0\]: expected one pass"),
+            ("model: x\nmodel: y\ntrain: {epochs: 1}\n", r":2: model: this key stands twice"),
+            ("train: {epochs: 1}\n", "model: this key is required"),
+            ("model: x\n", r"train: expected this section with epochs above zero, or model.weights"),
+            ("model: x\ntrain: {epochs: one}\n", r":2: train.epochs: input should be a valid integer.*got 'one'"),
+            ("model: x\ntrain: {epochs: 1}\nmeasure: {peers: [compile]}\n", "peers: expected eager among them"),
+            ("a: [1\nb: 2\n", r":2: this is not YAML"),
+            ("\tmodel: x\n", r":1: this is not YAML"),
+            ("", "expected a mapping with the keys title, .*, got nothing"),
+            ("- model\n", "expected a mapping .*, got list"),
+        ],
+    )
+    def test_mistake_is_named_with_its_line(self, recipe_file, text, message):
+        assert re.search(message, self.refused(recipe_file(text)))
+
+    def test_all_mistakes_are_told_at_once(self, recipe_file):
+        assert len(self.refused(recipe_file("model: x\ntrain: {epoch: 1}\nsead: 3\n")).splitlines()) == 3
+
+    def test_missing_file_is_named(self, tmp_path):
+        assert "absent.yaml: the recipe cannot be read: No such file" in self.refused(tmp_path / "absent.yaml")
+
+    def test_binary_file_is_named(self, tmp_path):
+        (tmp_path / "weights.yaml").write_bytes(bytes(range(128, 256)))
+        assert "weights.yaml: the recipe cannot be read: it is not UTF-8 text" in self.refused(
+            tmp_path / "weights.yaml"
+        )
+
+    def test_the_recipe_of_the_demo_is_valid(self, request):
+        recipe = load_recipe(request.config.rootpath / "recipes" / "digits.yaml")
+        assert recipe.require.min_accuracy == 0.97
+        assert recipe.compress[0].name == "prune_channels"
+
+
+class TestRun:
+    def test_all_stages_leave_their_files(self, finished_run):
+        folder, _ = finished_run
+        files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+        assert files == {
+            "dense.safetensors", "compressed.safetensors", "pressed.safetensors", "pressed.pt2",
+            "report.html", "report.json",
+            *(f"stages/{name}.json" for name in ("train", "compress", "finetune", "emit", "measure")),
+        }  # fmt: skip
+
+    def test_pressed_model_is_smaller_and_computes(self, finished_run):
+        import kernelpress
+
+        folder, report = finished_run
+        dense, compressed, pressed = report.accuracies
+        assert pressed.flops <= 0.62 * dense.flops
+        assert compressed.flops == pressed.flops
+        assert pressed.parameters < dense.parameters
+        assert kernelpress.load(folder / "pressed.pt2")(torch.randn(3, 1, 16, 16)).shape == (3, 10)
+        assert report.comparison.speedup("pressed").theoretical == pytest.approx(dense.flops / pressed.flops, rel=1e-3)
+
+    def test_baseline_is_the_fastest_way_in_pytorch(self, finished_run):
+        comparison = finished_run[1].comparison
+        assert comparison.baseline == "dense eager"
+        assert [p.name for p in comparison.profiles] == ["dense eager", "dense emitted", "pressed eager", "pressed"]
+
+    def test_finished_run_does_nothing_again(self, run_again):
+        lines, report = run_again()
+        assert stages_run(lines) == []
+        assert sum("skipped, finished before" in line for line in lines) == 5
+        assert report.comparison.speedup("pressed").measured > 0
+
+    def test_fresh_run_does_everything_again(self, run_again):
+        lines, _ = run_again(fresh=True)
+        assert stages_run(lines) == ["train", "compress", "finetune", "emit", "measure"]
+
+    def test_changed_section_runs_its_stage_and_what_follows(self, run_again):
+        lines, _ = run_again(RECIPE.replace("rounds: 2", "rounds: 3"))
+        assert stages_run(lines) == ["measure"]
+        assert any("the recipe, an earlier stage" in line for line in lines)
+
+    def test_interrupted_run_goes_on_where_it_stopped(self, recipe_file, tmp_path):
+        class Interruption(BaseException):
+            pass
+
+        def stop_at_emit(line: str) -> None:
+            if line.startswith("emit:"):
+                raise Interruption
+
+        with pytest.raises(Interruption):
+            press(recipe_file(), output=tmp_path / "out", tell=stop_at_emit, progress=False)
+        lines: list[str] = []
+        press(recipe_file(), output=tmp_path / "out", tell=lines.append, progress=False)
+        assert stages_run(lines) == ["emit", "measure"]
+
+    @pytest.mark.parametrize("damage", ["truncated", "changed", "deleted"])
+    def test_damaged_file_is_noticed_and_made_again(self, run_again, damage):
+        file = run_again.folder / "pressed.safetensors"
+        content = file.read_bytes()
+        if damage == "deleted":
+            file.unlink()
+        else:
+            file.write_bytes(content[:-100] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
+        lines, _ = run_again()
+        assert "finetune" in stages_run(lines)
+        assert any("finetune: again, because" in line and "pressed.safetensors is" in line for line in lines)
+
+    def test_damaged_record_is_noticed(self, run_again):
+        (run_again.folder / "stages" / "measure.json").write_text("{")
+        lines, _ = run_again()
+        assert stages_run(lines) == ["measure"]
+        assert any("measure.json is damaged" in line for line in lines)
+
+    def test_unmet_requirement_fails_after_the_report_is_written(self, run_again):
+        (run_again.folder / "report.json").unlink()
+        with pytest.raises(
+            RequirementError, match=r"test accuracy, dense: wanted ≥ 100.00%, got .*; speed-up over dense"
+        ):
+            run_again(RECIPE + "require: {min_accuracy: 1.0, faster_than_baseline: 1000}\n")
+        requirements = json.loads((run_again.folder / "report.json").read_text())["requirements"]
+        assert [item["is_met"] for item in requirements] == [False, False]
+
+    def test_output_that_is_a_file_is_refused(self, recipe_file, tmp_path):
+        (tmp_path / "taken").write_text("")
+        with pytest.raises(NotADirectoryError, match=r"output: .*taken"):
+            press(recipe_file(), output=tmp_path / "taken", tell=lambda _: None)
+
+    def test_missing_image_folder_is_named(self, recipe_file, tmp_path):
+        text = RECIPE.replace("source: digits", f"source: {tmp_path}/nowhere")
+        with pytest.raises(FileNotFoundError, match="nowhere does not exist"):
+            press(recipe_file(text), output=tmp_path / "out", tell=lambda _: None)
+
+    def test_unknown_model_lists_the_known(self, recipe_file, tmp_path):
+        with pytest.raises(ValueError, match=r"expected one of .*resnet20.*, got 'resnet21'"):
+            press(recipe_file(RECIPE.replace("resnet20", "resnet21")), output=tmp_path / "out", tell=lambda _: None)
+
+    def test_weights_of_another_model_are_refused(self, finished_run, recipe_file, tmp_path):
+        weights = finished_run[0] / "compressed.safetensors"
+        text = RECIPE.replace("name: resnet20", f"weights: {weights}, name: resnet20")
+        with pytest.raises(ValueError, match=r"weights: .*compressed.safetensors does not fit"):
+            press(recipe_file(text), output=tmp_path / "out", tell=lambda _: None)
+
+    def test_image_folder_is_split_for_testing(self, recipe_file, tmp_path):
+        image = pytest.importorskip("PIL.Image", reason="image folders take Pillow: pip install 'kernelpress[all]'")
+        for index in range(20):
+            folder = tmp_path / "images" / ("dark" if index % 2 else "bright")
+            folder.mkdir(parents=True, exist_ok=True)
+            image.new("RGB", (20, 20), (40, 40, 40) if index % 2 else (220, 220, 220)).save(folder / f"{index}.png")
+        text = RECIPE.replace("source: digits", f"shift: 1, test_fraction: 0.3, source: {tmp_path}/images")
+        text = text.replace("batch_size: 64", "batch_size: 7").replace("peers: [eager, emitted]", "peers: [eager]")
+        report = press(recipe_file(text), output=tmp_path / "out", tell=lambda _: None, progress=False)
+        assert report.accuracies[0].accuracy in {count / 6 for count in range(7)}
+        assert report.layers == ()
+
+
+class TestReport:
+    def test_page_is_self_contained(self, finished_run):
+        page = (finished_run[0] / "report.html").read_text(encoding="utf-8")
+        assert page.count("data:image/svg+xml;base64,") == 4
+        assert not re.search(r'(?:src|href)="(?!data:)', page)
+        assert finished_run[1].headline().split(",")[0] in page
+
+    def test_json_says_the_same(self, finished_run):
+        folder, report = finished_run
+        stored = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        assert stored["headline"] == report.headline()
+        assert Comparison.from_dict(stored["comparison"]) == report.comparison
+        assert EmissionRecord.from_json(stored["emission"]) == report.emission
+        assert stored["machine"]["processor"]
+        assert {"torch", "kernelpress"} <= {name for name, _ in stored["machine"]["versions"]}
+
+    def test_names_in_the_page_are_escaped(self, finished_run):
+        page = render_html(replace(finished_run[1], title="<script>alert(1)</script>"))
+        assert "<script>" not in page
+
+    def test_slower_is_called_slower(self, finished_run):
+        report = replace(
+            finished_run[1], comparison=finished_run[1].comparison.against("pressed"), pressed="dense eager"
+        )
+        ratio = report.comparison.speedup("dense eager").measured
+        assert ("slower" in report.headline()) == (ratio < 1)
+
+    def test_layers_are_matched_across_different_covers(self):
+        def place(name, operations, flops, milliseconds, original_ms):
+            candidates = (CandidateRecord("aten[contiguous]", original_ms, 0.0), CandidateRecord("x", 0.1, 0.0))
+            return PlaceRecord(name, operations, (1, 1), flops, "x", "", milliseconds, candidates)
+
+        dense = EmissionRecord(
+            (place("a", ("conv", "relu"), 100, 1.0, 4.0), place("b", ("conv_1",), 200, 1.0, 2.0)), "cpu"
+        )
+        pressed = EmissionRecord((place("ab", ("conv", "relu", "conv_1"), 100, 2.0, 9.0),), "cpu")
+        (layer,) = layer_realisations(dense, pressed)
+        assert (layer.dense_flops, layer.dense_ms, layer.pressed_ms) == (300, 6.0, 2.0)
+        assert (layer.theoretical, layer.measured, layer.realisation) == (3.0, 3.0, 1.0)
