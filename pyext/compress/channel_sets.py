@@ -37,8 +37,8 @@ class ChannelSets:
         return roots
 
     def unite(self, a: Tensor, b: Tensor, reason: str) -> None:
-        """Makes `a[i]` and `b[i]` one set, for every i; sets that meet `FIXED` are frozen for `reason`."""
-        pairs = torch.stack([self.find(a).flatten(), self.find(b).flatten()])
+        """Makes `a[i]` and `b[i]`, after broadcasting, one set; sets that meet `FIXED` are frozen for `reason`."""
+        pairs = torch.stack([roots.flatten() for roots in torch.broadcast_tensors(self.find(a), self.find(b))])
         for x, y in torch.unique(pairs[:, pairs[0] != pairs[1]], dim=1).T.tolist():
             low, high = sorted((self._root(x), self._root(y)))
             if low == high:

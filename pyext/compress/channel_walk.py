@@ -61,12 +61,13 @@ class ChannelWalk:
         self._labels: dict[Node, Any] = {}
         self._pinned: dict[str, str] = {}
         self._tensors = _canonical_names(model)
+        self._trained = {name for name, _ in model.named_parameters()}
         self.axes: dict[Axis, Tensor] = dict(known_axes or {})
-        self.producers: list[Axis] = []
+        self.producers: dict[Axis, None] = {}
         self.calls: list[LayerCall] = []
 
     def run(self) -> None:
-        """Fills `axes`, `producers` and `calls`."""
+        """Fills `axes`, `producers` (the output axes of trained weights, in order) and `calls`."""
         for node in self._graph.graph.nodes:
             if node.op == "output":
                 for source in node.all_input_nodes:
@@ -165,7 +166,9 @@ class ChannelWalk:
             leaving = torch.full((leaving_count,), FIXED)
         else:
             leaving = self._axis(name, out_dim, leaving_count)
-            self.producers = list(dict.fromkeys([*self.producers, Axis(name, out_dim)]))
+            # A constant weight, such as a selection of channels, says nothing of which matter.
+            if name in self._trained:
+                self.producers[Axis(name, out_dim)] = None
             if groups == 1:
                 self._tie(name, in_dim, entering)
             elif groups == len(entering):
@@ -221,7 +224,7 @@ class ChannelWalk:
             for labels in (a, b):
                 self._sets.freeze(labels, f"{place} combines channels with positions")
         else:
-            self._sets.unite(*torch.broadcast_tensors(compact(a), compact(b)), f"{place} combines channels")
+            self._sets.unite(compact(a), compact(b), f"{place} combines channels")
         return a.expand(shape)
 
     def _same(self, node: Node, args: dict[str, Any]) -> Any:
@@ -249,9 +252,7 @@ class ChannelWalk:
         first = moved
         for axis in axes[:-1]:
             first = first.narrow(axis, 0, 1)
-        self._sets.unite(
-            *torch.broadcast_tensors(compact(moved), compact(first)), f"{_describe(node)} divides channels"
-        )
+        self._sets.unite(compact(moved), compact(first), f"{_describe(node)} divides channels")
         return first.expand(moved.shape)
 
     def _at_fixed_positions(self, node: Node, args: dict[str, Any]) -> Any:
@@ -267,7 +268,7 @@ class ChannelWalk:
             if self._couple_splits and labels.size(dim) % count == 0:
                 first, *others = (compact(part) for part in labels.chunk(count, dim))
                 for part in others:
-                    self._sets.unite(*torch.broadcast_tensors(first, part), f"{_describe(node)} divides channels")
+                    self._sets.unite(first, part, f"{_describe(node)} divides channels")
             else:
                 self._sets.freeze(labels, f"{_describe(node)} divides channels")
         return self._apply(node)

@@ -20,7 +20,7 @@ class Occurrence(NamedTuple):
     """How often a set of channels stands on an axis."""
 
     axis: Axis
-    count: int
+    positions: int
 
 
 @dataclass(frozen=True)
@@ -114,14 +114,14 @@ def _pools(roots: Mapping[Axis, Tensor], producers: Iterable[Axis], sets: Channe
             if sets.frozen_because(root) is None:
                 signatures.setdefault(root, []).append(Occurrence(axis, count))
     members: dict[tuple[Occurrence, ...], list[int]] = {}
-    for root, occurrences in signatures.items():
-        members.setdefault(tuple(occurrences), []).append(root)
+    for root, found in signatures.items():
+        members.setdefault(tuple(found), []).append(root)
     outputs = set(producers)
     pools = []
-    for occurrences, labels in members.items():
+    for occurrences, alike in members.items():
         made_by = tuple(occurrence for occurrence in occurrences if occurrence.axis in outputs)
         if made_by:
-            pools.append(Pool(tuple(sorted(labels)), occurrences, made_by))
+            pools.append(Pool(tuple(sorted(alike)), occurrences, made_by))
     return tuple(pools)
 
 

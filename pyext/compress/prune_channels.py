@@ -265,8 +265,9 @@ def _failure(
 
 def _changes(model: nn.Module, pruned: nn.Module, dependencies: Dependencies) -> tuple[LayerChange, ...]:
     changes = []
+    old, new = dict(named_tensors(model)), dict(named_tensors(pruned))
     for name in dict.fromkeys(call.output.parameter for call in dependencies.calls):
-        before, after = tuple(model.get_parameter(name).shape), tuple(pruned.get_parameter(name).shape)
+        before, after = tuple(old[name].shape), tuple(new[name].shape)
         if before != after:
             changes.append(LayerChange(name.rpartition(".")[0], before, after))
     return tuple(changes)
