@@ -157,7 +157,7 @@ def _keep(context: Context, model: nn.Module, name: str) -> dict[str, Any]:
 
 
 def _load_weights(model: nn.Module, file: Path) -> None:
-    """Load a safetensors file with a state dict. Raises `ValueError` naming it where it is damaged or belongs to another model."""
+    """Load a safetensors file with a state dict; `ValueError` where it is damaged or belongs to another model."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

@@ -47,7 +47,7 @@ def capture(model: EmittedModel, *example_inputs: Any) -> Plan:
     model.body.graph.eliminate_dead_code()
     out_spec = model.body._out_spec
     assert out_spec is not None
-    return Plan(lower(model.body, inputs), spec, out_spec)
+    return Plan(model, lower(model.body, inputs), spec, out_spec)
 
 
 def _own_copy(x: Tensor) -> Tensor:
@@ -64,7 +64,10 @@ class Plan:
     or structure.
     """
 
-    def __init__(self, program: Program, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec) -> None:
+    def __init__(
+        self, model: EmittedModel, program: Program, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec
+    ) -> None:
+        self.model = model
         self._program = program
         self._in_spec, self._out_spec = in_spec, out_spec
         self._lock = threading.Lock()

@@ -22,9 +22,9 @@ def torch_contestants(
 ) -> tuple[dict[str, tuple[Callable[..., Any], tuple[Any, ...]]], dict[str, str]]:
     """Contestants for `compare` by way, and the ways that cannot run here with the reason.
 
-    `eager` is the module as it stands, except that layers of kernelpress, which would run on our kernels, are replaced by
-    PyTorch's own operations; `channels_last` a copy with weights and images in that format; `compile` that
-    copy through Inductor with its weights frozen, compiled here and now. Raises `ValueError` for an unknown way.
+    `eager` is the module as it stands, except that layers of kernelpress, which would run on our kernels, give way to
+    PyTorch's own operations; `channels_last` a copy with weights and images in that format; `compile` that copy through
+    Inductor with its weights frozen, compiled here and now. Raises `ValueError` for an unknown way.
     """
     for way in ways:
         if way not in TORCH_WAYS:
@@ -50,7 +50,7 @@ def torch_contestants(
 
 
 def _in_plain_torch(module: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
-    """`module`, or its exported graph of PyTorch's operations, over the same tensors, if it holds layers of kernelpress."""
+    """`module`, or if it holds layers of kernelpress its graph of PyTorch's operations over the same tensors."""
     if not any(type(part).__module__.startswith("kernelpress.layers.") for part in module.modules()):
         return module
     return trace(module, inputs)
