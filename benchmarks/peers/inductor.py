@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import torch
-import torch._inductor.config as inductor_config
 
 from peers.networks import build_plain_in
 from peers.protocol import Contestant, Job, serve
@@ -18,8 +17,7 @@ def load(job: Job) -> Contestant:
     torch.set_num_threads(job.threads)
     name = sys.argv[2]
     network, x = build_plain_in(job, name)
-    inductor_config.freezing = True
-    compiled = torch.compile(network)
+    compiled = torch.compile(network, options={"freezing": True})
 
     def call() -> torch.Tensor:
         with torch.no_grad():

@@ -61,20 +61,23 @@ def to_plain(network: nn.Module) -> nn.Module:
 
 
 def _plain_layer(layer: nn.Module) -> nn.Module | None:
-    if isinstance(layer, layers.Linear):
+    """PyTorch's own layer for one of ours, `None` for any other module. Raises `ValueError` for a fused activation."""
+    if not isinstance(layer, (layers.Conv2d, layers.PointwiseConv2d, layers.DepthwiseConv2d, layers.Linear)):
+        return None
+    if layer.activation != "identity":
+        raise ValueError(f"network: expected activations that are modules, got {layer.activation} fused into a layer")
+    if isinstance(layer, nn.Linear):
         return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-    if isinstance(layer, (layers.Conv2d, layers.PointwiseConv2d, layers.DepthwiseConv2d)):
-        return nn.Conv2d(
-            layer.in_channels,
-            layer.out_channels,
-            layer.kernel_size,
-            stride=layer.stride,
-            padding=layer.padding,
-            dilation=layer.dilation,
-            groups=layer.groups,
-            bias=layer.bias is not None,
-        )
-    return None
+    return nn.Conv2d(
+        layer.in_channels,
+        layer.out_channels,
+        layer.kernel_size,
+        stride=layer.stride,
+        padding=layer.padding,
+        dilation=layer.dilation,
+        groups=layer.groups,
+        bias=layer.bias is not None,
+    )
 
 
 def export_onnx(network: nn.Module, x: Tensor, path: Path) -> None:

@@ -117,11 +117,7 @@ def onednn_prepacked(case: Case, inputs: LayerInputs) -> Callable[[], Tensor]:
 
 def inductor(case: Case, inputs: LayerInputs) -> Callable[[], Tensor]:
     """`torch.compile` with freezing, in channels_last; compiles at the first call, which takes seconds."""
-    import torch._inductor.config as inductor_config
-
-    network = _Chain(case, inputs).eval()
-    inductor_config.freezing = True
-    compiled = torch.compile(network)
+    compiled = torch.compile(_Chain(case, inputs).eval(), options={"freezing": True})
     return lambda: compiled(inputs.x, inputs.residual)
 
 
