@@ -20,6 +20,8 @@ from kernelpress.measure.units import ABSENT, latency_text, ratio_text
 
 __all__ = ["main", "table"]
 
+TABLE_WIDTH = 130
+
 
 def table(result: ModelResult) -> Table:
     """One network's runtimes as a rich table."""
@@ -67,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args(arguments)
 
-    console = Console()
+    console = Console(width=max(Console().width, TABLE_WIDTH))
     chosen = [runtime for runtime in RUNTIMES if runtime.name in options.runtimes]
     results = []
     for model in options.models:

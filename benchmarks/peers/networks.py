@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -82,4 +83,6 @@ def _plain_layer(layer: nn.Module) -> nn.Module | None:
 
 def export_onnx(network: nn.Module, x: Tensor, path: Path) -> None:
     """Writes `network` as ONNX, exported at the shape of `x`; needs onnx and onnxscript."""
+    # It warns of each torchvision operator that it cannot register where torchvision is absent.
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     torch.onnx.export(network, (x,), path, dynamo=True, verbose=False)

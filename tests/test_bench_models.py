@@ -1,0 +1,188 @@
+"""The whole-model contest and the result files: what they check, skip and write down."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from kernelpress import bench, layers, models
+from kernelpress.bench import Case, Roofline, Stage
+from kernelpress.bench.run import measure_case
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+ROOFLINE = Roofline(
+    threads=1, fma_gflops=100.0, l2_gbs=50.0, llc_gbs=20.0, memory_gbs=10.0, l2_bytes=1000, llc_bytes=10_000
+)
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+
+
+def model_result(**rounds_ms: tuple[float, ...]) -> Any:
+    from peers.contest import ModelResult, RuntimeResult
+
+    results = [
+        RuntimeResult(name, "as it is", rounds, 1e-6, 0.0) if rounds else RuntimeResult(name, skipped="not installed")
+        for name, rounds in rounds_ms.items()
+    ]
+    return ModelResult("mobilenet_v1", 1, 224, 2, 7, 30, tuple(results))
+
+
+@pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1", "mobilenet_v2"])
+def test_the_plain_twin_computes_the_same_without_our_layers(name: str) -> None:
+    from peers.networks import to_plain
+
+    network = models.create(name, num_classes=10).eval()
+    twin = to_plain(models.create(name, num_classes=10)).eval()
+    twin.load_state_dict(network.state_dict())
+    ours = (layers.Conv2d, layers.DepthwiseConv2d, layers.PointwiseConv2d, layers.Linear)
+    assert not any(isinstance(module, ours) for module in twin.modules())
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        expected, result = network.double()(x.double()), twin(x)
+    assert float((result - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_a_fused_activation_has_no_plain_twin() -> None:
+    from peers.networks import to_plain
+
+    with pytest.raises(ValueError, match="relu fused into a layer"):
+        to_plain(nn.Sequential(layers.Conv2d(3, 4, 3, activation="relu")))
+
+
+def test_prepared_weights_are_the_same_in_every_process_and_values_keep_their_size(tmp_path: Path) -> None:
+    from peers.networks import build, prepare
+    from peers.protocol import Job
+
+    job = Job("mobilenet_v1", "eager", str(tmp_path), 1, 2, 1)
+    network = prepare(job, 32, seed=3)
+    x = torch.from_numpy(job.load_input())
+    assert x.shape == (2, 3, 32, 32)
+    with torch.no_grad():
+        expected = network(x)
+        for plain in (True, False):
+            assert float((build(job, plain=plain)(x) - expected).norm() / expected.norm()) < 1e-5
+    assert 1e-3 < float(expected.std()) < 1e3
+    assert any(float(norm.bias.detach().std()) > 0 for norm in network.modules() if isinstance(norm, nn.BatchNorm2d))
+
+
+def test_runtimes_answer_in_turn_agree_and_are_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peers import contest
+
+    monkeypatch.setattr(contest, "SETTLE_SECONDS", 0.0)
+    runtimes = [
+        contest.Runtime("eager", "eager", ("contiguous",)),
+        contest.Runtime("eager channels_last", "eager", ("channels_last",)),
+        contest.Runtime("nobody", "no_such_runtime"),
+    ]
+    said: list[str] = []
+    result = contest.compare(
+        "resnet20", runtimes=runtimes, threads=1, size=16, rounds=2, iterations=2, report=said.append
+    )
+    eager, channels_last, nobody = result.runtimes
+    for runtime in (eager, channels_last):
+        assert runtime.skipped is None
+        assert len(runtime.rounds_ms) == 2
+        assert min(runtime.rounds_ms) > 0
+        assert runtime.relative_error is not None
+        assert runtime.relative_error < 1e-4
+    assert nobody.rounds_ms == ()
+    assert nobody.skipped is not None
+    assert "no_such_runtime" in nobody.skipped
+    assert len(said) == 3
+
+
+class Answer:
+    """Stands for a runtime's process that computed `logits`."""
+
+    def __init__(self, logits: list[float]) -> None:
+        self.logits = np.array([logits])
+        self.stopped = False
+
+    def output(self) -> np.ndarray[Any, Any]:
+        return self.logits
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+def test_a_runtime_that_computes_something_else_leaves_the_contest() -> None:
+    from peers import contest
+
+    running: Any = {"eager": Answer([1.0, -2.0]), "close": Answer([1.0, -2.0001]), "wrong": Answer([1.0, -2.1])}
+    broken = Answer([float("nan"), 1.0])
+    running["broken"] = broken
+    results = {name: contest.RuntimeResult(name) for name in running}
+    contest._check_outputs(results, running)
+    assert list(running) == ["eager", "close"]
+    assert results["close"].relative_error == pytest.approx(5e-5)
+    assert results["wrong"].skipped == "logits differ from eager's by 5.0e-02"
+    assert results["broken"].skipped is not None
+    assert broken.stopped
+
+
+def test_ratios_are_between_best_rounds_of_ours_and_of_the_best_peer() -> None:
+    result = model_result(eager=(9.0, 8.0), OpenVINO=(5.0, 4.0, 6.0), kernelpress=(3.0, 2.0), absent=())
+    peer = result.best_peer()
+    assert peer.runtime == "OpenVINO"
+    assert result.ratio("kernelpress") == pytest.approx(2.0)
+    assert result.ratio("eager") == pytest.approx(0.5)
+    assert result.ratio("absent") is None
+
+
+def test_the_page_shows_what_was_saved_losses_and_skips_included(tmp_path: Path) -> None:
+    import recording
+
+    path = recording.save("models", [model_result(OpenVINO=(5.0, 4.0), kernelpress=(8.0, 9.0), Other=())], tmp_path)
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    assert saved["results"][0]["runtimes"][1]["rounds_ms"] == [8.0, 9.0]
+    assert saved["machine"]["processor"] == bench.describe_machine().processor
+    assert saved["date"]
+    case = Case("dense", "pointwise_conv2d", "test", 5, (Stage(12, 7, activation="relu6"),))
+    row = measure_case(case, ROOFLINE, peers=True, rounds=1, budget_seconds=0.005)
+    recording.save("dense", [row], tmp_path, roofline=ROOFLINE)
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "Best peer: OpenVINO; ours takes 2.00 of its time." in page
+    assert "| OpenVINO | 4.00 | 4.50 | 5.00 | 0.50× |" in page
+    assert "skipped: not installed" in page
+    assert row.layer in page
+    assert "FMA 100 GFLOP/s" in page
+    assert not list(tmp_path.rglob(".*"))
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import recording
+
+    path = tmp_path / "file"
+    path.write_text("old", encoding="utf-8")
+
+    def full_disk(source: str, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(recording.os, "replace", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        recording._write(path, "new")
+    assert path.read_text(encoding="utf-8") == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_table_of_a_network_names_winner_and_skips(capsys: pytest.CaptureFixture[str]) -> None:
+    from bench_models import table
+    from rich.console import Console
+
+    result = model_result(OpenVINO=(5.0, 4.0), kernelpress=(2.0, 3.0), Other=())
+    Console(width=160).print(table(result))
+    printed = capsys.readouterr().out
+    assert "2.00×" in printed
+    assert "best peer: OpenVINO; ours takes 0.50 of its time" in printed
+    assert "skipped: not installed" in printed
