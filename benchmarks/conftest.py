@@ -11,11 +11,14 @@ import pytest
 import recording
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from rich.console import Console
 
-from kernelpress.bench import Case, Roofline, Row, cases, measure_roofline
+from kernelpress.bench import Case, Roofline, Row, cases, measure_roofline, table
 from kernelpress.bench.ours import fused
 from kernelpress.bench.peers import random_inputs
-from kernelpress.bench.run import measure_case
+from kernelpress.bench.run import judged, measure_case
+
+TABLE_WIDTH = 160
 
 _rows = pytest.StashKey[dict[str, list[Row]]]()
 
@@ -86,20 +89,20 @@ def bench(benchmark: BenchmarkFixture, roofline: Roofline, pytestconfig: pytest.
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    config = session.config
-    if not config.getoption("record"):
+    """Judges the rows by the best roofline seen, and records them if asked to."""
+    stashed = session.config.stash[_rows]
+    if not stashed:
         return
-    for family, rows in config.stash[_rows].items():
-        recording.save(family, rows, roofline=measure_roofline(config.getoption("threads")))
+    roofline = measure_roofline(session.config.getoption("threads"), again=True)
+    for family, rows in stashed.items():
+        stashed[family] = judged(rows, roofline)
+        if session.config.getoption("record"):
+            recording.save(family, stashed[family], roofline=roofline)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    from rich.console import Console
-
-    from kernelpress.bench import table
-
     for rows in config.stash[_rows].values():
-        console = Console(width=160)
+        console = Console(width=TABLE_WIDTH)
         with console.capture() as captured:
             console.print(table(rows, measure_roofline(config.getoption("threads"))))
         terminalreporter.write_line(captured.get())

@@ -214,6 +214,17 @@ def test_the_measured_roofline_is_plausible() -> None:
     assert roofline.l2_bytes <= roofline.llc_bytes
 
 
+def test_measuring_again_only_raises_the_roofline(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernelpress.bench import roofline as module
+
+    higher = replace(ROOFLINE, fma_gflops=120.0, l2_gbs=40.0, memory_gbs=11.0)
+    measured = iter([ROOFLINE, higher])
+    monkeypatch.setattr(module, "_best_so_far", {})
+    monkeypatch.setattr(module, "_measure", lambda threads: next(measured))
+    assert bench.measure_roofline(1) is bench.measure_roofline(1) is ROOFLINE
+    assert bench.measure_roofline(1, again=True) == replace(ROOFLINE, fma_gflops=120.0, memory_gbs=11.0)
+
+
 def test_the_table_shows_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     rich = pytest.importorskip("rich.console", reason="rich prints the table; the extra `cli` installs it")
     rows = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +20,7 @@ from kernelpress.measure.units import ABSENT, latency_text, ratio_text
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["Contestant", "Row", "measure_case", "run", "table"]
+__all__ = ["Contestant", "Row", "judged", "measure_case", "run", "table"]
 
 DEVICES = ("cpu",)
 OURS = "kernelpress"
@@ -51,8 +51,8 @@ class Row:
     backend: str
     ms: float
     spread: float
-    gflops: float
-    gbs: float
+    flops: int
+    traffic_bytes: int
     roofline_fraction: float | None
     """Least time that this machine's measured peaks allow ÷ measured time."""
     limited_by: str | None
@@ -64,6 +64,16 @@ class Row:
     relative_error: float
     """Against eager on the same float32 inputs."""
     contestants: tuple[Contestant, ...]
+
+    @property
+    def gflops(self) -> float:
+        """GFLOP/s reached."""
+        return self.flops / self.ms * 1e-6
+
+    @property
+    def gbs(self) -> float:
+        """GB/s of compulsory traffic reached."""
+        return self.traffic_bytes / self.ms * 1e-6
 
 
 def run(
@@ -91,7 +101,7 @@ def run(
         raise ValueError(f"device: expected one of {', '.join(DEVICES)}, which have kernels; got {device!r}")
     chosen = cases(family, batch=batch) if only is None else tuple(only)
     roofline = measure_roofline(threads)
-    return [
+    rows = [
         measure_case(
             case,
             roofline,
@@ -101,6 +111,21 @@ def run(
             budget_seconds=budget_seconds,
         )
         for case in chosen
+    ]
+    return judged(rows, measure_roofline(threads, again=True))
+
+
+def judged(rows: Sequence[Row], roofline: Roofline) -> list[Row]:
+    """The rows, with what they reach of `roofline`."""
+    return [
+        replace(
+            row,
+            roofline_fraction=None
+            if (bound := roofline.bound_ms(row.flops, row.traffic_bytes)) is None
+            else bound / row.ms,
+            limited_by=roofline.limited_by(row.flops, row.traffic_bytes),
+        )
+        for row in rows
     ]
 
 
@@ -133,7 +158,8 @@ def measure_case(
                 raise RuntimeError(f"{case.op} {case.label}: {name} differs from eager by {error:.1e} (relative)")
         timings = time_alternately(calls, budget_seconds=budget_seconds, rounds=rounds)
         backend = ours.backend_of(case, inputs)
-    return _row(case, roofline, backend, timings, errors[OURS], [name for name in competitors if name in timings])
+    row = _row(case, roofline.threads, backend, timings, errors[OURS], [n for n in competitors if n in timings])
+    return judged([row], roofline)[0]
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
@@ -143,24 +169,23 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
 
 
 def _row(
-    case: Case, roofline: Roofline, backend: str, timings: dict[str, Timing], error: float, peer_names: Sequence[str]
+    case: Case, threads: int, backend: str, timings: dict[str, Timing], error: float, peer_names: Sequence[str]
 ) -> Row:
     mine = timings[OURS]
-    bound = roofline.bound_ms(case.flops, case.traffic_bytes)
     best_peer = min(peer_names, key=lambda name: timings[name].median, default=None)
     return Row(
         family=case.family,
         op=case.op,
         network=case.network,
         layer=case.label,
-        threads=roofline.threads,
+        threads=threads,
         backend=backend,
         ms=mine.median,
         spread=mine.spread,
-        gflops=case.flops / mine.median * 1e-6,
-        gbs=case.traffic_bytes / mine.median * 1e-6,
-        roofline_fraction=None if bound is None else bound / mine.median,
-        limited_by=roofline.limited_by(case.flops, case.traffic_bytes),
+        flops=case.flops,
+        traffic_bytes=case.traffic_bytes,
+        roofline_fraction=None,
+        limited_by=None,
         best_peer=best_peer,
         ratio=None if best_peer is None else timings[best_peer].median / mine.median,
         unfused_ratio=timings[UNFUSED].median / mine.median if UNFUSED in timings else None,
