@@ -119,7 +119,9 @@ def _press(options: argparse.Namespace) -> int:
 
     failure: RequirementError | None = None
     try:
-        report = press(options.recipe, output=options.output, fresh=options.fresh, tell=tell)
+        report = press(
+            options.recipe, output=options.output, fresh=options.fresh, tell=tell, progress=console.is_terminal
+        )
     except RequirementError as error:
         failure, report = error, error.report
     _print_comparison(console, report.comparison, report.pressed)

@@ -15,6 +15,7 @@ from kernelpress.measure.latency import threads_set_to
 from kernelpress.recipe import Recipe, load_recipe
 from kernelpress.report import (
     AccuracyPoint,
+    LayerRealisation,
     Report,
     Requirement,
     commit_of,
@@ -120,12 +121,19 @@ def _report(context: Context) -> Report:
         comparison=comparison,
         pressed=PRODUCT,
         accuracies=accuracies,
-        layers=layer_realisations(EmissionRecord.from_json(dense_record), emission) if dense_record else (),
+        layers=_layers(dense_record, emission),
         emission=emission,
         requirements=_requirements(recipe, comparison, accuracies),
         stage_seconds=dict(context.seconds),
-        notes=tuple(results["measure"]["notes"]),
+        notes=(*results["measure"]["notes"], *([f"emission {emission.reason}"] if emission.kept_original else [])),
     )
+
+
+def _layers(dense_record: dict[str, Any] | None, pressed: EmissionRecord) -> tuple[LayerRealisation, ...]:
+    """What runs at each place; nothing where the places were weighed but the original model was kept."""
+    if dense_record is None or pressed.kept_original:
+        return ()
+    return layer_realisations(EmissionRecord.from_json(dense_record), pressed)
 
 
 def _point(name: str, stage: dict[str, Any], accuracy: float, latency_ms: float | None) -> AccuracyPoint:

@@ -280,6 +280,9 @@ class TestUnits:
             (memory_text(512), "512 B"),
             (latency_text(0.0123), "12.3 µs"),
             (latency_text(1.2345), "1.23 ms"),
+            (latency_text(7.0), "7.00 ms"),
+            (latency_text(999.7), "1000 ms"),
+            (latency_text(123.4), "123 ms"),
         ],
     )
     def test_numbers_carry_their_units(self, text, expected):

@@ -253,7 +253,8 @@ class TestRun:
 class TestReport:
     def test_page_is_self_contained(self, finished_run):
         page = (finished_run[0] / "report.html").read_text(encoding="utf-8")
-        assert page.count("data:image/svg+xml;base64,") == 4
+        # Emission may have kept this small model as it was: then there is no place to compare.
+        assert page.count("data:image/svg+xml;base64,") == 3 + bool(finished_run[1].layers)
         assert not re.search(r'(?:src|href)="(?!data:)', page)
         assert finished_run[1].headline().split(",")[0] in page
 

@@ -18,6 +18,10 @@ def _scaled(value: float, step: float, prefixes: Sequence[str], unit: str) -> st
     return f"{value:.{digits}f} {prefixes[power]}{unit}".rstrip()
 
 
+def _three_digits(value: float) -> str:
+    return f"{value:#.3g}".rstrip(".") if value < 999.5 else f"{value:.0f}"
+
+
 def count_text(value: int | None, unit: str = "") -> str:
     """`3504872` as `3.50 M`; `None` as a dash."""
     return ABSENT if value is None else _scaled(value, 1000.0, ("", "k", "M", "G", "T"), unit)
@@ -31,13 +35,13 @@ def memory_text(value: int | None) -> str:
 def latency_text(milliseconds: float) -> str:
     """Milliseconds with three significant digits and their unit (µs below a tenth of a millisecond)."""
     if milliseconds < 0.1:
-        return f"{milliseconds * 1e3:.3g} µs"
-    return f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds:.0f} ms"
+        return f"{_three_digits(milliseconds * 1e3)} µs"
+    return f"{_three_digits(milliseconds)} ms"
 
 
 def energy_text(joules: float | None) -> str:
     """Joules as `12.3 mJ`; `None` as a dash."""
-    return ABSENT if joules is None else f"{joules * 1e3:.3g} mJ"
+    return ABSENT if joules is None else f"{_three_digits(joules * 1e3)} mJ"
 
 
 def ratio_text(ratio: float | None) -> str:

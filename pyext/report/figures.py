@@ -86,20 +86,20 @@ def latency_figure(comparison: Comparison, pressed: str) -> str:
 
 
 def realisation_figure(layers: Sequence[LayerRealisation]) -> str:
-    """Per place, a bar to the measured speed-up and a mark at the theoretical one, on a logarithmic axis around 1."""
+    """Per place with FLOPs, a bar to the measured speed-up and a mark at the theoretical one; logarithmic around 1."""
     import matplotlib as mpl
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    kept = set(sorted(layers, key=lambda layer: layer.dense_ms, reverse=True)[:MAX_LAYERS])
-    shown = [layer for layer in layers if layer in kept]
+    counted = [layer for layer in layers if layer.theoretical is not None]
+    kept = set(sorted(counted, key=lambda layer: layer.dense_ms, reverse=True)[:MAX_LAYERS])
+    shown = [layer for layer in counted if layer in kept]
     with mpl.rc_context(STYLE):
         figure, axes = _new_figure(7.6, 1.1 + 0.24 * len(shown))
         places = range(len(shown))
         colours = [ACCENT if layer.measured >= 1 else LOSS for layer in shown]
         axes.barh(places, [layer.measured - 1 for layer in shown], left=1, color=colours, height=0.6)
-        marks = [(layer.theoretical, place) for place, layer in zip(places, shown, strict=True) if layer.theoretical]
-        axes.scatter([x for x, _ in marks], [y for _, y in marks], marker="D", s=22, color=INK, zorder=3)
+        axes.scatter([layer.theoretical or 1.0 for layer in shown], places, marker="D", s=22, color=INK, zorder=3)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
         axes.axvline(1, color=INK, linewidth=1)
@@ -139,8 +139,8 @@ def accuracy_figure(points: Sequence[AccuracyPoint], *, against: str) -> str:
                 f"{point.name}\n{100 * point.accuracy:.1f} %", (cost, 100 * point.accuracy),
                 xytext=(7, 0), textcoords="offset points", fontsize=8.5, va="center",
             )  # fmt: skip
-        axes.margins(x=0.35, y=0.3)
-        axes.set_xlim(left=0)
+        axes.margins(y=0.3)
+        axes.set_xlim(0, 1.35 * max(cost for _, cost in shown))
         axes.set_xlabel("latency [ms]" if against == "latency" else "MFLOP per inference")
         axes.set_ylabel("test accuracy [%]")
         axes.grid()
