@@ -358,3 +358,18 @@ def test_two_processes_train_one_model_and_share_the_evaluation(tmp_path: Path, 
     assert first["whole"] > 0.8
     settings = read_record(tmp_path / CHECKPOINT_NAME)["settings"]
     assert settings["steps_per_epoch"] == 5, "37 images in 10 batches of 4, shared by two"
+
+
+def test_weights_come_back_in_the_layout_they_had() -> None:
+    first, second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, padding=1).to(memory_format=torch.channels_last)
+    third = nn.Conv2d(4, 5, 3)
+    seen = []
+    third.register_forward_hook(lambda layer, *_: seen.append(is_channels_last(layer.weight)))
+    train(nn.Sequential(first, second, third, nn.Flatten(), nn.Linear(20, CLASSES)), noisy_loader(), epochs=1)
+    assert seen == [True] * 7
+    assert is_channels_last(second.weight)
+    assert third.weight.is_contiguous()
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last)

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -67,6 +67,19 @@ class _Settings:
     label_smoothing: float
     seed: int
 
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs: expected at least 1, got {self.epochs}")
+        if not self.lr > 0:
+            raise ValueError(f"lr: expected above 0, got {self.lr}")
+        if not self.weight_decay >= 0:
+            raise ValueError(f"weight_decay: expected zero or more, got {self.weight_decay}")
+        if self.optimizer not in ("sgd", "adamw"):
+            raise ValueError(f"optimizer: expected sgd or adamw, got {self.optimizer!r}")
+        for name in ("momentum", "warmup", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 0 and below 1, got {getattr(self, name)}")
+
 
 def finetune(
     model: nn.Module,
@@ -95,26 +108,15 @@ def finetune(
 
     With `checkpoint_dir`, each epoch ends with a checkpoint there, and a call with the same settings goes on from it.
     Started by `torchrun` or `accelerate launch`, every process trains on its share of the batches on its own device
-    (so the batch is that of `loader` times the processes) and the model returns to the device it came from.
+    (so the batch is that of `loader` times the processes) and the model comes back on its own.
 
     Raises `ValueError` for settings out of range, an empty loader or a checkpoint of another training,
     `FloatingPointError` where the loss stops being finite, `ImportError` without accelerate.
     """
-    _check(model, loader, epochs, lr, weight_decay, optimizer, momentum, warmup, label_smoothing, teacher, losses)
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import DataLoaderConfiguration
-    except ImportError as error:
-        raise ImportError("training takes accelerate: pip install 'kernelpress[train]'") from error
-
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed))
-    home = next(model.parameters()).device
-    was_training = model.training
-    chosen = _optimizer(model, optimizer, lr, weight_decay, momentum)
-    wrapped, chosen, batches = accelerator.prepare(model, chosen, loader)
+    _check_parts(model, loader, teacher, losses)
     settings = _Settings(
         epochs=epochs,
-        steps_per_epoch=len(batches),
+        steps_per_epoch=len(loader),
         lr=lr,
         weight_decay=weight_decay,
         optimizer=optimizer,
@@ -123,33 +125,37 @@ def finetune(
         label_smoothing=label_smoothing,
         seed=seed,
     )
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import DataLoaderConfiguration
+    except ImportError as error:
+        raise ImportError("training takes accelerate: pip install 'kernelpress[train]'") from error
+
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed))
     checkpoint = Path(checkpoint_dir) / CHECKPOINT_NAME if checkpoint_dir is not None else None
     history: list[EpochRecord] = []
-    try:
+    with _restored(model), _restored(teacher), _random_state_kept(accelerator.device):
+        _weights_to_channels_last(model)
+        if teacher is not None:
+            teacher.to(accelerator.device).eval()
+        wrapped, steps, batches = accelerator.prepare(model, _optimizer(model, settings), loader)
+        settings = replace(settings, steps_per_epoch=len(batches))
         if checkpoint is not None and checkpoint.exists():
             history = _history_of(checkpoint, settings)
-            load_checkpoint(checkpoint, model, chosen)
-        with (
-            _fixed(teacher, accelerator.device),
-            _seeds_kept(accelerator.device),
-            _progress_bar(progress and accelerator.is_main_process, settings, len(history)) as advance,
-        ):
+            load_checkpoint(checkpoint, model, steps)
+        with _progress_bar(progress and accelerator.is_main_process, settings, len(history)) as advance:
             for epoch in range(len(history), epochs):
                 started = time.perf_counter()
                 torch.manual_seed((seed * epochs + epoch) * accelerator.num_processes + accelerator.process_index)
                 batches.set_epoch(epoch)
-                loss = _train_epoch(accelerator, wrapped, chosen, batches, settings, epoch, teacher, losses, advance)
+                loss = _train_epoch(accelerator, wrapped, steps, batches, settings, epoch, teacher, losses, advance)
                 accuracy = evaluate(model, val_loader) if val_loader is not None else None
-                history.append(
-                    EpochRecord(epoch, loss, accuracy, chosen.param_groups[0]["lr"], time.perf_counter() - started)
-                )
+                rate = steps.param_groups[0]["lr"]
+                history.append(EpochRecord(epoch, loss, accuracy, rate, time.perf_counter() - started))
                 if checkpoint is not None and accelerator.is_main_process:
                     record = {"settings": asdict(settings), "history": [asdict(entry) for entry in history]}
-                    save_checkpoint(checkpoint, model, chosen, record)
+                    save_checkpoint(checkpoint, model, steps, record)
                 accelerator.wait_for_everyone()
-    finally:
-        model.train(was_training)
-        model.to(home)
     accuracies = [entry.accuracy for entry in history if entry.accuracy is not None]
     return FinetuneResult(
         history=tuple(history),
@@ -204,18 +210,8 @@ def _train_epoch(
     return mean
 
 
-def _check(
-    model: nn.Module,
-    loader: DataLoader[Any],
-    epochs: int,
-    lr: float,
-    weight_decay: float,
-    optimizer: str,
-    momentum: float,
-    warmup: float,
-    label_smoothing: float,
-    teacher: nn.Module | None,
-    losses: Sequence[TeacherLoss],
+def _check_parts(
+    model: nn.Module, loader: DataLoader[Any], teacher: nn.Module | None, losses: Sequence[TeacherLoss]
 ) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"model: expected parameters to train, {type(model).__name__} has none")
@@ -223,33 +219,22 @@ def _check(
         raise TypeError(f"loader: expected a torch DataLoader, got {type(loader).__name__}")
     if len(loader) == 0:
         raise ValueError("loader: expected at least one batch, got none")
-    if epochs < 1:
-        raise ValueError(f"epochs: expected at least 1, got {epochs}")
-    if not lr > 0:
-        raise ValueError(f"lr: expected above 0, got {lr}")
-    if not weight_decay >= 0:
-        raise ValueError(f"weight_decay: expected zero or more, got {weight_decay}")
-    if optimizer not in ("sgd", "adamw"):
-        raise ValueError(f"optimizer: expected sgd or adamw, got {optimizer!r}")
-    for name, fraction in (("momentum", momentum), ("warmup", warmup), ("label_smoothing", label_smoothing)):
-        if not 0 <= fraction < 1:
-            raise ValueError(f"{name}: expected at least 0 and below 1, got {fraction}")
     if teacher is None and losses:
         raise ValueError(f"teacher: expected a module for the {len(losses)} losses that compare with it, got None")
     if teacher is not None and not losses:
         raise ValueError("losses: expected at least one that compares with the teacher, got none")
 
 
-def _optimizer(model: nn.Module, name: str, lr: float, weight_decay: float, momentum: float) -> torch.optim.Optimizer:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _optimizer(model: nn.Module, settings: _Settings) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim > 1], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim <= 1], "weight_decay": 0.0},
+        {"params": [parameter for parameter in trained if parameter.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if name == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
-    return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0)
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
 
 
 def _history_of(checkpoint: Path, settings: _Settings) -> list[EpochRecord]:
@@ -264,24 +249,34 @@ def _history_of(checkpoint: Path, settings: _Settings) -> list[EpochRecord]:
     return [EpochRecord(**entry) for entry in record["history"]]
 
 
+def _weights_to_channels_last(model: nn.Module) -> None:
+    """Training is about 1.5 times as fast so, on a CPU as on a GPU with tensor cores."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
 @contextmanager
-def _fixed(teacher: nn.Module | None, device: torch.device) -> Iterator[None]:
-    """Has `teacher` on `device` in eval mode; gives it its mode and device back."""
-    if teacher is None:
+def _restored(module: nn.Module | None) -> Iterator[None]:
+    """Gives `module` its device, its modes and the memory layout of its weights back."""
+    if module is None:
         yield
         return
-    home = next((parameter.device for parameter in teacher.parameters()), device)
-    was_training = teacher.training
-    teacher.to(device).eval()
+    device = next((parameter.device for parameter in module.parameters()), None)
+    modes = [(child, child.training) for child in module.modules()]
+    contiguous = [tensor for tensor in (*module.parameters(), *module.buffers()) if tensor.is_contiguous()]
     try:
         yield
     finally:
-        teacher.train(was_training)
-        teacher.to(home)
+        for child, mode in modes:
+            child.training = mode
+        for tensor in contiguous:
+            tensor.data = tensor.data.contiguous()
+        module.to(device)
 
 
 @contextmanager
-def _seeds_kept(device: torch.device) -> Iterator[None]:
+def _random_state_kept(device: torch.device) -> Iterator[None]:
     """Leaves the caller's random state as it was."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
