@@ -54,6 +54,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/python
+	@echo 'Installing into $(VENV) and compiling the kernels: some minutes the first time'
 	$(PIP) setuptools pybind11 ninja
 	$(PIP) --no-build-isolation -e '.[all,test,dev]'
 	@touch $@

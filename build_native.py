@@ -21,6 +21,7 @@ import pybind11
 from ninja.ninja_syntax import Writer
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 __all__ = ["BuildNative", "build", "cpu_variants", "find_nvcc", "native_modules"]
 
@@ -78,7 +79,10 @@ class BuildNative(build_ext):
         root = Path(__file__).resolve().parent
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        built = build(root, kind=ext.name.rpartition("._")[2])
+        try:
+            built = build(root, kind=ext.name.rpartition("._")[2])
+        except subprocess.CalledProcessError as error:
+            raise CompileError(f"{ext.name}: not built; the compiler's message is above") from error
         # Renamed into place: a running process may have the old file mapped.
         shutil.copy2(built, target.with_suffix(".new"))
         os.replace(target.with_suffix(".new"), target)
@@ -87,7 +91,7 @@ class BuildNative(build_ext):
 def build(root: Path, kind: str) -> Path:
     """Compiles what changed of module `_{kind}` ("cpu" or "cuda") of the tree `root`; returns the shared library.
 
-    Raises: RuntimeError where there is no compiler, subprocess.CalledProcessError where compiling fails.
+    Raises: RuntimeError where compiler or Python headers are missing, CalledProcessError where compiling fails.
     """
     folder = root / BUILD_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +193,12 @@ def _python_tag() -> str:
 
 
 def _python_flags() -> list[str]:
-    return [f"-isystem {sysconfig.get_path('include')}", f"-isystem {pybind11.get_include()}"]
+    headers = sysconfig.get_path("include")
+    if not (Path(headers) / "Python.h").exists():
+        raise RuntimeError(
+            f"Python.h: not found in {headers}; install this Python's headers (python3-dev, python3-devel)"
+        )
+    return [f"-isystem {headers}", f"-isystem {pybind11.get_include()}"]
 
 
 def _cxx() -> str:
