@@ -1,13 +1,12 @@
 // Depthwise convolution, channels_last.     y[n, p, q, c] = act(bias[c] + residual + Σ_rs x[n, p·S-P+r·D, q·S-P+s·D, c/m] · w[r, s, c])
 //
-//       column table of a strip                    one tile: one output row × kStrip pixels × one vector of channels
-//   r ─┬──┬──┬──┬──┬──┬──                          An input vector is loaded once per kernel row and feeds every tap and output
-//      │p₀│p₁│p₂│ …   │ 0│   0 = zeros            that touches it; the taps of the row and the accumulators stay in registers.
+//       column table of a strip                    one tile: one or two output rows × kStrip pixels × one vector of channels
+//   h ─┬──┬──┬──┬──┬──┬──                          An input vector is loaded once and feeds every tap and output of the tile
+//      │p₀│p₁│p₂│ …   │ 0│   0 = zeros            that it touches; taps and accumulators stay in registers.
 //      └──┴──┴──┴──┴──┴──┘   (padding)             The addresses of a strip's columns are looked up in a table that is made once
 //                                                  for all channels, so that borders cost no branch.
 //   bound: FMA ports in cache, bandwidth beyond it
 //
-// A strip is walked over a few output rows per vector of channels, which finds the input rows they share in the first-level cache.
 // One task: a run of output rows over all images. A channel multiplier m > 1 widens each band of input rows to C·m channels in
 // scratch first, so that one kernel serves both.
 #include "depthwise_rows.h"
@@ -18,7 +17,7 @@ namespace kernelpress::KERNELPRESS_ISA {
 namespace {
 
 constexpr int kStrip = kLanes == 4 ? 4 : 7;   // output pixels of a tile; the maps of the usual networks are multiples of 7 wide
-constexpr int kRowGroup = 4;                  // output rows that share a column table
+constexpr int kRowsOf3x3 = kLanes == 16 ? 2 : 1;  // output rows of a 3×3 tile: 14 accumulators and 9 taps of 32 registers
 constexpr int64_t kMaxTableChannels = 4096;   // wider inputs take depthwise_row_any
 alignas(64) const float kZeros[kMaxTableChannels] = {};
 
@@ -36,68 +35,120 @@ struct Columns {
 
 template <int kKernel, int kStride>
 KP_INLINE void look_up(Columns<kKernel, kStride>& columns, const DepthwiseProblem& g, const float* row, int64_t first_column) {
-  for (int j = 0; j < Columns<kKernel, kStride>::kCount; ++j) {
-    const int64_t column = first_column + j;
-    columns.at[j] = column >= 0 && column < g.in_w ? row + column * g.x_stride : kZeros;
+  constexpr int kCount = Columns<kKernel, kStride>::kCount;
+  if (first_column >= 0 && first_column + kCount <= g.in_w) {
+    const float* x = row + first_column * g.x_stride;
+#pragma GCC unroll 32
+    for (int j = 0; j < kCount; ++j, x += g.x_stride) columns.at[j] = x;
+  } else {
+    for (int j = 0; j < kCount; ++j) {
+      const int64_t column = first_column + j;
+      columns.at[j] = column >= 0 && column < g.in_w ? row + column * g.x_stride : kZeros;
+    }
   }
 }
 
-// One output row of a strip; columns[r] is null where kernel row r lies in the padding above or below.
-template <int kKernel, int kStride, bool kWhole>
+// Adds input row h of a tile to the accumulators of the output rows that it touches.
+template <int kKernel, int kStride, int kRows, bool kWhole>
+KP_INLINE void add_input_row(const DepthwiseProblem& g, Vec (&acc)[kRows][kStrip], const Columns<kKernel, kStride>& columns, int h, int64_t c,
+                             int64_t lanes) {
+  Vec tap[kRows][kKernel];
+#pragma GCC unroll 2
+  for (int i = 0; i < kRows; ++i) {
+    const int r = h - i * kStride;
+    if (kRows > 1 && (r < 0 || r >= kKernel)) continue;
+#pragma GCC unroll 8
+    for (int s = 0; s < kKernel; ++s) {
+      const float* weight = g.weight + (r * kKernel + s) * g.channels + c;
+      tap[i][s] = kWhole ? load(weight) : load_up_to(weight, lanes);
+    }
+  }
+#pragma GCC unroll 32
+  for (int j = 0; j < Columns<kKernel, kStride>::kCount; ++j) {
+    const float* x = columns.at[j] + c;
+    const Vec value = kWhole ? load(x) : load_up_to(x, lanes);
+#pragma GCC unroll 2
+    for (int i = 0; i < kRows; ++i) {
+      const int r = h - i * kStride;
+      if (kRows > 1 && (r < 0 || r >= kKernel)) continue;
+#pragma GCC unroll 8
+      for (int s = 0; s < kKernel; ++s) {
+        if (j < s || (j - s) % kStride != 0 || (j - s) / kStride >= kStrip) continue;
+        acc[i][(j - s) / kStride] = fma(value, tap[i][s], acc[i][(j - s) / kStride]);
+      }
+    }
+  }
+}
+
+// kRows output rows of a strip; columns[h] is null where input row h lies in the padding above or below.
+template <int kKernel, int kStride, int kRows, bool kWhole>
 KP_INLINE void strip_tile(const DepthwiseProblem& g, const Columns<kKernel, kStride>* const* columns, const DepthwiseOutput& out,
                           int64_t pixels, int64_t c) {
   const int64_t lanes = kWhole ? kLanes : g.channels - c;
   const Vec bias = g.bias ? load_up_to(g.bias + c, lanes) : zero();
-  Vec acc[kStrip];
+  Vec acc[kRows][kStrip];
+#pragma GCC unroll 2
+  for (int i = 0; i < kRows; ++i) {
 #pragma GCC unroll 8
-  for (int q = 0; q < kStrip; ++q) acc[q] = bias;
-  for (int r = 0; r < kKernel; ++r) {
-    if (!columns[r]) continue;
-    const float* weight = g.weight + r * kKernel * g.channels + c;
-    Vec tap[kKernel];
-#pragma GCC unroll 8
-    for (int s = 0; s < kKernel; ++s) {
-      tap[s] = kWhole ? load(weight + s * g.channels) : load_up_to(weight + s * g.channels, lanes);
+    for (int q = 0; q < kStrip; ++q) acc[i][q] = bias;
+  }
+  if constexpr (kRows == 1) {
+    for (int h = 0; h < kKernel; ++h) {
+      if (columns[h]) add_input_row<kKernel, kStride, kRows, kWhole>(g, acc, *columns[h], h, c, lanes);
     }
-#pragma GCC unroll 32
-    for (int j = 0; j < Columns<kKernel, kStride>::kCount; ++j) {
-      const float* x = columns[r]->at[j] + c;
-      const Vec value = kWhole ? load(x) : load_up_to(x, lanes);
+  } else {
 #pragma GCC unroll 8
-      for (int s = 0; s < kKernel; ++s) {
-        if (j < s || (j - s) % kStride != 0 || (j - s) / kStride >= kStrip) continue;
-        acc[(j - s) / kStride] = fma(value, tap[s], acc[(j - s) / kStride]);
+    for (int h = 0; h < (kRows - 1) * kStride + kKernel; ++h) {
+      if (columns[h]) add_input_row<kKernel, kStride, kRows, kWhole>(g, acc, *columns[h], h, c, lanes);
+    }
+  }
+  const bool plain = kWhole && g.activation.clamps && !out.residual && pixels >= kStrip;
+  const Vec low = g.activation.low, high = g.activation.high;
+#pragma GCC unroll 2
+  for (int i = 0; i < kRows; ++i) {
+    if (__builtin_expect(plain, 1)) {
+      float* y = out.y + i * out.row_pixels * out.y_stride + c;
+#pragma GCC unroll 8
+      for (int q = 0; q < kStrip; ++q) store(y + q * out.y_stride, at_most(at_least(acc[i][q], low), high));
+    } else {
+#pragma GCC unroll 8
+      for (int q = 0; q < kStrip; ++q) {
+        if (q < pixels) finish_pixel(g, out, acc[i][q], i * out.row_pixels + q, c, lanes);
       }
     }
   }
-#pragma GCC unroll 8
-  for (int q = 0; q < kStrip; ++q) {
-    if (q < pixels) finish_pixel(g, out, acc[q], q, c, lanes);
-  }
+}
+
+template <int kKernel, int kStride, int kRows>
+KP_INLINE void strip_channels(const DepthwiseProblem& g, const Columns<kKernel, kStride>* const* columns, const DepthwiseOutput& out,
+                              int64_t pixels) {
+  int64_t c = 0;
+  for (; c + kLanes <= g.channels; c += kLanes) strip_tile<kKernel, kStride, kRows, true>(g, columns, out, pixels, c);
+  if (c < g.channels) strip_tile<kKernel, kStride, kRows, false>(g, columns, out, pixels, c);
 }
 
 template <int kKernel, int kStride>
 void strip_rows(const DepthwiseProblem& g, const RowSource& source, int64_t begin, int64_t end, const DepthwiseOutput& out) {
-  constexpr int kTableRows = (kRowGroup - 1) * kStride + kKernel;
-  Columns<kKernel, kStride> table[kTableRows];
-  const Columns<kKernel, kStride>* present[kTableRows];
-  for (int64_t p = begin; p < end; p += kRowGroup) {
-    const int64_t rows = minimum(kRowGroup, end - p), top = p * kStride - g.window.pad_h;
-    for (int64_t q0 = 0; q0 < g.out_w; q0 += kStrip) {
-      for (int64_t i = 0; i < (rows - 1) * kStride + kKernel; ++i) {
-        const bool inside = top + i >= 0 && top + i < g.in_h;
-        present[i] = inside ? &table[i] : nullptr;
-        if (inside) look_up(table[i], g, source.row(top + i), q0 * kStride - g.window.pad_w);
-      }
-      const int64_t pixels = g.out_w - q0;
-      for (int64_t c = 0; c < g.channels; c += kLanes) {
-        for (int64_t i = 0; i < rows; ++i) {
-          const DepthwiseOutput place = out.at((p - begin + i) * out.row_pixels + q0);
-          if (c + kLanes <= g.channels) strip_tile<kKernel, kStride, true>(g, present + i * kStride, place, pixels, c);
-          else strip_tile<kKernel, kStride, false>(g, present + i * kStride, place, pixels, c);
-        }
-      }
+  constexpr int kTileRows = kKernel == 3 ? kRowsOf3x3 : 1, kInRows = (kTileRows - 1) * kStride + kKernel;
+  Columns<kKernel, kStride> table[kInRows];
+  const Columns<kKernel, kStride>* present[kInRows];
+  const float* input_rows[kInRows];
+  for (int64_t p = begin; p < end;) {
+    const int64_t rows = end - p >= kTileRows ? kTileRows : 1, top = p * kStride - g.window.pad_h;
+    for (int64_t i = 0; i < kInRows; ++i) {
+      const bool inside = top + i >= 0 && top + i < g.in_h;
+      present[i] = inside ? &table[i] : nullptr;
+      input_rows[i] = inside ? source.row(top + i) : nullptr;
     }
+    for (int64_t q0 = 0; q0 < g.out_w; q0 += kStrip) {
+      for (int64_t i = 0; i < kInRows; ++i) {
+        if (present[i]) look_up(table[i], g, input_rows[i], q0 * kStride - g.window.pad_w);
+      }
+      const DepthwiseOutput place = out.at((p - begin) * out.row_pixels + q0);
+      if (rows == kTileRows) strip_channels<kKernel, kStride, kTileRows>(g, present, place, g.out_w - q0);
+      else strip_channels<kKernel, kStride, 1>(g, present, place, g.out_w - q0);
+    }
+    p += rows;
   }
 }
 

@@ -23,6 +23,7 @@ namespace {
 int64_t fma_burst(int64_t iterations) {
   constexpr int kChains = 12;
   Vec acc[kChains];
+#pragma GCC unroll 16
   for (int i = 0; i < kChains; ++i) acc[i] = broadcast(1e-3f * static_cast<float>(i));
   const Vec factor = broadcast(0.999f), term = broadcast(1e-3f);
   for (int64_t k = 0; k < iterations; ++k) {
@@ -30,6 +31,7 @@ int64_t fma_burst(int64_t iterations) {
     for (int i = 0; i < kChains; ++i) acc[i] = fma(acc[i], factor, term);
   }
   Vec sum = zero();
+#pragma GCC unroll 16
   for (int i = 0; i < kChains; ++i) sum = sum + acc[i];
   float lanes[kLanes];
   store(lanes, sum);

@@ -17,6 +17,7 @@
 namespace kernelpress::KERNELPRESS_ISA {
 
 constexpr int kPanel = 2 * kLanes;
+constexpr int kPrefetchSteps = 8;  // a panel outgrows the first-level cache: its weights are asked for this far ahead
 
 // Where a tile's rows come from: row m, segment g starts at a + m * row_stride + segment_offsets[g].
 struct TileInput {
@@ -57,6 +58,8 @@ KP_INLINE void accumulate(Vec (&acc)[kRows][kVecs], const float* a, int64_t row_
     Vec weight[kVecs];
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) weight[v] = load(b + k * kPanel + v * kLanes);
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) __builtin_prefetch(b + (k + kPrefetchSteps) * kPanel + v * kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
       const Vec x = broadcast(base[m / 3][(m % 3) * row_stride + k]);
