@@ -114,7 +114,7 @@ def _describe_cpu(writer: Writer, root: Path, target: str) -> None:
     writer.variable("cxx", _cxx())
     writer.variable("objcopy", _binutil("objcopy"))
     writer.variable("nm", _binutil("nm"))
-    _compile_rule(writer, CXX_FLAGS)
+    _compile_rule(writer, [*CXX_FLAGS, os.environ.get("CXXFLAGS", "")])
     # Inline functions of the standard library are compiled with the variant's instruction set. Were they left weak, the
     # linker could take them for the whole module, and it would die on older processors: so the objects of a variant are
     # merged and their weak symbols made local to it.
@@ -143,36 +143,27 @@ def _describe_cpu(writer: Writer, root: Path, target: str) -> None:
 
 
 def _describe_cuda(writer: Writer, root: Path, target: str) -> None:
-    """Ninja rules of `_cuda`: kernels by nvcc, bindings by the C++ compiler, cudart linked statically."""
+    """Ninja rules of `_cuda`: all by nvcc, which knows where its headers are; cudart linked statically."""
     bindings, kernels = _sources(root, "cuda", "cu")
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc: needed to build _cuda, none found (or KERNELPRESS_CUDA=0)")
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
-    codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES if f"sm_{a.rstrip('a')}\n" in known]
-    cuda_home = Path(nvcc).resolve().parent.parent
-    writer.variable("cxx", _cxx())
-    writer.variable("nvcc", f"{nvcc} -ccbin {_cxx()}")
-    _compile_rule(writer, [*CXX_FLAGS, f"-isystem {cuda_home}/include"])
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES if f"sm_{a.rstrip('a')}" in known]
     flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-I.", "-Ikernels/cuda", *codes]
-    writer.rule(
-        "compile_cuda",
-        f"$nvcc {' '.join(flags)} -MMD -MF $out.d -c $in -o $out",
-        depfile="$out.d",
-        deps="gcc",
-        description="$in",
-    )
-    writer.rule("link", "$nvcc -shared -cudart static -o $out $in", description="link $out")
+    writer.variable("cxx", f"{nvcc} -ccbin {_cxx()}")
+    _compile_rule(writer, flags)
+    writer.rule("link", "$cxx -shared -cudart static -o $out $in", description="link $out")
     objects = []
     for source in kernels:
-        objects += _object(writer, "compile_cuda", source, f"cuda/{Path(source).stem}.o", [])
+        objects += _object(writer, "compile", source, f"cuda/{Path(source).stem}.o", [])
     for source in bindings:
         objects += _object(writer, "compile", source, f"{_python_tag()}/{Path(source).stem}.o", _python_flags())
     writer.build(target, "link", objects)
 
 
 def _compile_rule(writer: Writer, flags: list[str]) -> None:
-    command = " ".join(["$cxx", *flags, os.environ.get("CXXFLAGS", ""), "$extra -MMD -MF $out.d -c $in -o $out"])
+    command = " ".join(["$cxx", *flags, "$extra -MMD -MF $out.d -c $in -o $out"])
     writer.rule("compile", command, depfile="$out.d", deps="gcc", description="$in $variant")
 
 
