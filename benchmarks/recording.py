@@ -119,7 +119,7 @@ def _model_tables(payload: Mapping[str, Any]) -> list[str]:
                     runtime["settings"],
                 ]
             )
-        header = ["runtime", "best ms", "median", "worst", "÷ ours", "error", "CPU while idle", "settings"]
+        header = ["runtime", "best ms", "median", "worst", "time ÷ ours", "error", "CPU while idle", "settings"]
         lines += [*_markdown(header, rows, text=(0, 7)), ""]
         peers = {name: value for name, value in best.items() if name != OURS}
         if ours is not None and peers:

@@ -153,7 +153,12 @@ class _Process:
                 stderr=errors,
                 text=True,
                 cwd=Path(__file__).resolve().parents[1],
-                env={**os.environ, "OMP_NUM_THREADS": str(job.threads)},
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": str(job.threads),
+                    # Emission times its candidates in this very run, not in some busier hour before.
+                    "KERNELPRESS_CACHE": str(Path(job.folder) / "timings"),
+                },
             )
 
     def start(self) -> RuntimeResult:
