@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kernelpress import native
-from kernelpress.ops.registry import Implementation, NativeKernel, Problem, Run, Tensors, native_spacings
+from kernelpress.ops.registry import Implementation, NativeKernel, Problem, Run, Tensors, native_spacings, operator
 
 __all__ = ["cpu_implementation"]
 
@@ -26,26 +29,34 @@ def _supports(kernel: NativeKernel, problem: Problem) -> str | None:
     return kernel.supports(problem)
 
 
-def _prepare(kernel: NativeKernel, problem: Problem) -> Run:
-    shape, stride, options = problem.shape, problem.stride, problem.options
+def _prepare(kernel: NativeKernel, problem: Problem, tensors: Tensors) -> Run:
+    shape, stride = problem.shape, problem.stride
     if 0 in shape:
         return lambda tensors: torch.empty_strided(shape, stride, dtype=torch.float32)
     function = getattr(native.cpu(), kernel.name)
-    operands = kernel.operands
     y_spacing = kernel.out.spacing(shape, stride)
     assert y_spacing is not None
     sizes = kernel.sizes(problem, native_spacings(kernel, problem), y_spacing)
+    activations = operator(problem.op).activations
+    marked: list[Any] = [index if index in activations and t is not None else t for index, t in enumerate(tensors)]
+    operands: tuple[Any, ...] = kernel.operands(marked, problem.options)
+    changing: list[tuple[int, Any]] = [(at, operand) for at, operand in enumerate(operands) if isinstance(operand, int)]
+    held = [operand if isinstance(operand, Tensor) else None for operand in operands]
+    addresses = [0 if t is None else t.data_ptr() for t in held]
+
+    def compute(tensors: Sequence[Any], held: list[Tensor | None] = held) -> Tensor:
+        y = torch.empty_strided(shape, stride, dtype=torch.float32)
+        current = addresses.copy()
+        for position, index in changing:
+            current[position] = tensors[index].data_ptr()
+        function(*current, y.data_ptr(), *sizes)
+        return y
+
     copies = [
         (index, layout.copy)
         for index, (layout, t) in enumerate(zip(kernel.layouts, problem.tensors, strict=True))
         if t is not None and layout is not None and layout.spacing(t.shape, t.stride) is None
     ]
-
-    def compute(tensors: Tensors) -> Tensor:
-        y = torch.empty_strided(shape, stride, dtype=torch.float32)
-        held = operands(tensors, options)
-        function(*[0 if t is None else t.data_ptr() for t in held], y.data_ptr(), *sizes)
-        return y
 
     def compute_from_copies(tensors: Tensors) -> Tensor:
         laid_out = list(tensors)
@@ -65,5 +76,5 @@ def cpu_implementation(op: str, kernel: NativeKernel) -> Implementation:
         "cpu",
         _available,
         lambda problem: _supports(kernel, problem),
-        lambda problem: _prepare(kernel, problem),
+        lambda problem, tensors: _prepare(kernel, problem, tensors),
     )

@@ -26,7 +26,7 @@ from kernelpress.ops.layout import DENSE, PIXELS, ROWS
 from kernelpress.ops.library import call, publish
 from kernelpress.ops.onednn import onednn_implementation
 from kernelpress.ops.registry import NativeKernel, Operator, Problem, Tensors
-from kernelpress.ops.schema import IntOrPair, pair
+from kernelpress.ops.schema import IntOrPair
 
 __all__ = ["conv2d", "linear", "pointwise_conv2d"]
 
@@ -167,7 +167,7 @@ def conv2d(
     Returns: `[N, C_out, H_out, W_out]`, channels_last.
     Raises: `ValueError` or `TypeError` naming a bad argument; `RuntimeError` where the backend asked for cannot run.
     """
-    options = ConvOptions(pair(stride), pair(padding), pair(dilation), groups, activation)
+    options = (stride, padding, dilation, groups, activation)
     return call(_CONV2D, (x, weight, bias, scale, residual), options, backend)
 
 
@@ -252,7 +252,7 @@ def pointwise_conv2d(
 
     Returns: `[N, C_out, H, W]`, channels_last. Options and errors as of `conv2d`.
     """
-    return call(_POINTWISE, (x, weight, bias, scale, residual, input_scale), EpilogueOptions(activation), backend)
+    return call(_POINTWISE, (x, weight, bias, scale, residual, input_scale), (activation,), backend)
 
 
 def _linear_shape(tensors: Specs, options: EpilogueOptions) -> tuple[int, ...]:
@@ -338,4 +338,4 @@ def linear(
 
     Returns: `[..., C_out]`, contiguous. Options and errors as of `conv2d`.
     """
-    return call(_LINEAR, (x, weight, bias, scale, residual), EpilogueOptions(activation), backend)
+    return call(_LINEAR, (x, weight, bias, scale, residual), (activation,), backend)

@@ -25,7 +25,7 @@ from kernelpress.ops.layout import PIXELS
 from kernelpress.ops.library import call, publish
 from kernelpress.ops.onednn import onednn_implementation
 from kernelpress.ops.registry import NativeKernel, Operator, Problem, Tensors
-from kernelpress.ops.schema import IntOrPair, pair
+from kernelpress.ops.schema import IntOrPair
 
 __all__ = ["check_depthwise_weight", "depthwise_conv2d"]
 
@@ -142,5 +142,5 @@ def depthwise_conv2d(
 
     Returns: `[N, C · multiplier, H_out, W_out]`, channels_last. Other options and errors as of `conv2d`.
     """
-    options = DepthwiseOptions(pair(stride), pair(padding), pair(dilation), activation)
+    options = (stride, padding, dilation, activation)
     return call(_DEPTHWISE, (x, weight, bias, scale, residual), options, backend)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kernelpress.ops.registry import Implementation, Problem, Run
+from kernelpress.ops.registry import Implementation, Problem, Run, Tensors
 
 __all__ = ["reference_implementation"]
 
@@ -15,7 +15,7 @@ __all__ = ["reference_implementation"]
 def reference_implementation(op: str, reference: Callable[..., Tensor]) -> Implementation:
     """The entry of an op's plain PyTorch form; it runs everything."""
 
-    def prepare(problem: Problem) -> Run:
+    def prepare(problem: Problem, tensors: Tensors) -> Run:
         keywords = problem.options._asdict()
         if len(problem.shape) == 4:
             return lambda tensors: reference(*tensors, **keywords).contiguous(memory_format=torch.channels_last)

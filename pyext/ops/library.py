@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernelpress.ops import registry
+from kernelpress.ops import prepared, registry
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.registry import Operator, Tensors
 
@@ -20,6 +20,10 @@ __all__ = ["LIBRARY", "call", "publish"]
 
 LIBRARY = torch.library.Library("kernelpress", "DEF")
 
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transform_level = torch._C._functorch.maybe_current_level
+_tracing_state = torch._C._get_tracing_state
 _PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 
 
@@ -32,25 +36,47 @@ def publish(operator: Operator) -> Operator:
     return registry.register(operator)
 
 
-def call(operator: Operator, tensors: tuple[Tensor | None, ...], options: Any, backend: str) -> Tensor:
-    """Call an op: through the dispatcher where something could intercept it, straight to the backend otherwise."""
-    if torch.compiler.is_compiling() or not _nothing_intercepts(tensors):
-        overload = getattr(torch.ops.kernelpress, operator.name).default
-        return overload(*tensors, **options._asdict(), backend=backend)
-    return registry.run(operator, tensors, options, backend)
+def call(operator: Operator, tensors: tuple[Tensor | None, ...], options: tuple[Any, ...], backend: str) -> Tensor:
+    """Call an op: through the dispatcher where something could intercept it, straight to the backend otherwise.
+
+    `options` are the values of the op's options in order; one integer may stand for a pair.
+    """
+    if torch.compiler.is_compiling() or _is_intercepted(operator, tensors):
+        return _dispatch(operator, tensors, options, backend)
+    try:
+        found = prepared.recall(operator, tensors, options, backend)
+    except TypeError:  # a list among the options
+        options = registry.options_of(operator, options)
+        found = prepared.recall(operator, tensors, options, backend)
+    if found is None:
+        if not all(t is None or _is_plain(t) for t in tensors):
+            return _dispatch(operator, tensors, options, backend)
+        found = prepared.prepare(operator, tensors, options, backend)
+    return found(tensors)
 
 
-def _nothing_intercepts(tensors: Tensors) -> bool:
-    grad = torch.is_grad_enabled()
-    for t in tensors:
-        if t is not None and (type(t) not in _PLAIN_TYPES or not t.is_cpu or t.is_neg() or (grad and t.requires_grad)):
-            return False
+def _dispatch(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor:
+    overload = getattr(torch.ops.kernelpress, operator.name).default
+    return overload(*tensors, **dict(zip(operator.options._fields, options, strict=True)), backend=backend)
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in _PLAIN_TYPES and t.is_cpu and not t.is_neg()
+
+
+def _is_intercepted(operator: Operator, tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether a mode, transform, trace or gradient may concern the call. `call` looks at parameters when it prepares."""
+    for index in operator.activations:
+        t = tensors[index]
+        if t is not None and not _is_plain(t):
+            return True
     return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.maybe_current_level() is None
-        and torch._C._get_tracing_state() is None
-        and not torch.autograd.profiler._is_profiler_enabled
+        (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
+        or _dispatch_modes() > 0
+        or _function_modes() > 0
+        or _transform_level() is not None
+        or _tracing_state() is not None
+        or torch.autograd.profiler._is_profiler_enabled
     )
 
 
@@ -64,11 +90,11 @@ def _one_device(operator: Operator, tensors: Tensors) -> str:
 
 def _register_kernels(operator: Operator) -> None:
     def on_cpu(*args: Any, **kwargs: Any) -> Tensor:
-        return registry.run(operator, *registry.bind(operator, args, kwargs))
+        return prepared.run(operator, *registry.bind(operator, args, kwargs))
 
     def elsewhere(*args: Any, **kwargs: Any) -> Tensor:
         tensors, options, backend = registry.bind(operator, args, kwargs)
-        return registry.run(operator, tensors, options, backend, _one_device(operator, tensors))
+        return prepared.prepare(operator, tensors, options, backend, _one_device(operator, tensors))(tensors)
 
     def fake(*args: Any, **kwargs: Any) -> Tensor:
         tensors, options, _ = registry.bind(operator, args, kwargs)

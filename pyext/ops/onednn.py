@@ -78,7 +78,7 @@ def _supports(problem: Problem) -> str | None:
     return None
 
 
-def _prepare(problem: Problem) -> Run:
+def _prepare(problem: Problem, tensors: Tensors) -> Run:
     x = problem.tensors[0]
     assert x is not None
     shape, stride = problem.shape, problem.stride
@@ -95,11 +95,13 @@ def _prepare(problem: Problem) -> Run:
             weight.contiguous(), geometry.padding, geometry.stride, geometry.dilation, geometry.groups, input_size
         )
 
+    weight, bias, scale = tensors[1:4]
+    assert weight is not None
+    weight = packing.packed(weight, scale, layout, pack)
+
     def compute(tensors: Tensors) -> Tensor:
-        image, weight, bias, scale, residual = tensors[:5]
+        image, residual = tensors[0], tensors[4]
         assert image is not None
-        assert weight is not None
-        weight = packing.packed(weight, scale, layout, pack)
         image = image.contiguous(memory_format=torch.channels_last)
         fixed: tuple[Any, ...] = (geometry.padding, geometry.stride, geometry.dilation, geometry.groups)
         if residual is None:

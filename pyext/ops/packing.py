@@ -1,8 +1,7 @@
 """Weights in the form that a kernel reads, packed once per weight and kept for as long as the weight lives unchanged.
 
-A packed weight is found by the identity of the weight and of its scale, and is packed anew when either got new memory
-or was written to in place, as their version counters tell. Tensors made under `torch.inference_mode` have none, and
-writes through `.data` are not counted: call `forget` after those. Packed weights stand in no state dict.
+A packed weight is found by the identity of the weight and of its scale, and is packed anew when either was changed, as
+far as `Snapshot` tells; call `forget` after a write that it does not. Packed weights stand in no state dict.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernelpress import native
+from kernelpress.ops.snapshot import Snapshot
 
 __all__ = ["depthwise", "forget", "packed", "panels", "vector"]
 
@@ -24,35 +24,15 @@ _LIMIT_PER_WEIGHT = 8
 
 
 @dataclass(frozen=True)
-class _Source:
-    """One tensor that went into a packed weight, as it was then."""
-
-    reference: weakref.ref[Tensor]
-    address: int
-    version: int
-
-    @classmethod
-    def of(cls, t: Tensor) -> _Source:
-        return cls(weakref.ref(t), t.data_ptr(), _version(t))
-
-    def is_still(self, t: Tensor) -> bool:
-        return self.reference() is t and self.address == t.data_ptr() and self.version == _version(t)
-
-
-@dataclass(frozen=True)
 class _Entry:
-    weight: _Source
-    scale: _Source | None
+    weight: Snapshot
+    scale: Snapshot | None
     packed: Tensor
 
 
 _Entries = dict[tuple[Hashable, int], _Entry]
 _lock = threading.Lock()
 _by_weight: dict[int, _Entries] = {}
-
-
-def _version(t: Tensor) -> int:
-    return -1 if t.is_inference() else t._version
 
 
 def _find(weight: Tensor, scale: Tensor | None, layout: Hashable) -> Tensor | None:
@@ -77,7 +57,7 @@ def packed(weight: Tensor, scale: Tensor | None, layout: Hashable, pack: Callabl
         scaled = weight if scale is None else weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
         made = pack(scaled.detach())
     key = id(weight)
-    entry = _Entry(_Source.of(weight), None if scale is None else _Source.of(scale), made)
+    entry = _Entry(Snapshot.of(weight), None if scale is None else Snapshot.of(scale), made)
     with _lock:
         entries = _by_weight.get(key)
         if entries is None or not _alive(entries, weight):
@@ -100,15 +80,17 @@ def _drop(key: int, entries: _Entries) -> None:
 
 
 def forget(weight: Tensor) -> None:
-    """Drop what was packed from a weight: for writes that its version counter does not tell."""
+    """Drop what was packed from a weight: for writes that its version counter does not tell.
+
+    Calls that were prepared with it hold what they packed: see `prepared.clear`.
+    """
     _by_weight.pop(id(weight), None)
 
 
 def panels(weight: Tensor, scale: Tensor | None) -> Tensor:
     """`[C_out, C_in(, KH, KW)]` → `[ceil(C_out / P), KH, KW, C_in, P]`, zero-padded, with panels `P` wide."""
     width = native.cpu().panel_width()
-    found = _find(weight, scale, width)
-    return packed(weight, scale, width, lambda w: _to_panels(w, width)) if found is None else found
+    return packed(weight, scale, width, lambda w: _to_panels(w, width))
 
 
 def _to_panels(weight: Tensor, width: int) -> Tensor:

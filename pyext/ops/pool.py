@@ -13,7 +13,7 @@ from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import DENSE, PIXELS
 from kernelpress.ops.library import call, publish
 from kernelpress.ops.registry import NativeKernel, Operator, Problem
-from kernelpress.ops.schema import IntOrPair, pair
+from kernelpress.ops.schema import IntOrPair
 
 __all__ = ["global_avg_pool2d", "max_pool2d"]
 
@@ -77,7 +77,7 @@ _GLOBAL = publish(
 
 def global_avg_pool2d(x: Tensor, *, backend: str = "auto") -> Tensor:
     """Mean over the positions of every channel: `x: [N, C, H, W]` → `[N, C]`. Errors as of `conv2d`."""
-    return call(_GLOBAL, (x,), GlobalPoolOptions(), backend)
+    return call(_GLOBAL, (x,), (), backend)
 
 
 def _max_shape(tensors: Specs, options: MaxPoolOptions) -> tuple[int, ...]:
@@ -153,4 +153,4 @@ def max_pool2d(
     Returns: `[N, C, H_out, W_out]`, channels_last. Errors as of `conv2d`.
     """
     step = kernel_size if stride is None else stride
-    return call(_MAX, (x,), MaxPoolOptions(pair(kernel_size), pair(step), pair(padding)), backend)
+    return call(_MAX, (x,), (kernel_size, step, padding), backend)

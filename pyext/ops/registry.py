@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kernelpress.ops.checks import TensorSpec, check_tensors, describe
 from kernelpress.ops.layout import Layout, output_stride
+from kernelpress.ops.schema import pair
 
 __all__ = [
     "BACKENDS",
@@ -26,23 +27,28 @@ __all__ = [
     "allocate",
     "availability",
     "bind",
-    "clear",
     "implementation",
     "native_call",
     "native_reason",
     "native_spacings",
     "operator",
     "operators",
+    "options_of",
     "problem",
     "register",
     "requested_backend",
-    "run",
+    "resolve",
     "use_backend",
     "why_not",
 ]
 
 BACKENDS: tuple[str, ...] = ("cpu", "onednn", "reference")
 """Every backend, best first: the order in which an automatic choice tries them."""
+
+ACTIVATION_NAMES = frozenset({"x", "residual", "input_scale"})
+"""Names of the tensors that change from call to call; the others are parameters."""
+
+_PAIRS = frozenset({"kernel_size", "stride", "padding", "dilation"})
 
 Tensors = Sequence[Tensor | None]
 Run = Callable[[Tensors], Tensor]
@@ -65,14 +71,15 @@ class Implementation:
     """One op on one backend.
 
     `available()` tells why nothing of it runs on this machine, `supports(problem)` why it cannot run this problem;
-    None means that it can. `prepare(problem)` gives the function from the op's tensors to its output.
+    None means that it can. `prepare(problem, tensors)` gives the function from the op's tensors to its output, for
+    these parameters and activations like these.
     """
 
     op: str
     backend: str
     available: Callable[[], str | None]
     supports: Callable[[Problem], str | None]
-    prepare: Callable[[Problem], Run]
+    prepare: Callable[[Problem, Tensors], Run]
 
     def reason_against(self, problem: Problem) -> str | None:
         """Why this implementation cannot run the problem, or None."""
@@ -112,20 +119,26 @@ class NativeCall:
 class Operator:
     """One op: its schema, what it checks, what it means, and who can run it.
 
-    `tensors` names the positional arguments, all of them tensors; `options` is the named tuple of the keyword
-    arguments but `backend`. `shape(tensors, options)` raises for a bad argument and returns the output's shape;
-    it runs on symbolic sizes as well. `macs(tensors, options, shape)` counts multiply-accumulates.
+    `tensors` names the positional arguments, all of them tensors; those of `ACTIVATION_NAMES` change from call to call,
+    the others are parameters. `options` is the named tuple of the keyword arguments but `backend`.
+    `shape(tensors, options)` raises for a bad argument and returns the output's shape; it runs on symbolic sizes as
+    well. `macs(tensors, options, shape)` counts multiply-accumulates.
     """
 
     name: str
     schema: str
     tensors: tuple[str, ...]
-    options: Callable[..., Any]
+    options: Any
     shape: Callable[[tuple[TensorSpec | None, ...], Any], tuple[int, ...]]
     reference: Callable[..., Tensor]
     macs: Callable[[Sequence[Any], Any, Sequence[int]], int]
     implementations: tuple[Implementation, ...]
     native: NativeKernel | None
+
+    @functools.cached_property
+    def activations(self) -> tuple[int, ...]:
+        """Positions of the tensors that change from call to call."""
+        return tuple(index for index, name in enumerate(self.tensors) if name in ACTIVATION_NAMES)
 
     def call_reference(self, tensors: Tensors, options: Any) -> Tensor:
         """The op in plain PyTorch."""
@@ -214,27 +227,13 @@ def implementation(operator: Operator, problem: Problem, requested: str) -> Impl
     raise RuntimeError(f"{operator.name}: backend {requested!r} has no implementation of it (there is: {have})")
 
 
-_Key = tuple[torch.Size, tuple[int, ...], torch.dtype]
-
-
 @functools.lru_cache(maxsize=4096)
-def _prepare(operator: Operator, tensors: tuple[_Key | None, ...], options: Any, device: str, requested: str) -> Run:
-    specs = tuple([None if key is None else TensorSpec(*key) for key in tensors])
-    checked = problem(operator, specs, options, device)
-    return implementation(operator, checked, requested).prepare(checked)
-
-
-def run(operator: Operator, tensors: Tensors, options: Any, backend: str, device: str = "cpu") -> Tensor:
-    """Run an op on real tensors of one device, without the dispatcher: check, choose the backend, compute."""
-    keys = tuple([None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors])
-    if backend == "auto":
-        backend = requested_backend(backend)
-    return _prepare(operator, keys, options, device, backend)(tensors)
-
-
-def clear() -> None:
-    """Forget every prepared call, so that the next one asks again which backend can run it."""
-    _prepare.cache_clear()
+def resolve(
+    operator: Operator, tensors: tuple[TensorSpec | None, ...], options: Any, device: str, requested: str
+) -> tuple[Problem, Implementation]:
+    """Check the arguments of a call and choose who runs it. Raises as `problem` and `implementation` do."""
+    checked = problem(operator, tensors, options, device)
+    return checked, implementation(operator, checked, requested)
 
 
 def bind(operator: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Tensor | None], Any, str]:
@@ -247,8 +246,16 @@ def bind(operator: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
     if len(args) > len(operator.tensors):
         raise TypeError(f"{operator.name}: expected at most {len(operator.tensors)} tensors, got {len(args)}")
     tensors = [*args, *[options.pop(name, None) for name in operator.tensors[len(args) :]]]
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    return tensors, operator.options(**values), backend
+    return tensors, operator.options(**{name: _canonical(name, value) for name, value in options.items()}), backend
+
+
+def options_of(operator: Operator, values: Sequence[Any]) -> Any:
+    """The op's options from their values in order, with one integer for both dimensions of a pair."""
+    return operator.options(*map(_canonical, operator.options._fields, values))
+
+
+def _canonical(name: str, value: Any) -> Any:
+    return pair(value) if name in _PAIRS else value
 
 
 def _described(operator: Operator, tensors: Tensors, options: Any) -> Problem:

@@ -27,7 +27,7 @@ from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import PIXELS
 from kernelpress.ops.library import call, publish
 from kernelpress.ops.registry import NativeKernel, Operator, Problem, Tensors
-from kernelpress.ops.schema import IntOrPair, pair
+from kernelpress.ops.schema import IntOrPair
 
 __all__ = ["inverted_residual", "separable_conv2d"]
 
@@ -178,7 +178,7 @@ def separable_conv2d(
 
     Returns: `[N, C_out, H_out, W_out]`, channels_last. Other options and errors as of `conv2d`.
     """
-    options = SeparableOptions(pair(stride), pair(padding), pair(dilation), depthwise_activation, activation)
+    options = (stride, padding, dilation, depthwise_activation, activation)
     tensors = (x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual)
     return call(_SEPARABLE, tensors, options, backend)
 
@@ -317,9 +317,7 @@ def inverted_residual(
 
     Returns: `[N, C_out, H_out, W_out]`, channels_last. Other options and errors as of `conv2d`.
     """
-    options = InvertedResidualOptions(
-        pair(stride), pair(padding), pair(dilation), expand_activation, depthwise_activation, activation
-    )
+    options = (stride, padding, dilation, expand_activation, depthwise_activation, activation)
     tensors = (
         *(x, expand_weight, expand_bias, depthwise_weight, depthwise_bias),
         *(project_weight, project_bias, residual),

@@ -1,0 +1,93 @@
+"""Prepared calls: an op on given parameters and activations of a given form, checked and packed once, run often."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from kernelpress import native
+from kernelpress.ops.checks import TensorSpec
+from kernelpress.ops.registry import Operator, Run, Tensors, options_of, requested_backend, resolve
+from kernelpress.ops.snapshot import Snapshot
+
+__all__ = ["clear", "prepare", "recall", "run"]
+
+_LIMIT = 8192
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What runs, and the parameters that it was prepared for, by position."""
+
+    parameters: tuple[tuple[int, Snapshot], ...]
+    run: Run
+
+
+_Key = tuple[Any, ...]
+_calls: dict[_Key, _Prepared] = {}
+_lock = threading.Lock()
+_panel_width: Callable[[], int] = native.cpu().panel_width if native.cpu() else int
+
+
+def _key(operator: Operator, tensors: Tensors, options: tuple[Any, ...], requested: str) -> _Key:
+    """Parameters by identity, activations by form, packing by panel width: small values, quick to compare."""
+    key = [operator.name, requested, options, _panel_width(), *map(id, tensors)]
+    for index in operator.activations:
+        t = tensors[index]
+        if t is not None:
+            key[4 + index] = t.shape
+            key += (t.stride(), t.dtype)
+    return tuple(key)
+
+
+def recall(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Run | None:
+    """What was prepared for this call on CPU tensors, if its parameters are still what they were; else None."""
+    found = _calls.get(_key(operator, tensors, options, requested_backend(backend)))
+    if found is None:
+        return None
+    for index, snapshot in found.parameters:
+        if not snapshot.is_still(tensors[index]):  # type: ignore[arg-type]
+            return None
+    return found.run
+
+
+def prepare(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str, device: str = "cpu") -> Run:
+    """Check a call and prepare it; on CPU tensors `recall` finds it afterwards.
+
+    Raises: `ValueError` or `TypeError` naming a bad argument; `RuntimeError` where the backend asked for cannot run.
+    """
+    specs = tuple([None if t is None else TensorSpec.of(t) for t in tensors])
+    requested = requested_backend(backend)
+    problem, implementation = resolve(operator, specs, options_of(operator, options), device, requested)
+    run = implementation.prepare(problem, tensors)
+    if device != "cpu":
+        return run
+    key = _key(operator, tensors, options, requested)
+    parameters = tuple(
+        [
+            (index, Snapshot.of(t, lambda _: _calls.pop(key, None)))
+            for index, t in enumerate(tensors)
+            if t is not None and index not in operator.activations
+        ]
+    )
+    with _lock:
+        if len(_calls) >= _LIMIT:
+            _calls.clear()
+        _calls[key] = _Prepared(parameters, run)
+    return run
+
+
+def run(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor:
+    """Run an op on real CPU tensors, without the dispatcher."""
+    found = recall(operator, tensors, options, backend)
+    return (prepare(operator, tensors, options, backend) if found is None else found)(tensors)
+
+
+def clear() -> None:
+    """Forget every prepared call, so that the next one asks again which backend can run it."""
+    _calls.clear()
+    resolve.cache_clear()
