@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
@@ -18,6 +20,7 @@ from kernelpress.measure import Comparison
 from kernelpress.press import RequirementError, press
 from kernelpress.recipe import RecipeError, load_recipe
 from kernelpress.report import layer_realisations, render_html
+from kernelpress.runfolder import RunFolder, stage_key
 
 RECIPE = """
 title: tiny
@@ -32,6 +35,14 @@ measure: {rounds: 2, budget_seconds: 0.02, peers: [eager, emitted]}
 """
 
 
+@pytest.fixture(scope="module")
+def timings_cache(tmp_path_factory):
+    """Layers timed by one test need not be timed by the next, and nobody else's timings count."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERNELPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def recipe_file(tmp_path):
     def write(text: str = RECIPE):
@@ -43,7 +54,7 @@ def recipe_file(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory):
+def finished_run(tmp_path_factory, timings_cache):
     """The folder and the report of one whole run."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
@@ -57,13 +68,23 @@ def run_again(finished_run, recipe_file, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(finished_run[0], folder)
 
-    def run(text: str = RECIPE, **options):
+    def run(text: str = RECIPE, *, fresh: bool = False, stop_at: str | None = None):
         lines: list[str] = []
-        report = press(recipe_file(text), output=folder, tell=lines.append, progress=False, **options)
+
+        def tell(line: str) -> None:
+            lines.append(line)
+            if stop_at is not None and line.startswith(stop_at):
+                raise Interruption(line)
+
+        report = press(recipe_file(text), output=folder, fresh=fresh, tell=tell, progress=False)
         return lines, report
 
     run.folder = folder
     return run
+
+
+class Interruption(BaseException):
+    """Stands for the signal that ends a process in the middle of a run."""
 
 
 def stages_run(lines: list[str]) -> list[str]:
@@ -167,46 +188,28 @@ class TestRun:
         assert sum("skipped, finished before" in line for line in lines) == 5
         assert report.comparison.speedup("pressed").measured > 0
 
-    def test_fresh_run_does_everything_again(self, run_again):
-        lines, _ = run_again(fresh=True)
-        assert stages_run(lines) == ["train", "compress", "finetune", "emit", "measure"]
+    def test_fresh_run_starts_from_the_first_stage(self, run_again):
+        with pytest.raises(Interruption, match="train: started"):
+            run_again(fresh=True, stop_at="train:")
 
     def test_changed_section_runs_its_stage_and_what_follows(self, run_again):
         lines, _ = run_again(RECIPE.replace("rounds: 2", "rounds: 3"))
         assert stages_run(lines) == ["measure"]
         assert any("the recipe, an earlier stage" in line for line in lines)
 
-    def test_interrupted_run_goes_on_where_it_stopped(self, recipe_file, tmp_path):
-        class Interruption(BaseException):
-            pass
-
-        def stop_at_emit(line: str) -> None:
-            if line.startswith("emit:"):
-                raise Interruption
-
-        with pytest.raises(Interruption):
-            press(recipe_file(), output=tmp_path / "out", tell=stop_at_emit, progress=False)
-        lines: list[str] = []
-        press(recipe_file(), output=tmp_path / "out", tell=lines.append, progress=False)
+    def test_interrupted_run_goes_on_where_it_stopped(self, run_again):
+        text = RECIPE.replace("lr: 0.02", "lr: 0.03")
+        with pytest.raises(Interruption, match="emit: again"):
+            run_again(text, stop_at="emit:")
+        lines, _ = run_again(text)
         assert stages_run(lines) == ["emit", "measure"]
 
-    @pytest.mark.parametrize("damage", ["truncated", "changed", "deleted"])
-    def test_damaged_file_is_noticed_and_made_again(self, run_again, damage):
-        file = run_again.folder / "pressed.safetensors"
-        content = file.read_bytes()
-        if damage == "deleted":
-            file.unlink()
-        else:
-            file.write_bytes(content[:-100] if damage == "truncated" else content[:-1] + bytes([content[-1] ^ 1]))
+    def test_damaged_file_is_made_again_and_later_stages_stay(self, run_again):
+        file = run_again.folder / "compressed.safetensors"
+        file.write_bytes(file.read_bytes()[:-1])
         lines, _ = run_again()
-        assert "finetune" in stages_run(lines)
-        assert any("finetune: again, because" in line and "pressed.safetensors is" in line for line in lines)
-
-    def test_damaged_record_is_noticed(self, run_again):
-        (run_again.folder / "stages" / "measure.json").write_text("{")
-        lines, _ = run_again()
-        assert stages_run(lines) == ["measure"]
-        assert any("measure.json is damaged" in line for line in lines)
+        assert stages_run(lines) == ["compress"]
+        assert any("compress: again, because" in line and "compressed.safetensors is not as" in line for line in lines)
 
     def test_unmet_requirement_fails_after_the_report_is_written(self, run_again):
         (run_again.folder / "report.json").unlink()
@@ -248,6 +251,52 @@ class TestRun:
         report = press(recipe_file(text), output=tmp_path / "out", tell=lambda _: None, progress=False)
         assert report.accuracies[0].accuracy in {count / 6 for count in range(7)}
         assert report.layers == ()
+
+
+class TestRunFolder:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        folder = RunFolder(tmp_path / "run")
+        folder.create()
+        folder.write("weights", b"0123456789")
+        folder.finish("train", "key", {"accuracy": 0.5}, ("weights",), 1.0)
+        return folder
+
+    def test_finished_stage_is_found_with_its_results(self, folder):
+        assert folder.finished("train", "key").results == {"accuracy": 0.5}
+
+    def test_stage_that_never_ran_needs_no_reason(self, folder):
+        assert folder.finished("emit", "key") == ""
+
+    def test_other_key_is_no_match(self, folder):
+        assert "has changed" in folder.finished("train", "another key")
+
+    @pytest.mark.parametrize("content", [b"012345678", b"012345678X", b""], ids=["truncated", "changed", "emptied"])
+    def test_damaged_file_is_noticed(self, folder, content):
+        (folder.path / "weights").write_bytes(content)
+        assert "weights is not as it was written" in folder.finished("train", "key")
+
+    def test_deleted_file_is_noticed(self, folder):
+        (folder.path / "weights").unlink()
+        assert "weights is missing" in folder.finished("train", "key")
+
+    @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": "key"}', '{"other": 1}'])
+    def test_damaged_record_is_noticed(self, folder, content):
+        (folder.path / "stages" / "train.json").write_text(content)
+        assert "train.json is damaged" in folder.finished("train", "key")
+
+    def test_full_disk_leaves_the_old_file(self, folder, monkeypatch):
+        def full(descriptor):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"weights could not be written: No space left.*unchanged"):
+            folder.write("weights", b"new")
+        assert (folder.path / "weights").read_bytes() == b"0123456789"
+
+    def test_key_depends_on_every_part(self):
+        keys = {stage_key(*parts) for parts in ([1, 2], [2, 1], [12], [1, 2, None], [{"a": 1}], [{"a": 2}])}
+        assert len(keys) == 6
 
 
 class TestReport:
