@@ -21,7 +21,9 @@ __all__ = ["TraceError", "module_of", "parameter_name", "trace"]
 aten = torch.ops.aten
 
 _DROPOUTS = frozenset(
-    {aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.feature_alpha_dropout.default}
+    getattr(aten, name + suffix).default
+    for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+    for suffix in ("", "_")
 )
 _CHECKS = frozenset(
     {

@@ -19,7 +19,7 @@ class Net(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
         self.body = nn.Conv2d(8, 8, 3, padding=1)
-        self.drop = nn.Dropout(0.5)
+        self.drop = nn.Sequential(nn.Dropout(0.5), nn.Dropout(0.5, inplace=True))
         self.head = nn.Linear(8 * 16, 5)
 
     def forward(self, x: Tensor) -> Tensor:
