@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--inductor", action="store_true", help="torch.compile as a further peer; compiles for seconds a shape"
     )
     group.addoption("--budget", type=float, default=0.5, help="seconds of measuring a contestant and shape")
-    group.addoption("--record", action="store_true", help="write the results to benchmarks/results/")
+    group.addoption("--record", action="store_true", help="write the families measured in full to benchmarks/results/")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -89,14 +89,16 @@ def bench(benchmark: BenchmarkFixture, roofline: Roofline, pytestconfig: pytest.
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Judges the rows by the best roofline seen, and records them if asked to."""
-    stashed = session.config.stash[_rows]
+    """Judges the rows by the best roofline seen, and records them if asked to: whole families only."""
+    config = session.config
+    stashed = config.stash[_rows]
     if not stashed:
         return
-    roofline = measure_roofline(session.config.getoption("threads"), again=True)
+    roofline = measure_roofline(config.getoption("threads"), again=True)
     for family, rows in stashed.items():
         stashed[family] = judged(rows, roofline)
-        if session.config.getoption("record"):
+        complete = len(rows) == len(cases(family, batch=config.getoption("batch")))
+        if config.getoption("record") and complete:
             recording.save(family, stashed[family], roofline=roofline)
 
 
