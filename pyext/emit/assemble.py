@@ -32,8 +32,7 @@ def assemble(graph_module: GraphModule, chosen: Sequence[Candidate]) -> GraphMod
     for node in graph_module.graph.nodes:
         if node in by_output:
             candidate = by_output[node]
-            placeholders = [n for n in candidate.fragment.nodes if n.op == "placeholder"]
-            known = {own: new[outer] for own, outer in zip(placeholders, candidate.inputs, strict=True)}
+            known = {own: new[outer] for own, outer in zip(candidate.placeholders, candidate.inputs, strict=True)}
             result = graph.graph_copy(candidate.fragment, known)
             assert isinstance(result, Node)
             new[node] = result

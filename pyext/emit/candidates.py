@@ -19,7 +19,7 @@ from kernelpress.emit.fuse import Match
 from kernelpress.emit.graph import attribute, channels_last_if_image, shape, value
 from kernelpress.ops import registry
 
-__all__ = ["ORIGINAL", "Candidate", "candidates_for", "constant", "constants_of", "mark_channels_last", "original"]
+__all__ = ["ORIGINAL", "Candidate", "candidates_for", "constant", "mark_channels_last", "original"]
 
 aten = torch.ops.aten
 
@@ -51,6 +51,11 @@ class Candidate:
         return f"{self.name}[{self.variant}]"
 
     @property
+    def placeholders(self) -> list[Node]:
+        """The nodes of `fragment` that stand for `inputs`, in their order."""
+        return [node for node in self.fragment.nodes if node.op == "placeholder"]
+
+    @property
     def is_original(self) -> bool:
         """Whether it runs the operations that the model came with."""
         return self.name == ORIGINAL
@@ -61,11 +66,6 @@ def candidates_for(match: Match, order: Mapping[Node, int]) -> list[Candidate]:
     nodes = sorted(match.nodes, key=order.__getitem__)
     layers = [_layer(match, entry.backend) for entry in registry.operator(match.op).implementations]
     return [*layers, original(nodes, "channels_last"), original(nodes, "contiguous")]
-
-
-def constants_of(graph_module: GraphModule, fragment: Graph) -> dict[str, Tensor]:
-    """The constants that `fragment` reads, in the memory format it wants them."""
-    return {str(node.target): constant(graph_module, node) for node in fragment.nodes if node.op == "get_attr"}
 
 
 def constant(graph_module: GraphModule, node: Node) -> Any:

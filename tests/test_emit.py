@@ -1,0 +1,543 @@
+"""Emission: what is folded, what is fused, what is chosen, and that the result computes what the model does."""
+
+import copy
+import errno
+import itertools
+import json
+import math
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import kernelpress as kp
+from kernelpress import native
+from kernelpress.emit import archive, evaluate, files, pipeline
+from kernelpress.emit.cover import Option, cheapest_cover, regions
+from kernelpress.emit.record import EmissionRecord
+from kernelpress.trace import TraceError
+
+FUSED_BACKENDS = ["reference", "cpu"] if native.cpu() is not None else ["reference"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path / "cache"))
+
+
+def prefer(backend):
+    """A cost under which the fewest layers of one backend win."""
+    return lambda candidate: 1.0 if candidate.variant == backend else 10.0 * len(candidate.nodes)
+
+
+def emit_fused(model, x, backend="reference", **options):
+    return kp.emit(model, x, cost=prefer(backend), progress=False, **options)
+
+
+def ops_of(emitted):
+    """Names of the graph's operations, ours without their namespace."""
+    nodes = (node for node in emitted.body.graph.nodes if node.op == "call_function")
+    return [str(node.target).removesuffix(".default").removeprefix("kernelpress.") for node in nodes]
+
+
+def assert_as_exact_as(emitted, model, *inputs, factor=4.0):
+    """The emitted float32 model is no further from the float64 truth than a small multiple of the original."""
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(*(x.double() for x in inputs))
+        original, result = model(*inputs), emitted(*inputs)
+    norm = truth.norm()
+    bound = factor * max(float((original - truth).norm() / norm), 2e-7)
+    assert result.shape == original.shape
+    assert result.dtype == original.dtype
+    assert float((result - truth).norm() / norm) <= bound
+
+
+def randomize(model):
+    """Gives BatchNorm layers statistics and weights that matter."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            nn.init.normal_(module.running_mean, std=0.2)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.2)
+    return model.eval()
+
+
+class Apply(nn.Module):
+    """A convolution followed by any function of its output (and of the input)."""
+
+    def __init__(self, function, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x, *self.layers)
+
+
+def separable(channels, out, stride=1):
+    return nn.Sequential(
+        nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(channels, out, 1, bias=False),
+        nn.BatchNorm2d(out),
+        nn.ReLU(inplace=True),
+    )
+
+
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+@pytest.mark.parametrize("name", kp.models.names())
+def test_every_model_of_ours_emits_exactly_at_any_batch_size(name, backend):
+    model = randomize(kp.models.create(name))
+    emitted = emit_fused(model, torch.randn(1, 3, 64, 64), backend)
+    assert emitted.dynamic_batch
+    assert not emitted.record.kept_original
+    assert not any("batch_norm" in op or "relu" in op or "hardtanh" in op for op in ops_of(emitted))
+    for batch in (1, 3):
+        assert_as_exact_as(emitted, model, torch.randn(batch, 3, 64, 64))
+    assert_as_exact_as(emitted, model, torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("name", ["ResNet", "MobileNetV2"])
+def test_models_of_transformers_emit_exactly(name):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
+    if name == "ResNet":
+        sizes = {"embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "layer_type": "basic", "num_labels": 5}
+        model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
+    else:
+        config = transformers.MobileNetV2Config(depth_multiplier=0.35, image_size=64, num_labels=5)
+        model = transformers.MobileNetV2ForImageClassification(config)
+    model = randomize(model)
+    x = torch.randn(2, 3, 64, 64)
+    emitted = emit_fused(model, x)
+    with torch.no_grad():
+        expected, result = model(x), emitted(x)
+    assert isinstance(result, type(expected)) or set(result) == set(expected)
+    torch.testing.assert_close(result["logits"], expected.logits, rtol=1e-3, atol=1e-4)
+    assert {"conv2d", "pointwise_conv2d"} & set(ops_of(emitted))
+
+
+@pytest.mark.parametrize(
+    ("spelled", "name"),
+    [
+        (lambda y: y.relu(), "relu"),
+        (lambda y: y.clamp(min=0), "relu"),
+        (lambda y: F.relu6(y), "relu6"),
+        (lambda y: y.clamp(0, 6), "relu6"),
+        (lambda y: F.hardtanh(y, 0.0, 6.0), "relu6"),
+        (lambda y: F.silu(y), "silu"),
+        (lambda y: y * y.sigmoid(), "silu"),
+        (lambda y: F.hardswish(y), "hardswish"),
+        (lambda y: y * F.hardtanh(y + 3, 0, 6) / 6, "hardswish"),
+        (lambda y: y * (F.relu6(y + 3) / 6), "hardswish"),
+        (lambda y: F.relu6(y + 3) * (1 / 6) * y, "hardswish"),
+        (lambda y: F.hardsigmoid(y), "hardsigmoid"),
+        (lambda y: F.relu6(y + 3) / 6, "hardsigmoid"),
+        (lambda y: y.sigmoid(), "sigmoid"),
+        (lambda y: F.gelu(y), "gelu"),
+    ],
+)
+def test_activations_however_spelled_end_in_the_epilogue(spelled, name):
+    model = Apply(lambda x, conv: spelled(conv(x)), nn.Conv2d(3, 8, 3)).eval()
+    emitted = emit_fused(model, torch.randn(2, 3, 9, 9))
+    assert ops_of(emitted) == ["conv2d"]
+    (call,) = (node for node in emitted.body.graph.nodes if node.op == "call_function")
+    assert call.kwargs["activation"] == name
+    assert_as_exact_as(emitted, model, torch.randn(3, 3, 9, 9))
+
+
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        lambda y: F.hardtanh(y, -1.0, 1.0),
+        lambda y: y.clamp(0, 5),
+        lambda y: F.gelu(y, approximate="tanh"),
+        lambda y: F.relu6(y + 2) / 6,
+        lambda y: y * F.hardtanh(y + 3, 0, 6) / 5,
+        lambda y: F.leaky_relu(y),
+    ],
+)
+def test_functions_like_activations_of_ours_are_left_as_they_are(spelled):
+    model = Apply(lambda x, conv: spelled(conv(x)), nn.Conv2d(3, 8, 3)).eval()
+    emitted = emit_fused(model, torch.randn(2, 3, 9, 9))
+    assert len(ops_of(emitted)) > 1
+    assert_as_exact_as(emitted, model, torch.randn(3, 3, 9, 9))
+
+
+@pytest.mark.parametrize("order", ["conv first", "conv second"])
+def test_a_residual_of_the_same_shape_is_added_in_the_epilogue(order):
+    def forward(x, conv):
+        return (conv(x) + x if order == "conv first" else x + conv(x)).relu()
+
+    model = Apply(forward, nn.Conv2d(8, 8, 3, padding=1)).eval()
+    emitted = emit_fused(model, torch.randn(2, 8, 9, 9))
+    assert ops_of(emitted) == ["conv2d"]
+    assert_as_exact_as(emitted, model, torch.randn(2, 8, 9, 9))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x, conv: conv(x) + x.mean((2, 3), keepdim=True),
+        lambda x, conv: conv(x) + x[:, :1],
+        lambda x, conv: torch.add(conv(x), x, alpha=2),
+    ],
+    ids=["per-channel residual", "one-channel residual", "scaled residual"],
+)
+def test_sums_that_the_epilogue_cannot_express_stay_sums(forward):
+    model = Apply(forward, nn.Conv2d(8, 8, 3, padding=1)).eval()
+    emitted = emit_fused(model, torch.randn(2, 8, 9, 9))
+    assert "aten.add.Tensor" in ops_of(emitted)
+    assert_as_exact_as(emitted, model, torch.randn(2, 8, 9, 9))
+
+
+def test_an_output_read_twice_is_not_swallowed():
+    def forward(x, depthwise, pointwise):
+        y = depthwise(x)
+        return pointwise(y.relu()) + y.sum((2, 3), keepdim=True)
+
+    model = Apply(forward, nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 8, 1)).eval()
+    emitted = emit_fused(model, torch.randn(2, 8, 9, 9))
+    assert "separable_conv2d" not in ops_of(emitted)
+    assert "depthwise_conv2d" in ops_of(emitted)
+    assert_as_exact_as(emitted, model, torch.randn(2, 8, 9, 9))
+
+
+def test_a_residual_block_of_two_projections_fuses_the_sum_into_one():
+    def forward(x, a, b):
+        return (a(x) + b(x)).relu()
+
+    model = Apply(forward, nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(4, 8, 1)).eval()
+    emitted = emit_fused(model, torch.randn(2, 4, 9, 9))
+    assert sorted(ops_of(emitted)) == ["conv2d", "pointwise_conv2d"]
+    assert_as_exact_as(emitted, model, torch.randn(2, 4, 9, 9))
+
+
+def test_a_convolution_of_one_channel_is_dense_not_depthwise():
+    emitted = emit_fused(nn.Conv2d(1, 8, 3).eval(), torch.randn(2, 1, 9, 9))
+    assert ops_of(emitted) == ["conv2d"]
+
+
+def test_squeeze_and_excitation_scales_the_input_of_the_projection():
+    def forward(x, reduce, expand, project):
+        gate = expand(reduce(F.adaptive_avg_pool2d(x, 1)).relu()).sigmoid()
+        return project(x * gate)
+
+    model = Apply(forward, nn.Conv2d(16, 4, 1), nn.Conv2d(4, 16, 1), nn.Conv2d(16, 8, 1)).eval()
+    x = torch.randn(2, 16, 7, 7)
+    emitted = emit_fused(model, x)
+    assert "aten.mul.Tensor" not in ops_of(emitted)
+    scaled = [n for n in emitted.body.graph.nodes if n.op == "call_function" and len(n.args) > 5]
+    assert len(scaled) == 1
+    assert_as_exact_as(emitted, model, x)
+
+
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_pooled_and_flattened_images_are_one_operation(backend):
+    model = nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 4), nn.ReLU()).eval()
+    emitted = emit_fused(model, torch.randn(2, 6, 9, 9), backend)
+    assert ops_of(emitted) == ["max_pool2d", "global_avg_pool2d", "linear"]
+    assert_as_exact_as(emitted, model, torch.randn(5, 6, 9, 9))
+
+
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_chains_become_separable_convolutions_and_inverted_residuals(backend):
+    expand = nn.Sequential(nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6())
+    narrow = nn.Sequential(*separable(24, 8)[:-1])
+    model = randomize(Apply(lambda x, a, b, c: c(x + b(a(x))), expand, narrow, separable(8, 16, stride=2)))
+    emitted = emit_fused(model, torch.randn(2, 8, 9, 9), backend)
+    assert ops_of(emitted) == ["inverted_residual", "separable_conv2d"]
+    assert_as_exact_as(emitted, model, torch.randn(3, 8, 9, 9))
+
+
+def test_affine_steps_after_a_convolution_are_folded_into_it():
+    scale = nn.Parameter(torch.rand(8, 1, 1) + 0.5)
+
+    def forward(x, conv, norm):
+        return (norm(conv(x)) * scale - 0.5) / 2 + 1
+
+    model = Apply(forward, nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+    model.scale = scale
+    model = randomize(model)
+    emitted = emit_fused(model, torch.randn(2, 3, 9, 9))
+    assert ops_of(emitted) == ["conv2d"]
+
+    class Double(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm = copy.deepcopy(model.layers[0]).double(), copy.deepcopy(model.layers[1]).double()
+
+        def forward(self, x):
+            return (self.norm(self.conv(x)) * scale.double() - 0.5) / 2 + 1
+
+    x = torch.randn(2, 3, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(emitted(x).double(), Double().eval()(x.double()), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_norm_over_the_wrong_dimension_of_a_linear_layer_is_not_folded():
+    model = randomize(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(4)))
+    x = torch.randn(3, 4, 6)
+    assert_as_exact_as(emit_fused(model, x), model, x)
+
+
+def test_shared_weights_are_folded_for_each_use_apart():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    model = randomize(nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), conv, nn.BatchNorm2d(4)))
+    before = copy.deepcopy(model.state_dict())
+    emitted = emit_fused(model, torch.randn(2, 4, 9, 9))
+    assert ops_of(emitted) == ["conv2d", "conv2d"]
+    assert_as_exact_as(emitted, model, torch.randn(2, 4, 9, 9))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_keep_their_names():
+    model = randomize(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)))
+    assert {name for name, _ in emit_fused(model, torch.randn(1, 3, 8, 8)).named_parameters()} == {
+        "body.0.weight",
+        "body.0.bias",
+    }
+
+
+def test_a_model_keeps_its_input_and_output_structure():
+    class Pairs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, inputs, other):
+            return {"sum": self.conv(inputs["x"]) + self.conv(other), "pair": (inputs["x"], [other])}
+
+    model = Pairs().eval()
+    x, y = torch.randn(2, 3, 8, 8), torch.randn(2, 3, 8, 8)
+    emitted = emit_fused(model, ({"x": x}, y))
+    result = emitted({"x": x}, y)
+    assert set(result) == {"sum", "pair"}
+    torch.testing.assert_close(result["sum"], model({"x": x}, y)["sum"], rtol=1e-4, atol=1e-5)
+    assert torch.equal(result["pair"][1][0], y)
+
+
+def test_measured_emission_chooses_the_fastest_of_every_place():
+    model = randomize(nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), *separable(16, 32)))
+    x = torch.randn(1, 3, 32, 32)
+    emitted = kp.emit(model, x, progress=False)
+    assert_as_exact_as(emitted, model, x)
+    record = emitted.record
+    covered = [name for place in record.places for name in place.operations]
+    assert len(covered) == len(set(covered))
+    for place in record.places:
+        valid = [c.milliseconds for c in place.candidates if c.milliseconds is not None and "+" not in c.name]
+        assert place.milliseconds == min(valid)
+        assert any(candidate.name.startswith("aten[") for candidate in place.candidates)
+        assert any(candidate.name == place.choice for candidate in place.candidates)
+    assert sum(place.flops for place in record.places) == 2 * 16 * 16 * (16 * 27 + 16 * 9 + 16 * 32)
+    assert record.original_milliseconds > 0
+    assert record.kept_original or record.emitted_milliseconds <= record.original_milliseconds
+    summary = emitted.summary()
+    assert all(place.choice in summary and place.name in summary for place in record.places)
+    assert EmissionRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+def test_layers_timed_once_are_not_timed_again(monkeypatch):
+    model, x = nn.Conv2d(3, 8, 3).eval(), torch.randn(1, 3, 16, 16)
+    first = kp.emit(model, x, progress=False)
+    monkeypatch.setattr(evaluate, "time_alternately", lambda *_, **__: pytest.fail("timed again"))
+    again = kp.emit(model, x, progress=False)
+    assert again.record.places[0].milliseconds == first.record.places[0].milliseconds
+    with pytest.raises(pytest.fail.Exception):
+        kp.emit(model, x, progress=False, cache=False)
+    with pytest.raises(pytest.fail.Exception):
+        kp.emit(model, torch.randn(1, 3, 17, 16), progress=False)
+
+
+def test_a_cache_that_cannot_be_read_or_written_costs_only_time(tmp_path, monkeypatch):
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    monkeypatch.setenv("KERNELPRESS_CACHE", str(blocked / "inside"))
+    assert kp.emit(nn.Conv2d(3, 8, 3).eval(), torch.randn(1, 3, 8, 8), progress=False).record.places
+
+
+def test_candidates_outside_the_tolerance_are_refused_with_their_error():
+    def half_wrong(candidate):
+        return 1.0 if candidate.variant == "reference" else 2.0
+
+    model = nn.Sequential(nn.Conv2d(64, 64, 3), nn.GELU()).eval()
+    emitted = kp.emit(model, torch.randn(1, 64, 12, 12), cost=half_wrong, tolerance=1e-30, progress=False)
+    refused = [c for place in emitted.record.places for c in place.candidates if c.refusal]
+    assert any(c.error is not None and "above the tolerance" in c.refusal for c in refused)
+    for place in emitted.record.places:
+        chosen = next(c for c in place.candidates if c.name == place.choice)
+        assert chosen.error <= 1e-30
+
+
+def test_the_original_is_kept_where_the_emitted_model_is_slower(monkeypatch):
+    real = pipeline.time_alternately
+
+    def emitted_is_slow(calls, **options):
+        timings = real(calls, **options)
+        slow = copy.copy(timings["emitted"])
+        object.__setattr__(slow, "median", 1e6)
+        return {**timings, "emitted": slow}
+
+    monkeypatch.setattr(pipeline, "time_alternately", emitted_is_slow)
+    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+    x = torch.randn(2, 3, 9, 9)
+    emitted = kp.emit(model, x, progress=False)
+    assert emitted.record.kept_original
+    assert "kept the original" in emitted.summary()
+    assert "aten.batch_norm" in ops_of(emitted)
+    assert_as_exact_as(emitted, model, x)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
+def test_models_of_other_dtypes_emit_to_what_can_run_them(dtype, bound):
+    model = randomize(nn.Sequential(*separable(8, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten())).to(dtype)
+    x = torch.randn(2, 8, 9, 9, dtype=dtype)
+    emitted = kp.emit(model, x, progress=False)
+    assert "[cpu]" not in "".join(place.choice for place in emitted.record.places)
+    assert evaluate.relative_error(emitted(x), model(x)) <= bound
+
+
+def test_emission_leaves_the_model_and_its_training_mode_alone():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5)).train()
+    before = copy.deepcopy(model.state_dict())
+    emitted = emit_fused(model, torch.randn(2, 3, 8, 8))
+    assert model.training
+    assert not emitted.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    with pytest.raises(RuntimeError, match="inference"):
+        emitted.train()
+
+
+def test_gradients_reach_the_inputs_of_an_emitted_model():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    model(x).square().sum().backward()
+    expected, x.grad = x.grad, None
+    emit_fused(model, x.detach())(x).square().sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_nan_and_infinity_pass_through_as_in_the_original():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
+    emitted = emit_fused(model, torch.randn(1, 3, 8, 8))
+    x = torch.randn(1, 3, 8, 8)
+    x[0, 0, 2, 2] = math.nan
+    x[0, 1, 6, 6] = math.inf
+    assert torch.equal(torch.isfinite(emitted(x)), torch.isfinite(model(x)))
+
+
+def test_a_model_that_cannot_be_exported_says_so():
+    class Branch(nn.Module):
+        def forward(self, x):
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(TraceError):
+        kp.emit(Branch(), torch.randn(1, 3))
+
+
+@pytest.mark.parametrize("tolerance", [0, -1.0, math.inf])
+def test_a_tolerance_that_is_no_positive_number_is_refused(tolerance):
+    with pytest.raises(ValueError, match="tolerance"):
+        kp.emit(nn.Conv2d(3, 4, 3), torch.randn(1, 3, 8, 8), tolerance=tolerance)
+
+
+@pytest.fixture(params=FUSED_BACKENDS)
+def saved(request, tmp_path):
+    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3, 2), *separable(8, 6), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    emitted = emit_fused(model, torch.randn(1, 3, 16, 16), request.param)
+    path = tmp_path / "model.pt2"
+    emitted.save(path)
+    return emitted, path
+
+
+def test_a_saved_model_loads_as_it_was(saved):
+    emitted, path = saved
+    loaded = kp.load(path)
+    assert ops_of(loaded) == ops_of(emitted)
+    assert loaded.record == emitted.record
+    assert loaded.dynamic_batch
+    for batch in (1, 4):
+        x = torch.randn(batch, 3, 16, 16)
+        assert torch.equal(loaded(x), emitted(x))
+    loaded.save(path)
+    assert torch.equal(kp.load(path)(x), emitted(x))
+
+
+def test_a_channels_last_weight_survives_saving(tmp_path):
+    model, x = nn.Conv2d(6, 10, (3, 5)).eval(), torch.randn(2, 6, 9, 9)
+    emitted = kp.emit(model, x, cost=lambda c: 1.0 if c.label == "aten[channels_last]" else 2.0, progress=False)
+    assert emitted.body.weight.is_contiguous(memory_format=torch.channels_last)
+    emitted.save(tmp_path / "m.pt2")
+    loaded = kp.load(tmp_path / "m.pt2")
+    assert torch.equal(loaded.body.weight, model.weight)
+    torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_a_full_disk_leaves_the_old_file(saved, monkeypatch):
+    emitted, path = saved
+    before = path.read_bytes()
+
+    def full(*_args, **_kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(files.os, "fsync", full)
+    with pytest.raises(OSError, match=r"model\.pt2 could not be written: No space left.*unchanged"):
+        emitted.save(path)
+    assert path.read_bytes() == before
+    assert os.listdir(path.parent).count(path.name) == 1
+    assert not [name for name in os.listdir(path.parent) if name.startswith(".model.pt2")]
+
+
+def test_saving_into_a_missing_folder_names_the_path(saved, tmp_path):
+    with pytest.raises(OSError, match="nowhere"):
+        saved[0].save(tmp_path / "nowhere" / "m.pt2")
+
+
+@pytest.mark.parametrize("damage", ["cut", "noise", "empty", "text"])
+def test_damaged_files_are_refused_by_name(saved, damage):
+    _, path = saved
+    content = path.read_bytes()
+    damaged = {"cut": content[: len(content) // 2], "noise": os.urandom(5000), "empty": b"", "text": b"hello"}
+    path.write_bytes(damaged[damage])
+    with pytest.raises(ValueError, match=r"model\.pt2"):
+        kp.load(path)
+
+
+def test_a_missing_file_and_an_archive_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="absent"):
+        kp.load(tmp_path / "absent.pt2")
+    program = torch.export.export(nn.Linear(2, 2), (torch.randn(2, 2),))
+    torch.export.save(program, tmp_path / "plain.pt2")
+    with pytest.raises(ValueError, match=archive.RECORD_FILE):
+        kp.load(tmp_path / "plain.pt2")
+
+
+@given(st.integers(1, 6), st.lists(st.tuples(st.frozensets(st.integers(0, 5), min_size=1), st.integers(1, 9)), max_size=9))
+def test_the_cover_is_the_cheapest_of_all(count, drawn):
+    elements = list(range(count))
+    options = [Option(frozenset({i}), 5.0, i) for i in elements]
+    options += [Option(s, float(c), 10 + i) for i, (s, c) in enumerate(drawn) if s <= set(elements)]
+    cover = cheapest_cover(elements, options)
+    assert sorted(e for option in cover for e in option.elements) == elements
+    exact = (
+        sum(option.cost for option in selection)
+        for size in range(1, count + 1)
+        for selection in itertools.combinations(options, size)
+        if sorted(e for option in selection for e in option.elements) == elements
+    )
+    assert sum(option.cost for option in cover) == min(exact)
+
+
+def test_elements_without_an_option_cannot_be_covered():
+    with pytest.raises(ValueError, match="options"):
+        cheapest_cover([0, 1], [Option(frozenset({0}), 1.0, 0)])
+
+
+def test_regions_are_what_groups_connect():
+    assert regions([0, 1, 2, 3, 4], [frozenset({0, 2}), frozenset({2, 4})]) == [[0, 2, 4], [1], [3]]
