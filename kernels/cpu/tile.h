@@ -19,12 +19,14 @@ namespace kernelpress::KERNELPRESS_ISA {
 constexpr int kPanel = 2 * kLanes;
 constexpr int kPrefetchSteps = 8;  // a panel outgrows the first-level cache: its weights are asked for this far ahead
 
-// Where a tile's rows come from: row m, segment g starts at a + m * row_stride + segment_offsets[g].
+// Where a tile's rows come from: row m, segment g starts at a + m * row_stride + segment_offsets[g]. The second half of a tile's
+// rows starts half_offset after the first: two narrow image rows make one tile.
 struct TileInput {
   const float* a;
   int64_t row_stride;
   const int64_t* segment_offsets;
   int64_t segments, segment_length;
+  int64_t half_offset = 0;
 
   KP_INLINE int64_t depth() const { return segments * segment_length; }
 };
@@ -48,11 +50,14 @@ struct TileOutput {
 };
 
 template <int kRows, int kVecs>
-KP_INLINE void accumulate(Vec (&acc)[kRows][kVecs], const float* a, int64_t row_stride, const float* b, int64_t length) {
-  constexpr int kGroups = (kRows + 2) / 3;  // one base address serves three rows: base, base + stride, base + 2·stride
-  const float* base[kGroups];
+KP_INLINE void accumulate(Vec (&acc)[kRows][kVecs], const float* a, int64_t row_stride, int64_t half_offset, const float* b, int64_t length) {
+  constexpr int kHalf = kRows / 2, kGroups = (kRows - kHalf + 2) / 3;  // one address serves three rows: base, base + stride, base + 2·stride
+  const float* base[2][kGroups];
 #pragma GCC unroll 8
-  for (int g = 0; g < kGroups; ++g) base[g] = a + 3 * g * row_stride;
+  for (int g = 0; g < kGroups; ++g) {
+    base[0][g] = a + 3 * g * row_stride;
+    base[1][g] = a + half_offset + 3 * g * row_stride;
+  }
 #pragma GCC unroll 4
   for (int64_t k = 0; k < length; ++k) {
     Vec weight[kVecs];
@@ -62,7 +67,8 @@ KP_INLINE void accumulate(Vec (&acc)[kRows][kVecs], const float* a, int64_t row_
     for (int v = 0; v < kVecs; ++v) __builtin_prefetch(b + (k + kPrefetchSteps) * kPanel + v * kLanes);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
-      const Vec x = broadcast(base[m / 3][(m % 3) * row_stride + k]);
+      const int half = m >= kHalf, i = half ? m - kHalf : m;
+      const Vec x = broadcast(base[half][i / 3][(i % 3) * row_stride + k]);
 #pragma GCC unroll 2
       for (int v = 0; v < kVecs; ++v) acc[m][v] = fma(x, weight[v], acc[m][v]);
     }
@@ -78,7 +84,7 @@ void compute_tile(const TileInput& in, const float* panel, const TileOutput& out
     for (int v = 0; v < kVecs; ++v) acc[m][v] = zero();
   }
   for (int64_t g = 0; g < in.segments; ++g) {
-    accumulate<kRows, kVecs>(acc, in.a + in.segment_offsets[g], in.row_stride, panel + g * in.segment_length * kPanel,
+    accumulate<kRows, kVecs>(acc, in.a + in.segment_offsets[g], in.row_stride, in.half_offset, panel + g * in.segment_length * kPanel,
                              in.segment_length);
   }
 #pragma GCC unroll 2
@@ -114,6 +120,7 @@ inline void multiply(const TileInput& in, const float* panel, const TileOutput& 
     const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
     TileInput part = in;
     part.a += begin * in.row_stride;
+    part.half_offset = (end - begin) / 2 * in.row_stride;
     tile_function(end - begin, columns)(part, panel, out.at(begin, 0), columns);
   }
 }
