@@ -62,7 +62,9 @@ def check_input(x: TensorSpec) -> None:
 
 
 def check_pair(name: str, value: Sequence[int], least: int) -> None:
-    """Two integers, both at least `least`. Raises `ValueError`."""
+    """Two integers, both at least `least`. Raises `ValueError`, or `TypeError` for other numbers."""
+    if not all(isinstance(size, (int, torch.SymInt)) for size in value):
+        raise TypeError(f"{name}: expected two integers of at least {least}, got {describe(value)}")
     if len(value) != 2 or value[0] < least or value[1] < least:
         raise ValueError(f"{name}: expected two integers of at least {least}, got {describe(value)}")
 

@@ -34,7 +34,7 @@ def _prepare(kernel: NativeKernel, problem: Problem, tensors: Tensors) -> Run:
     if 0 in shape:
         return lambda tensors: torch.empty_strided(shape, stride, dtype=torch.float32)
     function = getattr(native.cpu(), kernel.name)
-    y_spacing = kernel.out.spacing(shape, stride)
+    y_spacing = problem.layout.spacing(shape, stride)
     assert y_spacing is not None
     sizes = kernel.sizes(problem, native_spacings(kernel, problem), y_spacing)
     activations = operator(problem.op).activations

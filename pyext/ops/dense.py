@@ -110,7 +110,6 @@ def _conv2d_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -
 _CONV2D_KERNEL = NativeKernel(
     name="conv2d",
     layouts=(None, None, None, None, PIXELS),
-    out=PIXELS,
     supports=_conv2d_reason,
     operands=_dense_operands,
     sizes=_conv2d_sizes,
@@ -126,6 +125,7 @@ _CONV2D = publish(
         ),
         tensors=("x", "weight", "bias", "scale", "residual"),
         options=ConvOptions,
+        out=PIXELS,
         shape=_conv2d_shape,
         reference=reference.conv2d,
         macs=lambda shapes, options, shape: math.prod(shape) * math.prod(shapes[1][1:]),
@@ -202,7 +202,6 @@ def _pointwise_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int
 _POINTWISE_KERNEL = NativeKernel(
     name="pointwise_conv2d",
     layouts=(PIXELS, None, None, None, PIXELS, DENSE),
-    out=PIXELS,
     supports=lambda problem: None,
     operands=_dense_operands,
     sizes=_pointwise_sizes,
@@ -217,6 +216,7 @@ _POINTWISE = publish(
         ),
         tensors=("x", "weight", "bias", "scale", "residual", "input_scale"),
         options=EpilogueOptions,
+        out=PIXELS,
         shape=_pointwise_shape,
         reference=reference.pointwise_conv2d,
         macs=lambda shapes, options, shape: math.prod(shape) * shapes[1][1],
@@ -286,7 +286,6 @@ def _linear_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...
 _LINEAR_KERNEL = NativeKernel(
     name="pointwise_conv2d",
     layouts=(ROWS, None, None, None, ROWS),
-    out=ROWS,
     supports=lambda problem: None,
     operands=_linear_operands,
     sizes=_linear_sizes,
@@ -306,6 +305,7 @@ _LINEAR = publish(
         ),
         tensors=("x", "weight", "bias", "scale", "residual"),
         options=EpilogueOptions,
+        out=ROWS,
         shape=_linear_shape,
         reference=reference.linear,
         macs=_linear_macs,

@@ -89,7 +89,6 @@ def _sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple
 _KERNEL = NativeKernel(
     name="depthwise_conv2d",
     layouts=(PIXELS, None, None, None, PIXELS),
-    out=PIXELS,
     supports=lambda problem: None,
     operands=_operands,
     sizes=_sizes,
@@ -105,6 +104,7 @@ _DEPTHWISE = publish(
         ),
         tensors=("x", "weight", "bias", "scale", "residual"),
         options=DepthwiseOptions,
+        out=PIXELS,
         shape=_shape,
         reference=reference.depthwise_conv2d,
         macs=lambda shapes, options, shape: math.prod(shape) * math.prod(shapes[1][2:]),

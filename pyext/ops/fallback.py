@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from kernelpress.ops.registry import Implementation, Problem, Run, Tensors
@@ -17,8 +16,6 @@ def reference_implementation(op: str, reference: Callable[..., Tensor]) -> Imple
 
     def prepare(problem: Problem, tensors: Tensors) -> Run:
         keywords = problem.options._asdict()
-        if len(problem.shape) == 4:
-            return lambda tensors: reference(*tensors, **keywords).contiguous(memory_format=torch.channels_last)
-        return lambda tensors: reference(*tensors, **keywords).contiguous()
+        return lambda tensors: problem.layout.copy(reference(*tensors, **keywords))
 
     return Implementation(op, "reference", lambda: None, lambda problem: None, prepare)

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DENSE", "PIXELS", "ROWS", "Layout", "output_stride", "pixel_stride", "row_stride"]
+__all__ = ["DENSE", "PIXELS", "ROWS", "Layout", "pixel_stride", "row_stride"]
 
 
-def output_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of an op's output: channels_last for `[N, C, H, W]`, else contiguous."""
-    if len(shape) == 4:
-        _, c, h, w = shape
-        return (h * w * c, 1, w * c, c)
+def _channels_last_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    _, c, h, w = shape
+    return (h * w * c, 1, w * c, c)
+
+
+def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
     strides = [1]
     for size in reversed(shape[1:]):
         strides.append(strides[-1] * size)
@@ -60,13 +61,14 @@ def row_stride(shape: Sequence[int], stride: Sequence[int]) -> int | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """A way of lying in memory that a kernel takes: its channel dimension, the spacing a tensor has (None where it lies
-    otherwise), and the copy that lies so.
+    """A way of lying in memory that a kernel takes: its channel dimension, the spacing that a tensor of this shape and
+    stride has (None where it lies otherwise), the strides of a new tensor, and the copy that lies so.
     """
 
     name: str
     channels: int
     spacing: Callable[[Sequence[int], Sequence[int]], int | None]
+    stride: Callable[[Sequence[int]], tuple[int, ...]]
     copy: Callable[[Tensor], Tensor]
 
 
@@ -75,6 +77,10 @@ def _rigid(shape: Sequence[int], stride: Sequence[int]) -> int | None:
     return spacing if spacing == max(shape[-1], 1) else None
 
 
-PIXELS = Layout("channels_last", 1, pixel_stride, lambda t: t.contiguous(memory_format=torch.channels_last))
-ROWS = Layout("evenly spaced rows", -1, row_stride, Tensor.contiguous)
-DENSE = Layout("contiguous", -1, _rigid, Tensor.contiguous)
+def _to_channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+PIXELS = Layout("channels_last", 1, pixel_stride, _channels_last_stride, _to_channels_last)
+ROWS = Layout("evenly spaced rows", -1, row_stride, _contiguous_stride, Tensor.contiguous)
+DENSE = Layout("contiguous", -1, _rigid, _contiguous_stride, Tensor.contiguous)

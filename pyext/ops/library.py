@@ -65,7 +65,7 @@ def _is_plain(t: Tensor) -> bool:
 
 
 def _is_intercepted(operator: Operator, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a mode, transform, trace or gradient may concern the call. `call` looks at parameters when it prepares."""
+    """Whether a mode, transform, trace or gradient may concern the call. `call` looks at new parameters itself."""
     for index in operator.activations:
         t = tensors[index]
         if t is not None and not _is_plain(t):

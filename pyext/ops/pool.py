@@ -51,7 +51,6 @@ def _global_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -
 _GLOBAL_KERNEL = NativeKernel(
     name="global_avg_pool2d",
     layouts=(PIXELS,),
-    out=DENSE,
     supports=lambda problem: None,
     operands=lambda tensors, options: (tensors[0],),
     sizes=_global_sizes,
@@ -63,6 +62,7 @@ _GLOBAL = publish(
         schema='(Tensor x, *, str backend="auto") -> Tensor',
         tensors=("x",),
         options=GlobalPoolOptions,
+        out=DENSE,
         shape=_global_shape,
         reference=reference.global_avg_pool2d,
         macs=lambda shapes, options, shape: 0,
@@ -108,7 +108,6 @@ def _max_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> t
 _MAX_KERNEL = NativeKernel(
     name="max_pool2d",
     layouts=(PIXELS,),
-    out=PIXELS,
     supports=lambda problem: None,
     operands=lambda tensors, options: (tensors[0],),
     sizes=_max_sizes,
@@ -123,6 +122,7 @@ _MAX = publish(
         ),
         tensors=("x",),
         options=MaxPoolOptions,
+        out=PIXELS,
         shape=_max_shape,
         reference=reference.max_pool2d,
         macs=lambda shapes, options, shape: 0,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kernelpress.ops.checks import TensorSpec, check_tensors, describe
-from kernelpress.ops.layout import Layout, output_stride
+from kernelpress.ops.layout import Layout
 from kernelpress.ops.schema import pair
 
 __all__ = [
@@ -56,14 +56,19 @@ Run = Callable[[Tensors], Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """What an op is asked to do, without the values: checked arguments and the output's shape and strides."""
+    """What an op is asked to do, without the values: checked arguments and the output's shape and layout."""
 
     op: str
     tensors: tuple[TensorSpec | None, ...]
     options: Any
     device: str
     shape: tuple[int, ...]
-    stride: tuple[int, ...]
+    layout: Layout
+
+    @functools.cached_property
+    def stride(self) -> tuple[int, ...]:
+        """Strides of a new output."""
+        return self.layout.stride(self.shape)
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Implementation:
 class NativeKernel:
     """How an op becomes a call of the native module `_cpu`: `name(*addresses of operands, address of y, *sizes)`.
 
-    `layouts` says how each tensor argument must lie (None: anyhow, or a parameter that is packed), `out` the output.
+    `layouts` says how each tensor argument must lie (None: anyhow, or a parameter that is packed).
     `supports(problem)` tells why the kernel cannot run a float32 problem. `operands(tensors, options)` packs the
     weights. `sizes(problem, spacings, y_spacing)` gives the integers; a spacing is the distance in elements between
     neighbouring pixels or rows, 0 for an absent tensor.
@@ -98,7 +103,6 @@ class NativeKernel:
 
     name: str
     layouts: tuple[Layout | None, ...]
-    out: Layout
     supports: Callable[[Problem], str | None]
     operands: Callable[[Tensors, Any], tuple[Tensor | None, ...]]
     sizes: Callable[[Problem, tuple[int, ...], int], tuple[int, ...]]
@@ -120,15 +124,16 @@ class Operator:
     """One op: its schema, what it checks, what it means, and who can run it.
 
     `tensors` names the positional arguments, all of them tensors; those of `ACTIVATION_NAMES` change from call to call,
-    the others are parameters. `options` is the named tuple of the keyword arguments but `backend`.
-    `shape(tensors, options)` raises for a bad argument and returns the output's shape; it runs on symbolic sizes as
-    well. `macs(tensors, options, shape)` counts multiply-accumulates.
+    the others are parameters. `options` is the named tuple of the keyword arguments but `backend`; `out` is the layout
+    of the output. `shape(tensors, options)` raises for a bad argument and returns the output's shape; it runs on
+    symbolic sizes as well. `macs(tensors, options, shape)` counts multiply-accumulates.
     """
 
     name: str
     schema: str
     tensors: tuple[str, ...]
     options: Any
+    out: Layout
     shape: Callable[[tuple[TensorSpec | None, ...], Any], tuple[int, ...]]
     reference: Callable[..., Tensor]
     macs: Callable[[Sequence[Any], Any, Sequence[int]], int]
@@ -206,7 +211,7 @@ def problem(operator: Operator, tensors: tuple[TensorSpec | None, ...], options:
     """Check the arguments of a call. Raises `ValueError` or `TypeError` naming the bad one."""
     check_tensors(operator.tensors, tensors)
     shape = operator.shape(tensors, options)
-    return Problem(operator.name, tensors, options, device, shape, output_stride(shape))
+    return Problem(operator.name, tensors, options, device, shape, operator.out)
 
 
 def implementation(operator: Operator, problem: Problem, requested: str) -> Implementation:
@@ -292,8 +297,8 @@ def native_reason(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: 
     if out is not None:
         if tuple(out.shape) != tuple(described.shape) or out.dtype != torch.float32:
             return f"out: expected float32 {describe(described.shape)}, got {out.dtype} {describe(out.shape)}"
-        if kernel.out.spacing(out.shape, out.stride()) is None:
-            return f"out: expected {kernel.out.name} memory, got strides {describe(out.stride())}"
+        if entry.out.spacing(out.shape, out.stride()) is None:
+            return f"out: expected {entry.out.name} memory, got strides {describe(out.stride())}"
     return None
 
 
@@ -318,7 +323,7 @@ def native_call(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Te
     described = _described(entry, tensors, options)
     kernel = entry.native
     assert kernel is not None
-    spacing = kernel.out.spacing(out.shape, out.stride())
+    spacing = entry.out.spacing(out.shape, out.stride())
     assert spacing is not None
     operands = (*kernel.operands(tensors, options), out)
     arguments = (

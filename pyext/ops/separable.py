@@ -123,7 +123,6 @@ def _separable_macs(shapes: Sequence[Any], options: Any, shape: Sequence[int]) -
 _SEPARABLE_KERNEL = NativeKernel(
     name="separable_conv2d",
     layouts=(PIXELS, None, None, None, None, PIXELS),
-    out=PIXELS,
     supports=lambda problem: None,
     operands=_separable_operands,
     sizes=_separable_sizes,
@@ -140,6 +139,7 @@ _SEPARABLE = publish(
         ),
         tensors=("x", "depthwise_weight", "depthwise_bias", "pointwise_weight", "pointwise_bias", "residual"),
         options=SeparableOptions,
+        out=PIXELS,
         shape=_separable_shape,
         reference=reference.separable_conv2d,
         macs=_separable_macs,
@@ -248,7 +248,6 @@ def _inverted_macs(shapes: Sequence[Any], options: Any, shape: Sequence[int]) ->
 _INVERTED_KERNEL = NativeKernel(
     name="inverted_residual",
     layouts=(PIXELS, None, None, None, None, None, None, PIXELS),
-    out=PIXELS,
     supports=lambda problem: None,
     operands=_inverted_operands,
     sizes=_inverted_sizes,
@@ -275,6 +274,7 @@ _INVERTED = publish(
             "residual",
         ),
         options=InvertedResidualOptions,
+        out=PIXELS,
         shape=_inverted_shape,
         reference=reference.inverted_residual,
         macs=_inverted_macs,

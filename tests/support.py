@@ -1,0 +1,87 @@
+"""Helpers of the kernel tests: bounds, inputs of awkward forms, poisoned outputs, the float64 reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernelpress import native
+from kernelpress.kernels import reference
+from kernelpress.ops import registry
+from kernelpress.ops.layout import PIXELS
+
+RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+"""Largest ‖out − ref‖ / ‖ref‖, by the dtype computed in."""
+
+Maker = Callable[..., Tensor]
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    """‖out − expected‖ / ‖expected‖, in float64."""
+    difference = (out.double() - expected.double()).norm()
+    return float(difference / expected.double().norm().clamp_min(1e-30))
+
+
+def assert_close(out: Tensor, expected: Tensor) -> None:
+    """Shape equal, and the relative error within the bound of `out`'s dtype."""
+    assert tuple(out.shape) == tuple(expected.shape)
+    assert not out.isnan().any() or expected.isnan().any(), "NaN where the reference has none"
+    error = relative_error(out, expected)
+    assert error <= RELATIVE_ERROR[out.dtype], f"relative error {error:.2e}"
+
+
+def expected_output(op: str, tensors: Sequence[Tensor | None], **options: Any) -> Tensor:
+    """The reference in float64."""
+    return getattr(reference, op)(*[None if t is None else t.double() for t in tensors], **options)
+
+
+def contiguous(*shape: int) -> Tensor:
+    """Random, in PyTorch's own layout."""
+    return torch.randn(*shape)
+
+
+def channels_last(*shape: int) -> Tensor:
+    """Random `[N, C, H, W]` in channels_last memory."""
+    return torch.randn(*shape).contiguous(memory_format=torch.channels_last)
+
+
+def channel_slice(n: int, c: int, h: int, w: int) -> Tensor:
+    """Random channels 3 … c + 2 of a wider channels_last tensor whose other channels are NaN."""
+    wide = torch.full((n, c + 5, h, w), torch.nan).contiguous(memory_format=torch.channels_last)
+    narrow = wide[:, 3 : 3 + c]
+    narrow.copy_(torch.randn(n, c, h, w))
+    return narrow
+
+
+def cropped(n: int, c: int, h: int, w: int) -> Tensor:
+    """Random crop of a larger channels_last image whose border is NaN: its rows are not evenly spaced."""
+    large = torch.full((n, c, h + 2, w + 3), torch.nan).contiguous(memory_format=torch.channels_last)
+    crop = large[:, :, 1 : 1 + h, 1 : 1 + w]
+    crop.copy_(torch.randn(n, c, h, w))
+    return crop
+
+
+def every_other(n: int, c: int, h: int, w: int) -> Tensor:
+    """Random, strided in every dimension."""
+    return torch.randn(2 * n, 2 * c, 2 * h, 2 * w)[::2, ::2, ::2, ::2]
+
+
+MAKERS: tuple[Maker, ...] = (channels_last, contiguous, channel_slice, cropped, every_other)
+
+
+def run_native(op: str, tensors: Sequence[Tensor | None], **options: Any) -> Tensor:
+    """The native kernel by `native_call`, into channels of a wider poisoned tensor; checks that it writes no other."""
+    plain = registry.allocate(op, tensors, options)
+    if registry.operator(op).out is PIXELS:
+        n, c, h, w = plain.shape
+        wide = torch.full((n, c + 7, h, w), torch.nan).contiguous(memory_format=torch.channels_last)
+        out, around = wide[:, 3 : 3 + c], (wide[:, :3], wide[:, 3 + c :])
+    else:
+        out, around = plain.fill_(torch.nan), ()
+    call = registry.native_call(op, tensors, options, out)
+    getattr(native.cpu(), call.name)(*call.arguments)
+    assert all(bool(rest.isnan().all()) for rest in around), "written outside the output's channels"
+    return out
