@@ -163,7 +163,7 @@ def _profile(options: argparse.Namespace) -> int:
             contestants: dict[str, Any] = {"emitted": model, "captured": kernelpress.capture(model, image)}
         else:
             image = torch.randn(options.batch, options.channels or 3, options.size or 224, options.size or 224)
-            contestants, _ = torch_contestants(model, (image,), ("eager", "channels_last"))
+            contestants = dict(torch_contestants(model, (image,), ("eager", "channels_last"))[0])
             if options.emit:
                 contestants["captured"] = kernelpress.capture(kernelpress.emit(model, image), image)
         comparison = measure.compare(contestants, image)

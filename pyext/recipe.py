@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 __all__ = ["CompressPass", "DataSection", "PruneChannels", "Recipe", "RecipeError", "TrainSection", "load_recipe"]
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-PEERS = ("eager", "channels_last", "compile", "emitted")
+Peer = Literal["eager", "channels_last", "compile", "emitted"]
 
 
 class RecipeError(ValueError):
@@ -113,7 +113,7 @@ class MeasureSection(_Section):
 
     rounds: Annotated[int, Field(ge=1)] = 5
     budget_seconds: Annotated[float, Field(gt=0)] = 1.0
-    peers: tuple[Literal["eager", "channels_last", "compile", "emitted"], ...] = PEERS
+    peers: tuple[Peer, ...] = get_args(Peer)
 
     @model_validator(mode="after")
     def _has_baseline(self) -> MeasureSection:
@@ -208,8 +208,9 @@ def _lines(node: yaml.Node | None, file: Path, at: tuple[str | int, ...] = ()) -
             lines |= _lines(value, file, place)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            lines[(*at, index)] = value.start_mark.line + 1
-            lines |= _lines(value, file, (*at, index))
+            place = (*at, index)
+            lines[place] = value.start_mark.line + 1
+            lines |= _lines(value, file, place)
     return lines
 
 

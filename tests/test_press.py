@@ -24,7 +24,7 @@ from kernelpress.runfolder import RunFolder, stage_key
 
 RECIPE = """
 title: tiny
-data: {source: digits, image_size: 16, batch_size: 64}
+data: {source: digits, image_size: 8, batch_size: 64}
 model: {name: resnet20, options: {width: 16}}
 train: {epochs: 1, lr: 0.1}
 compress:
@@ -174,7 +174,7 @@ class TestRun:
         assert pressed.flops <= 0.62 * dense.flops
         assert compressed.flops == pressed.flops
         assert pressed.parameters < dense.parameters
-        assert kernelpress.load(folder / "pressed.pt2")(torch.randn(3, 1, 16, 16)).shape == (3, 10)
+        assert kernelpress.load(folder / "pressed.pt2")(torch.randn(3, 1, 8, 8)).shape == (3, 10)
         assert report.comparison.speedup("pressed").theoretical == pytest.approx(dense.flops / pressed.flops, rel=1e-3)
 
     def test_baseline_is_the_fastest_way_in_pytorch(self, finished_run):

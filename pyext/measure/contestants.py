@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +38,7 @@ def torch_contestants(
         if way == "eager":
             contestants[way] = (module, inputs)
             continue
-        twin: nn.Module = copy.deepcopy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        twin = _channels_last_copy(module)
         if way == "channels_last":
             contestants[way] = (twin, images)
             continue
@@ -59,6 +60,14 @@ def _in_plain_torch(module: nn.Module, inputs: tuple[Any, ...]) -> nn.Module:
 def _channels_last(value: Any) -> Any:
     is_image = isinstance(value, Tensor) and value.ndim == 4
     return value.contiguous(memory_format=torch.channels_last) if is_image else value
+
+
+def _channels_last_copy(module: nn.Module) -> nn.Module:
+    with warnings.catch_warnings():
+        # Copying an exported graph makes torch use a name of its own that it deprecates.
+        warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        twin: nn.Module = copy.deepcopy(module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return twin
 
 
 def _compiled(module: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., Any]:

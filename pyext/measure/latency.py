@@ -42,7 +42,7 @@ class Timing:
 
 
 def _synchronize() -> None:
-    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 

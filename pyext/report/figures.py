@@ -26,7 +26,7 @@ LOSS = "#b45309"
 MAX_LAYERS = 40
 """More bars than this are unreadable: the figure keeps the places with the most dense time."""
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": INK,
@@ -125,9 +125,9 @@ def accuracy_figure(points: Sequence[AccuracyPoint], *, against: str) -> str:
     if against not in ("latency", "flops"):
         raise ValueError(f"against: expected latency or flops, got {against!r}")
     shown = [
-        (point, point.latency_ms if against == "latency" else point.flops * 1e-6)
+        (point, cost)
         for point in points
-        if against == "flops" or point.latency_ms is not None
+        if (cost := point.latency_ms if against == "latency" else point.flops * 1e-6) is not None
     ]
     with mpl.rc_context(STYLE):
         figure, axes = _new_figure(4.4, 3.3)

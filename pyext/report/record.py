@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from kernelpress.bench.machine import Machine
-from kernelpress.emit.record import EmissionRecord
+from kernelpress.emit.candidates import ORIGINAL
+from kernelpress.emit.record import EmissionRecord, PlaceRecord
 from kernelpress.measure import Comparison
 
 __all__ = ["AccuracyPoint", "LayerRealisation", "Report", "Requirement", "commit_of", "layer_realisations", "now"]
@@ -125,11 +126,10 @@ def layer_realisations(dense: EmissionRecord, pressed: EmissionRecord) -> tuple[
     Both models have the same operations; where the two emissions drew their places differently, those that share
     operations are taken together. A place whose original operations were not timed is left out.
     """
-    groups: list[tuple[set[str], list[Any], list[Any]]] = []
-    for side, record in ((1, dense), (2, pressed)):
+    groups: list[tuple[set[str], list[PlaceRecord], list[PlaceRecord]]] = []
+    for record in (dense, pressed):
         for place in record.places:
-            merged: tuple[set[str], list[Any], list[Any]] = (set(place.operations), [], [])
-            merged[side].append(place)
+            merged = (set(place.operations), [place], []) if record is dense else (set(place.operations), [], [place])
             for group in [group for group in groups if group[0] & merged[0]]:
                 groups.remove(group)
                 merged = (merged[0] | group[0], group[1] + merged[1], group[2] + merged[2])
@@ -137,9 +137,7 @@ def layer_realisations(dense: EmissionRecord, pressed: EmissionRecord) -> tuple[
 
     layers = []
     for _, before, after in groups:
-        originals = [
-            min((c.milliseconds for c in place.candidates if _is_original(c)), default=None) for place in before
-        ]
+        originals = [_original_ms(place) for place in before]
         pressed_ms = sum(place.milliseconds for place in after)
         if not after or not before or pressed_ms <= 0 or any(time is None for time in originals):
             continue
@@ -156,10 +154,14 @@ def layer_realisations(dense: EmissionRecord, pressed: EmissionRecord) -> tuple[
     return tuple(layers)
 
 
-def _is_original(candidate: Any) -> bool:
-    from kernelpress.emit.candidates import ORIGINAL
-
-    return candidate.milliseconds is not None and candidate.name.startswith(f"{ORIGINAL}[")
+def _original_ms(place: PlaceRecord) -> float | None:
+    """Time of the operations as they came, in the faster memory format; `None` where they were not timed."""
+    times = [
+        candidate.milliseconds
+        for candidate in place.candidates
+        if candidate.milliseconds is not None and candidate.name.startswith(f"{ORIGINAL}[")
+    ]
+    return min(times, default=None)
 
 
 def commit_of(folder: Path) -> str | None:
