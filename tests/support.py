@@ -21,8 +21,8 @@ Maker = Callable[..., Tensor]
 
 def relative_error(out: Tensor, expected: Tensor) -> float:
     """‖out − expected‖ / ‖expected‖, in float64."""
-    difference = (out.double() - expected.double()).norm()
-    return float(difference / expected.double().norm().clamp_min(1e-30))
+    out, expected = out.detach().double(), expected.detach().double()
+    return float((out - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
 def assert_close(out: Tensor, expected: Tensor) -> None:

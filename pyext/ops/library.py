@@ -57,7 +57,7 @@ def call(operator: Operator, tensors: tuple[Tensor | None, ...], options: tuple[
 
 def _dispatch(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor:
     overload = getattr(torch.ops.kernelpress, operator.name).default
-    return overload(*tensors, **dict(zip(operator.options._fields, options, strict=True)), backend=backend)
+    return overload(*tensors, **registry.options_of(operator, options)._asdict(), backend=backend)
 
 
 def _is_plain(t: Tensor) -> bool:
