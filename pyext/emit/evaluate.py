@@ -196,7 +196,7 @@ def runnable(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[No
 
 
 def _timed(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any]) -> Callable[[], Any]:
-    """The candidate as it is timed: a layer on the `cpu` backend as the native step that a plan makes of it, since plans
+    Straight-line Python, as fx generates it for the emitted graph, but made much faster than a `GraphModule`.
     are what speed is for; anything else as a call of torch, in plans as well."""
     if candidate.variant != "cpu":
         return runnable(graph_module, candidate, inputs)

@@ -209,12 +209,12 @@ class _Lowering(Interpreter):
         tensors, options, backend = registry.bind(operator, *self.fetch_args_kwargs_from_env(node))
         if registry.requested_backend(backend) not in ("auto", "cpu") or operator.native is None:
             return None
-        given = list(registry.bind(operator, args, kwargs)[0])
+        given: list[Any] = list(registry.bind(operator, args, kwargs)[0])
         copies: list[tuple[int, Tensor]] = []
         for i, (layout, tensor) in enumerate(zip(operator.native.layouts, tensors, strict=True)):
             if layout is not None and tensor is not None and layout.spacing(tensor.shape, tensor.stride()) is None:
-                tensors[i] = layout.copy(tensor)
-                copies.append((i, tensors[i]))
+                tensors[i] = copied = layout.copy(tensor)
+                copies.append((i, copied))
         named = options._asdict()
         if registry.native_reason(op, tensors, named, result) is not None:
             return None
