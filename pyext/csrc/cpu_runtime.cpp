@@ -29,8 +29,9 @@ void use_host_threads(HostParallelFor parallel_for, HostThreadCount thread_count
 
 void parallel_for(int64_t begin, int64_t end, void (*body)(int64_t, int64_t, void*), void* context) {
   if (begin >= end) return;
-  if (host_parallel_for && end - begin > 1) host_parallel_for(begin, end, 1, body, context);
-  else body(begin, end, context);
+  if (!host_parallel_for || end - begin == 1) return body(begin, end, context);
+  // The host catches what a body throws, which can only be the allocation of scratch memory, and returns an error code.
+  if (host_parallel_for(begin, end, 1, body, context) != 0) throw std::bad_alloc();
 }
 
 int64_t thread_count() {
