@@ -196,8 +196,8 @@ def runnable(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[No
 
 
 def _timed(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any]) -> Callable[[], Any]:
-    Straight-line Python, as fx generates it for the emitted graph, but made much faster than a `GraphModule`.
-    are what speed is for; anything else as a call of torch, in plans as well."""
+    """The candidate as it is timed: a layer on the `cpu` backend as the native step that plans make of it, since they
+    are what speed is for; anything else as a call of torch, which it is in plans as well."""
     if candidate.variant != "cpu":
         return runnable(graph_module, candidate, inputs)
     known = dict(zip(candidate.placeholders, (inputs[node] for node in candidate.inputs), strict=True))
