@@ -42,14 +42,16 @@ def _prepare(kernel: NativeKernel, problem: Problem, tensors: Tensors) -> Run:
     operands: tuple[Any, ...] = kernel.operands(marked, problem.options)
     changing: list[tuple[int, Any]] = [(at, operand) for at, operand in enumerate(operands) if isinstance(operand, int)]
     held = [operand if isinstance(operand, Tensor) else None for operand in operands]
-    addresses = [0 if t is None else t.data_ptr() for t in held]
+    at_y = len(held)
+    template = [*[0 if t is None else t.data_ptr() for t in held], 0, *sizes]
 
     def compute(tensors: Sequence[Any], held: list[Tensor | None] = held) -> Tensor:
         y = torch.empty_strided(shape, stride, dtype=torch.float32)
-        current = addresses.copy()
+        arguments = template.copy()
+        arguments[at_y] = y.data_ptr()
         for position, index in changing:
-            current[position] = tensors[index].data_ptr()
-        function(*current, y.data_ptr(), *sizes)
+            arguments[position] = tensors[index].data_ptr()
+        function(*arguments)
         return y
 
     copies = [
