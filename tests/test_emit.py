@@ -35,7 +35,9 @@ def prefer(backend):
 
 
 def emit_fused(model, x, backend="reference", **options):
-    return kp.emit(model, x, cost=prefer(backend), progress=False, **options)
+    emitted = kp.emit(model, x, cost=prefer(backend), progress=False, **options)
+    assert not emitted.record.kept_original, emitted.record.reason
+    return emitted
 
 
 def ops_of(emitted):
