@@ -17,9 +17,12 @@ from torch import nn
 import kernelpress as kp
 from kernelpress import native
 from kernelpress.emit import archive, evaluate, files, pipeline
+from kernelpress.emit.canonical import canonicalize
 from kernelpress.emit.cover import Option, cheapest_cover, regions
+from kernelpress.emit.fold import fold
+from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.record import EmissionRecord
-from kernelpress.trace import TraceError
+from kernelpress.trace import TraceError, trace
 
 FUSED_BACKENDS = ["reference", "cpu"] if native.cpu() is not None else ["reference"]
 
@@ -202,6 +205,8 @@ def test_sums_that_the_epilogue_cannot_express_stay_sums(forward):
     model = Apply(forward, nn.Conv2d(8, 8, 3, padding=1)).eval()
     emitted = emit_fused(model, torch.randn(2, 8, 9, 9))
     assert "aten.add.Tensor" in ops_of(emitted)
+    matches = find_matches(fold(canonicalize(trace(model, torch.randn(2, 8, 9, 9)))))
+    assert all(match.arguments["residual"] is None for match in matches)
     assert_as_exact_as(emitted, model, torch.randn(2, 8, 9, 9))
 
 
