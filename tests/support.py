@@ -25,17 +25,33 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     return float((out - expected).norm() / expected.norm().clamp_min(1e-30))
 
 
-def assert_close(out: Tensor, expected: Tensor) -> None:
-    """Shape equal, and the relative error within the bound of `out`'s dtype."""
+def assert_close(out: Tensor, expected: Tensor, least_norm: float = 0.0) -> None:
+    """Shape equal, and the error, relative to ‖expected‖ or `least_norm`, within the bound of `out`'s dtype."""
     assert tuple(out.shape) == tuple(expected.shape)
     assert not out.isnan().any() or expected.isnan().any(), "NaN where the reference has none"
     error = relative_error(out, expected)
+    norm = float(expected.detach().double().norm())
+    if norm < least_norm:
+        error *= norm / least_norm
     assert error <= RELATIVE_ERROR[out.dtype], f"relative error {error:.2e}"
 
 
 def expected_output(op: str, tensors: Sequence[Tensor | None], **options: Any) -> Tensor:
     """The reference in float64."""
     return getattr(reference, op)(*[None if t is None else t.double() for t in tensors], **options)
+
+
+def assert_matches(op: str, tensors: Sequence[Tensor | None], options: dict[str, Any], *outputs: Tensor) -> None:
+    """All outputs close to the reference in float64.
+
+    Where the terms of a sum cancel, its rounding error is relative to them: the norm counts as at least a tenth of what
+    the absolute values of all tensors give.
+    """
+    expected = expected_output(op, tensors, **options)
+    linear = {name: "identity" if name.endswith("activation") else value for name, value in options.items()}
+    magnitude = expected_output(op, [None if t is None else t.abs() for t in tensors], **linear)
+    for out in outputs:
+        assert_close(out, expected, 0.1 * float(magnitude.norm()))
 
 
 def contiguous(*shape: int) -> Tensor:
