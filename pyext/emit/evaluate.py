@@ -159,7 +159,8 @@ def _evaluate_batch(
     if calls:
         timings = time_alternately(calls, budget_seconds=SECONDS_PER_CANDIDATE, rounds=ROUNDS)
         for key, timing in timings.items():
-            cache.put(key, timing.median)
+            # Few samples, and a busy machine only ever adds to them: the fast ones tell what the layer costs.
+            cache.put(key, timing.p10)
     return [
         Evaluation(
             candidate, None if refusal else cost(candidate) if cost is not None else cache.get(key), error, refusal

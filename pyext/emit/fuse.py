@@ -69,16 +69,18 @@ def find_matches(graph_module: GraphModule) -> list[Match]:
 
 
 def _stages(graph_module: GraphModule, node: Node) -> Iterator[_Stage]:
-    """The layer at `node`, alone and with as much of its epilogue and prologue as nobody else reads."""
+    """The layer at `node` with its activation, without and with the SE scale before it and the sum behind it.
+
+    An epilogue costs a layer of ours next to nothing, so an activation is never left out. A sum may be: another layer may
+    need it for its own epilogue.
+    """
     bare = _bare_stage(graph_module, node)
     if bare is None:
         return
     for stage in (bare, *_with_input_scale(bare)):
-        yield stage
-        yield from _with_activation(stage)
+        yield _with_activation(stage)
         for summed in _with_residual(stage):
-            yield summed
-            yield from _with_activation(summed)
+            yield _with_activation(summed)
 
 
 def _bare_stage(graph_module: GraphModule, node: Node) -> _Stage | None:
@@ -134,11 +136,12 @@ def _convolution_kind(weight: Tensor, geometry: dict[str, Any]) -> str:
     return "pointwise_conv2d" if is_pointwise and geometry["groups"] == 1 else "conv2d"
 
 
-def _with_activation(stage: _Stage) -> Iterator[_Stage]:
+def _with_activation(stage: _Stage) -> _Stage:
     user = only_user(stage.output)
     name = activation_of(user) if user is not None else None
-    if user is not None and name is not None:
-        yield replace(stage, activation=name, nodes=stage.nodes | {user}, output=user)
+    if user is None or name is None:
+        return stage
+    return replace(stage, activation=name, nodes=stage.nodes | {user}, output=user)
 
 
 def _with_residual(stage: _Stage) -> Iterator[_Stage]:
