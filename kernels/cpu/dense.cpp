@@ -118,15 +118,17 @@ void conv_rows(const Conv2dArgs& a, int64_t image, int64_t begin, int64_t end, i
     const TileOutput out{a.y, a.y_stride, a.bias, a.residual, a.residual_stride, ActivationFunction(a.activation)};
     for (int64_t j = first_panel; j < last_panel; ++j) {
       const int64_t columns = minimum(kPanel, a.c_out - j * kPanel);
-      for (int64_t i = 0; i < rows;) {
+      const float* panel = a.weight + j * panel_size;
+      const float* next = j + 1 < last_panel ? panel + panel_size : panel;
+      for (int64_t i = 0, t = 0; i < rows; ++t) {
         TileInput in{pixels + i * a.window.stride_h * row_floats, a.window.stride_w * a.c_in, field.offsets, field.count, field.length};
         const TileOutput place = out.at((image * a.out_h + p0 + i) * a.out_w, j * kPanel);
         if (2 * a.out_w <= kTileRows && i + 1 < rows) {
           in.half_offset = a.window.stride_h * row_floats;
-          tile_function(2 * a.out_w, columns)(in, a.weight + j * panel_size, place, columns);
+          tile_function(2 * a.out_w, columns)(in, panel, place, columns, half_of_next(panel, next, in.depth(), t));
           i += 2;
         } else {
-          multiply(in, a.weight + j * panel_size, place, a.out_w, columns);
+          multiply(in, panel, t == 0 ? next : panel, place, a.out_w, columns);
           i += 1;
         }
       }

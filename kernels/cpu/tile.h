@@ -50,7 +50,8 @@ struct TileOutput {
 };
 
 template <int kRows, int kVecs>
-KP_INLINE void accumulate(Vec (&acc)[kRows][kVecs], const float* a, int64_t row_stride, int64_t half_offset, const float* b, int64_t length) {
+KP_INLINE void accumulate(Vec (&acc)[kRows][kVecs], const float* a, int64_t row_stride, int64_t half_offset, const float* b, int64_t length,
+                          const float* ahead) {
   constexpr int kHalf = kRows / 2, kGroups = (kRows - kHalf + 2) / 3;  // one address serves three rows: base, base + stride, base + 2·stride
   const float* base[2][kGroups];
 #pragma GCC unroll 8
@@ -65,6 +66,7 @@ KP_INLINE void accumulate(Vec (&acc)[kRows][kVecs], const float* a, int64_t row_
     for (int v = 0; v < kVecs; ++v) weight[v] = load(b + k * kPanel + v * kLanes);
 #pragma GCC unroll 2
     for (int v = 0; v < kVecs; ++v) __builtin_prefetch(b + (k + kPrefetchSteps) * kPanel + v * kLanes);
+    __builtin_prefetch(ahead + k * kLanes, 0, 2);
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
       const int half = m >= kHalf, i = half ? m - kHalf : m;
@@ -75,8 +77,9 @@ KP_INLINE void accumulate(Vec (&acc)[kRows][kVecs], const float* a, int64_t row_
   }
 }
 
+// `ahead` is half a panel that a later tile will read: it is brought from memory to the second-level cache meanwhile.
 template <int kRows, int kVecs>
-void compute_tile(const TileInput& in, const float* panel, const TileOutput& out, int64_t columns) {
+void compute_tile(const TileInput& in, const float* panel, const TileOutput& out, int64_t columns, const float* ahead) {
   Vec acc[kRows][kVecs];
 #pragma GCC unroll 16
   for (int m = 0; m < kRows; ++m) {
@@ -84,8 +87,9 @@ void compute_tile(const TileInput& in, const float* panel, const TileOutput& out
     for (int v = 0; v < kVecs; ++v) acc[m][v] = zero();
   }
   for (int64_t g = 0; g < in.segments; ++g) {
-    accumulate<kRows, kVecs>(acc, in.a + in.segment_offsets[g], in.row_stride, in.half_offset, panel + g * in.segment_length * kPanel,
-                             in.segment_length);
+    const int64_t k = g * in.segment_length;
+    accumulate<kRows, kVecs>(acc, in.a + in.segment_offsets[g], in.row_stride, in.half_offset, panel + k * kPanel, in.segment_length,
+                             ahead + k * kLanes);
   }
 #pragma GCC unroll 2
   for (int v = 0; v < kVecs; ++v) {
@@ -100,7 +104,7 @@ void compute_tile(const TileInput& in, const float* panel, const TileOutput& out
   }
 }
 
-using TileFunction = void (*)(const TileInput&, const float*, const TileOutput&, int64_t);
+using TileFunction = void (*)(const TileInput&, const float*, const TileOutput&, int64_t, const float*);
 
 template <int kVecs, int... kIndex>
 KP_INLINE TileFunction tile_with(int64_t rows, std::integer_sequence<int, kIndex...>) {
@@ -113,15 +117,20 @@ KP_INLINE TileFunction tile_function(int64_t rows, int64_t columns) {
   return columns > kLanes ? tile_with<2>(rows, Rows{}) : tile_with<1>(rows, Rows{});
 }
 
-// rows × columns of output from panels of `depth` steps; rows are cut into tiles of nearly equal height.
-inline void multiply(const TileInput& in, const float* panel, const TileOutput& out, int64_t rows, int64_t columns) {
+// What the t-th tile over a panel fetches ahead: one half of the next panel each, then nothing that is not there already.
+KP_INLINE const float* half_of_next(const float* panel, const float* next, int64_t depth, int64_t t) {
+  return t < 2 ? next + t * depth * kLanes : panel;
+}
+
+// rows × columns of output from one panel; rows are cut into tiles of nearly equal height. `next` is the panel to come.
+inline void multiply(const TileInput& in, const float* panel, const float* next, const TileOutput& out, int64_t rows, int64_t columns) {
   const int64_t tiles = ceil_div(rows, kTileRows);
   for (int64_t t = 0; t < tiles; ++t) {
     const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
     TileInput part = in;
     part.a += begin * in.row_stride;
     part.half_offset = (end - begin) / 2 * in.row_stride;
-    tile_function(end - begin, columns)(part, panel, out.at(begin, 0), columns);
+    tile_function(end - begin, columns)(part, panel, out.at(begin, 0), columns, half_of_next(panel, next, in.depth(), t));
   }
 }
 
@@ -130,8 +139,9 @@ inline void multiply_panels(const TileInput& in, const float* weight, const Tile
                             int64_t first_panel, int64_t last_panel) {
   const int64_t panel_size = in.depth() * kPanel;
   for (int64_t j = first_panel; j < last_panel; ++j) {
-    const int64_t column = j * kPanel;
-    multiply(in, weight + j * panel_size, out.at(0, column), rows, minimum(kPanel, c_out - column));
+    const float* panel = weight + j * panel_size;
+    const float* next = j + 1 < last_panel ? panel + panel_size : panel;
+    multiply(in, panel, next, out.at(0, j * kPanel), rows, minimum(kPanel, c_out - j * kPanel));
   }
 }
 
