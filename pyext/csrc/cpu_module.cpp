@@ -77,10 +77,10 @@ std::vector<int64_t> words_of(const char* kernel, const py::args& values) {
 
 // Member pointer of the kernel in the table → a function over raw words.
 template <class Args, void (*KernelTable::*kKernel)(const Args&)>
-void run_words(const void* words) {
+void run_words(const KernelTable& kernels, const void* words) {
   Args args;
   std::memcpy(static_cast<void*>(&args), words, sizeof args);
-  (table->*kKernel)(args);
+  (kernels.*kKernel)(args);
 }
 
 template <class Args, void (*KernelTable::*kKernel)(const Args&)>
@@ -88,10 +88,10 @@ void bind_kernel(py::module_& module, py::class_<Plan>& plan, const char* name) 
   module.def(name, [name](const py::args& values) {
     const std::vector<int64_t> words = words_of<Args>(name, values);
     const py::gil_scoped_release released;
-    run_words<Args, kKernel>(words.data());
+    run_words<Args, kKernel>(*table, words.data());
   });
   plan.def(name, [name](Plan& self, const py::args& values) {
-    self.append(run_words<Args, kKernel>, words_of<Args>(name, values), Args::kAddresses);
+    self.append(run_words<Args, kKernel>, *table, words_of<Args>(name, values), Args::kAddresses);
   });
 }
 

@@ -1,4 +1,5 @@
-// A flat list of prepared kernel calls. Addresses that lie in an external buffer are patched at every run; all others are fixed.
+// A flat list of prepared kernel calls. Addresses that lie in an external buffer are patched at every run; all others are fixed, and
+// so is the instruction set that each call was appended with, because its weights were packed for it.
 #pragma once
 
 #include <cstdint>
@@ -6,11 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cpu/args.h"
+
 namespace kernelpress {
 
 class Plan {
  public:
-  using Run = void (*)(const void* arguments);
+  using Run = void (*)(const KernelTable& kernels, const void* arguments);
 
   // Declares a buffer whose address is given anew at each run; returns its index.
   int64_t external(int64_t address, int64_t bytes) {
@@ -18,8 +21,8 @@ class Plan {
     return static_cast<int64_t>(externals_.size()) - 1;
   }
 
-  // Appends a call with an argument block of eight-byte words, the first `addresses` of which are addresses.
-  void append(Run run, std::vector<int64_t> words, int addresses) {
+  // Appends a call of `kernels` with an argument block of eight-byte words, the first `addresses` of which are addresses.
+  void append(Run run, const KernelTable& kernels, std::vector<int64_t> words, int addresses) {
     const int64_t step = static_cast<int64_t>(steps_.size());
     for (int field = 0; field < addresses; ++field) {
       for (size_t buffer = 0; buffer < externals_.size(); ++buffer) {
@@ -30,7 +33,7 @@ class Plan {
         }
       }
     }
-    steps_.push_back({run, std::move(words)});
+    steps_.push_back({run, &kernels, std::move(words)});
   }
 
   int64_t size() const { return static_cast<int64_t>(steps_.size()); }
@@ -48,7 +51,7 @@ class Plan {
     for (const Patch& patch : patches_) {
       if (patch.step >= first && patch.step < last) steps_[patch.step].words[patch.field] = addresses[patch.buffer] + patch.offset;
     }
-    for (int64_t step = first; step < last; ++step) steps_[step].run(steps_[step].words.data());
+    for (int64_t step = first; step < last; ++step) steps_[step].run(*steps_[step].kernels, steps_[step].words.data());
   }
 
  private:
@@ -62,6 +65,7 @@ class Plan {
   };
   struct Step {
     Run run;
+    const KernelTable* kernels;
     std::vector<int64_t> words;
   };
   std::vector<External> externals_;
