@@ -30,13 +30,24 @@ def pytest_report_header() -> list[str]:
     ]
 
 
-@pytest.fixture(autouse=True)
-def _seeded(request: pytest.FixtureRequest) -> None:
-    """Every test draws inputs of its own, the same in each run with the same seed, in whatever order tests run."""
-    seed = zlib.crc32(f"{SEED}:{request.node.nodeid}".encode())
+def _seed(who: str) -> None:
+    seed = zlib.crc32(f"{SEED}:{who}".encode())
     random.seed(seed)
     numpy.random.seed(seed)  # noqa: NPY002 - code under test may draw from the global state
     torch.manual_seed(seed)
+
+
+@pytest.fixture(autouse=True)
+def _seeded(request: pytest.FixtureRequest) -> None:
+    """Every test draws inputs of its own, the same in each run with the same seed, in whatever order tests run."""
+    _seed(request.node.nodeid)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.FixtureRequest) -> None:
+    """So does every fixture that several tests share."""
+    if fixturedef.scope != "function":
+        _seed(f"{request.node.nodeid}:{fixturedef.argname}:{request.param_index}")
 
 
 @pytest.fixture(params=native.cpu().variants() if native.cpu() else ["native"])

@@ -10,12 +10,12 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
+from emitting import FUSED_BACKENDS, assert_as_exact_as, emit_fused, ops_of, randomize
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import kernelpress as kp
-from kernelpress import native
 from kernelpress.emit import archive, evaluate, files, pipeline
 from kernelpress.emit.canonical import canonicalize
 from kernelpress.emit.cover import Option, cheapest_cover, regions
@@ -24,52 +24,10 @@ from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.record import EmissionRecord
 from kernelpress.trace import TraceError, trace
 
-FUSED_BACKENDS = ["reference", "cpu"] if native.cpu() is not None else ["reference"]
-
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path / "cache"))
-
-
-def prefer(backend):
-    """A cost under which the fewest layers of one backend win."""
-    return lambda candidate: 1.0 if candidate.variant == backend else 10.0 * len(candidate.nodes)
-
-
-def emit_fused(model, x, backend="reference", **options):
-    emitted = kp.emit(model, x, cost=prefer(backend), progress=False, **options)
-    assert not emitted.record.kept_original, emitted.record.reason
-    return emitted
-
-
-def ops_of(emitted):
-    """Names of the graph's operations, ours without their namespace."""
-    nodes = (node for node in emitted.body.graph.nodes if node.op == "call_function")
-    return [str(node.target).removesuffix(".default").removeprefix("kernelpress.") for node in nodes]
-
-
-def assert_as_exact_as(emitted, model, *inputs, factor=4.0):
-    """The emitted float32 model is no further from the float64 truth than a small multiple of the original."""
-    with torch.no_grad():
-        truth = copy.deepcopy(model).double()(*(x.double() for x in inputs))
-        original, result = model(*inputs), emitted(*inputs)
-    norm = truth.norm()
-    bound = factor * max(float((original - truth).norm() / norm), 2e-7)
-    assert result.shape == original.shape
-    assert result.dtype == original.dtype
-    assert float((result - truth).norm() / norm) <= bound
-
-
-def randomize(model):
-    """Gives BatchNorm layers statistics and weights that matter."""
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-    return model.eval()
 
 
 class Apply(nn.Module):
@@ -93,45 +51,6 @@ def separable(channels, out, stride=1):
         nn.BatchNorm2d(out),
         nn.ReLU(inplace=True),
     )
-
-
-@pytest.mark.parametrize(
-    ("name", "backend"), [*((name, FUSED_BACKENDS[-1]) for name in kp.models.names()), ("mobilenet_v2", "reference")]
-)
-def test_every_model_of_ours_emits_exactly_at_any_batch_size(name, backend):
-    model = randomize(kp.models.create(name))
-    emitted = emit_fused(model, torch.randn(1, 3, 64, 64), backend)
-    assert emitted.dynamic_batch
-    assert not emitted.record.kept_original
-    assert not any("batch_norm" in op or "relu" in op or "hardtanh" in op for op in ops_of(emitted))
-    for batch in (1, 3):
-        assert_as_exact_as(emitted, model, torch.randn(batch, 3, 64, 64))
-    assert_as_exact_as(emitted, model, torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last))
-
-
-@pytest.mark.parametrize("name", ["ResNet", "MobileNetV2"])
-def test_models_of_transformers_emit_exactly(name):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
-    if name == "ResNet":
-        sizes = {
-            "embedding_size": 16,
-            "hidden_sizes": [16, 32],
-            "depths": [1, 1],
-            "layer_type": "basic",
-            "num_labels": 5,
-        }
-        model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes))
-    else:
-        config = transformers.MobileNetV2Config(depth_multiplier=0.35, image_size=64, num_labels=5)
-        model = transformers.MobileNetV2ForImageClassification(config)
-    model = randomize(model)
-    x = torch.randn(2, 3, 64, 64)
-    emitted = emit_fused(model, x)
-    with torch.no_grad():
-        expected, result = model(x), emitted(x)
-    assert isinstance(result, type(expected)) or set(result) == set(expected)
-    torch.testing.assert_close(result["logits"], expected.logits, rtol=1e-3, atol=1e-4)
-    assert {"conv2d", "pointwise_conv2d"} & set(ops_of(emitted))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from emitting import prefer
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -15,11 +16,6 @@ from kernelpress.emit.arena import ALIGNMENT, Lifetime, lay_out
 
 HAS_NATIVE = native.cpu() is not None
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="no native kernels: build them with `make build`")
-
-
-def prefer(variant):
-    """A cost under which the fewest layers of one backend win."""
-    return lambda candidate: 1.0 if candidate.variant == variant else 10.0 * len(candidate.nodes)
 
 
 def emit(model, inputs, variant="cpu" if HAS_NATIVE else "reference", **options):
@@ -63,6 +59,18 @@ def test_a_plan_computes_what_the_emitted_model_does(mixed):
         assert set(result) == set(expected)
         for name in expected:
             torch.testing.assert_close(result[name], expected[name])
+
+
+def test_a_plan_of_any_instruction_set_stays_on_it(cpu_variant):
+    module, x = native.cpu(), torch.randn(2, 3, 17, 15)
+    emitted = emit(Mixed(), x)
+    plan = kp.capture(emitted, x)
+    assert plan.native_steps > 0
+    expected = plan(x)
+    torch.testing.assert_close(expected["map"], emitted(x)["map"])
+    for other in module.variants():
+        module.select(other)
+        assert torch.equal(plan(x)["map"], expected["map"])
 
 
 def test_inputs_may_lie_in_memory_as_they_like(mixed):
