@@ -71,8 +71,8 @@ def find_matches(graph_module: GraphModule) -> list[Match]:
 def _stages(graph_module: GraphModule, node: Node) -> Iterator[_Stage]:
     """The layer at `node` with its activation, without and with the SE scale before it and the sum behind it.
 
-    An epilogue costs a layer of ours next to nothing, so an activation is never left out. A sum may be: another layer may
-    need it for its own epilogue.
+    An epilogue costs a layer of ours next to nothing, so an activation is never left out. A sum may be: another layer
+    may need it for its own epilogue.
     """
     bare = _bare_stage(graph_module, node)
     if bare is None:
