@@ -35,7 +35,10 @@ def save(name: str, results: Sequence[Any], folder: Path = RESULTS, **context: A
         "commit": commit,
         "modified_since_commit": modified,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        **{key: asdict(value) if is_dataclass(value) else value for key, value in context.items()},
+        **{
+            key: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            for key, value in context.items()
+        },
         "results": [asdict(result) for result in results],
     }
     path = folder / machine.slug / f"{name}.json"

@@ -51,7 +51,8 @@ def build_plain_in(job: Job, memory_format_name: str) -> tuple[nn.Module, Tensor
     """The plain network of `job` and its input, both `contiguous` or `channels_last`."""
     memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[memory_format_name]
     x = torch.from_numpy(job.load_input()).contiguous(memory_format=memory_format)
-    return build(job, plain=True).to(memory_format=memory_format), x
+    network: nn.Module = build(job, plain=True).to(memory_format=memory_format)  # type: ignore[call-overload]
+    return network, x
 
 
 def to_plain(network: nn.Module) -> nn.Module:
@@ -59,6 +60,11 @@ def to_plain(network: nn.Module) -> nn.Module:
     for name, child in network.named_children():
         setattr(network, name, _plain_layer(child) or to_plain(child))
     return network
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    height, width = values
+    return height, width
 
 
 def _plain_layer(layer: nn.Module) -> nn.Module | None:
@@ -72,10 +78,10 @@ def _plain_layer(layer: nn.Module) -> nn.Module | None:
     return nn.Conv2d(
         layer.in_channels,
         layer.out_channels,
-        layer.kernel_size,
-        stride=layer.stride,
-        padding=layer.padding,
-        dilation=layer.dilation,
+        _pair(layer.kernel_size),
+        stride=_pair(layer.stride),
+        padding=layer.padding if isinstance(layer.padding, str) else _pair(layer.padding),
+        dilation=_pair(layer.dilation),
         groups=layer.groups,
         bias=layer.bias is not None,
     )

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,8 +70,8 @@ class Job:
 class Contestant:
     """A loaded model: `call` runs it once, `to_array` turns what it returns into logits; `settings` is for tables."""
 
-    call: Callable[[], object]
-    to_array: Callable[[object], Array]
+    call: Callable[[], Any]
+    to_array: Callable[[Any], Array]
     settings: str
 
 
