@@ -151,6 +151,7 @@ PYBIND11_MODULE(_cpu, module) {
         use_host_threads(reinterpret_cast<HostParallelFor>(parallel_for_address), reinterpret_cast<HostThreadCount>(thread_count_address));
       },
       py::arg("parallel_for_address"), py::arg("num_threads_address"));
+  module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
   module.def("fma_peak", &fma_peak, py::arg("seconds"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 }
 

@@ -3,6 +3,9 @@
 
 #include <cstdlib>
 #include <new>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "kernels/cpu/runtime.h"
 
@@ -49,6 +52,16 @@ float* thread_scratch(int64_t floats) {
     if (!scratch.memory) throw std::bad_alloc();
   }
   return scratch.memory;
+}
+
+void advise_huge_pages(int64_t address, int64_t bytes) {
+#if defined(__linux__)
+  constexpr int64_t kPage = 4096;
+  const int64_t begin = (address + kPage - 1) / kPage * kPage, end = (address + bytes) / kPage * kPage;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), static_cast<size_t>(end - begin), MADV_HUGEPAGE);
+#else
+  (void)address, (void)bytes;
+#endif
 }
 
 }  // namespace kernelpress

@@ -12,4 +12,7 @@ using HostThreadCount = int (*)(uint32_t* count);
 // Null addresses mean: run serially.
 void use_host_threads(HostParallelFor parallel_for, HostThreadCount thread_count);
 
+// Asks for huge pages under the whole pages of a block; where the system has none, nothing changes.
+void advise_huge_pages(int64_t address, int64_t bytes);
+
 }  // namespace kernelpress

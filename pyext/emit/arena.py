@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["ALIGNMENT", "ArenaLayout", "Lifetime", "lay_out"]
+from kernelpress.ops.memory import ALIGNMENT
 
-ALIGNMENT = 64
-"""Bytes: a cache line, and the widest vector."""
+__all__ = ["ArenaLayout", "Lifetime", "lay_out"]
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from kernelpress import native
-from kernelpress.emit.arena import ALIGNMENT, ArenaLayout, Lifetime, lay_out
+from kernelpress.emit.arena import ArenaLayout, Lifetime, lay_out
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.lower import NativeStep, Place, Program, TorchStep, View, lower, views_of
 from kernelpress.ops import registry
+from kernelpress.ops.memory import ALIGNMENT, advise_huge_pages
 
 __all__ = ["Plan", "capture"]
 
@@ -78,8 +79,10 @@ class Plan:
         self._inputs = [(i, view) for i, view in enumerate(program.inputs) if isinstance(view, View)]
         self._plain = [(i, value) for i, value in enumerate(program.inputs) if not isinstance(value, View)]
         self._result = [_getter(leaf, self._static, program) for leaf in pytree.tree_leaves(program.output)]
-        self._native_steps = 0
+        self._native_steps = sum(isinstance(step, NativeStep) for step in program.steps)
+        self._builder = _NativeBuilder(program, self._static)
         self._run = self._compile()
+        self._direct = self._compile_direct()
 
     @property
     def arena_bytes(self) -> int:
@@ -118,6 +121,10 @@ class Plan:
 
     def __call__(self, *inputs: Any) -> Any:
         """The model's outputs for `inputs`, in the structure that the model returns."""
+        if self._direct is not None:
+            result = self._direct(inputs)
+            if result is not None:
+                return result
         flat, spec = pytree.tree_flatten((inputs, {}))
         if spec != self._in_spec:
             raise ValueError(f"inputs: expected the structure {self._in_spec}, got {spec}")
@@ -138,7 +145,7 @@ class Plan:
     def _compile(self) -> Callable[[Bases], None]:
         """One function that runs all steps: native stretches and torch calls in turn."""
         stretches: list[Callable[[Bases], None]] = []
-        builder = _NativeBuilder(self._program, self._static)
+        builder = self._builder
         start = 0
         for step in self._program.steps:
             if isinstance(step, NativeStep):
@@ -150,13 +157,50 @@ class Plan:
             stretches.append(_torch_call(step, self._static, self._program))
         if len(builder) > start:
             stretches.append(builder.stretch(start, len(builder)))
-        self._native_steps = sum(isinstance(step, NativeStep) for step in self._program.steps)
 
         def run(bases: Bases) -> None:
             for stretch in stretches:
                 stretch(bases)
 
         return run
+
+    def _compile_direct(self) -> Callable[[tuple[Any, ...]], Tensor | None] | None:
+        """A call with hardly any Python, for plans of native steps alone from tensors to one tensor.
+
+        After a few milliseconds of kernels the interpreter's own code and data have left the caches, and each line of
+        the general way costs microseconds. Gives None for inputs that need the general way.
+        """
+        views, outputs = [view for _, view in self._inputs], views_of(self._program.output)
+        by_position = pytree.tree_structure((tuple(views), {}), is_leaf=lambda leaf: isinstance(leaf, View))
+        if self._plain or by_position != self._in_spec or self._native_steps < len(self._program.steps):
+            return None
+        if not self._out_spec.is_leaf() or len(outputs) != 1:
+            return None
+        made = self._program.buffers[outputs[0].buffer].base
+        moving = [view.buffer for view in (*views, made)]
+        if outputs[0] != made or moving != self._builder.external:
+            return None
+        forms = [(view.shape, view.stride, view.dtype) for view in views]
+        shape, stride, dtype, count = made.shape, made.stride, made.dtype, len(forms)
+        steps, run, lock, empty = len(self._builder), self._builder.run, self._lock, torch.empty_strided
+
+        def direct(inputs: tuple[Any, ...]) -> Tensor | None:
+            if len(inputs) != count:
+                return None
+            addresses = []
+            for given, form in zip(inputs, forms, strict=True):
+                if type(given) is not Tensor or not given.is_cpu:
+                    return None
+                if (given.shape, given.stride(), given.dtype) != form:
+                    return None
+                addresses.append(given.data_ptr())
+            result = empty(shape, stride, dtype=dtype)
+            addresses.append(result.data_ptr())
+            with lock:
+                run(0, steps, addresses)
+            return result
+
+        return direct
 
 
 class _NativeBuilder:
@@ -168,7 +212,7 @@ class _NativeBuilder:
         self._plan: Any = native.cpu().Plan() if has_native else _NO_STEPS
         self._stand_ins: Bases = list(static)
         self._held: list[tuple[Tensor, ...]] = []
-        self._external: list[int] = []
+        self.external: list[int] = []
         for index, buffer in enumerate(program.buffers):
             is_moving = buffer.place in (Place.INPUT, Place.OUTPUT, Place.TORCH)
             if is_moving and buffer.nbytes and self._is_native_operand(index):
@@ -176,7 +220,13 @@ class _NativeBuilder:
                 stand_in = torch.empty_strided(base.shape, base.stride, dtype=base.dtype)
                 self._stand_ins[index] = stand_in
                 self._plan.external(stand_in.data_ptr(), buffer.nbytes)
-                self._external.append(index)
+                self.external.append(index)
+
+    @property
+    def run(self) -> Callable[[int, int, list[int]], None]:
+        """Runs steps `first` … `last - 1` with the external buffers at the addresses given."""
+        run: Callable[[int, int, list[int]], None] = self._plan.run
+        return run
 
     def _is_native_operand(self, index: int) -> bool:
         steps = [step for step in self._program.steps if isinstance(step, NativeStep)]
@@ -197,7 +247,7 @@ class _NativeBuilder:
 
     def stretch(self, first: int, last: int) -> Callable[[Bases], None]:
         """A function that runs steps `first` … `last - 1` with the buffers of the moment."""
-        plan, external, held = self._plan, self._external, self._held
+        plan, external, held = self._plan, self.external, self._held
 
         def run(bases: Bases, held: list[tuple[Tensor, ...]] = held) -> None:
             addresses = [0 if (base := bases[index]) is None else base.data_ptr() for index in external]
@@ -219,7 +269,7 @@ def _lifetimes(program: Program) -> dict[int, Lifetime]:
 
 def _allocate(program: Program, lifetimes: dict[int, Lifetime], layout: ArenaLayout) -> tuple[Tensor, Bases]:
     """The arena, and the buffers whose memory never moves: those in it, and the constants."""
-    memory = torch.empty(layout.nbytes + ALIGNMENT, dtype=torch.uint8)
+    memory = advise_huge_pages(torch.empty(layout.nbytes + ALIGNMENT, dtype=torch.uint8))
     aligned = -memory.data_ptr() % ALIGNMENT
     bases: Bases = [buffer.constant for buffer in program.buffers]
     for index, offset in zip(lifetimes, layout.offsets, strict=True):

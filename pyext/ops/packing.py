@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernelpress import native
+from kernelpress.ops.memory import long_lived_copy
 from kernelpress.ops.snapshot import Snapshot
 
 __all__ = ["depthwise", "forget", "packed", "panels", "vector"]
@@ -100,7 +101,7 @@ def _to_panels(weight: Tensor, width: int) -> Tensor:
     count = -(-c_out // width)
     padded = pad(weight, (0, 0, 0, 0, 0, 0, 0, count * width - c_out))
     in_panels = padded.reshape(count, width, c_in, kernel_h, kernel_w).permute(0, 3, 4, 2, 1)
-    return in_panels.clone(memory_format=torch.contiguous_format)
+    return long_lived_copy(in_panels)
 
 
 def depthwise(weight: Tensor, scale: Tensor | None) -> Tensor:
