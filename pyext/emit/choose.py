@@ -11,10 +11,12 @@ from kernelpress.emit.candidates import Candidate
 from kernelpress.emit.cover import Option, cheapest_cover, regions
 from kernelpress.emit.evaluate import Evaluation
 
-__all__ = ["FUSION_MARGIN", "Choice", "choose"]
+__all__ = ["FUSION_MARGINS", "Choice", "choose"]
 
-FUSION_MARGIN = 0.02
-"""A layer fused from several must beat them by this fraction of its time: less is noise."""
+FUSION_MARGINS = (0.02, -0.05, -0.15)
+"""By what fraction of its time a layer fused from several must beat them. The first is what counts where layers are
+timed alone, with their inputs in cache; in the whole model the parts also wait for what lies between them, so the
+others let a fusion win that seemed a little slower."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +31,12 @@ class Choice:
     reason: str
 
 
-def choose(evaluations: Sequence[Evaluation], order: Mapping[Node, int]) -> list[Choice]:
+def choose(
+    evaluations: Sequence[Evaluation], order: Mapping[Node, int], fusion_margin: float = FUSION_MARGINS[0]
+) -> list[Choice]:
     """One choice per place, in execution order; together they cover every node that a candidate covers exactly once."""
     nodes = sorted({node for e in evaluations for node in e.candidate.nodes}, key=order.__getitem__)
-    options = [_option(e, i) for i, e in enumerate(evaluations) if e.milliseconds is not None]
+    options = [_option(e, i, fusion_margin) for i, e in enumerate(evaluations) if e.milliseconds is not None]
     choices: list[Choice] = []
     for region in regions(nodes, [option.elements for option in options]):
         inside = set(region)
@@ -41,9 +45,9 @@ def choose(evaluations: Sequence[Evaluation], order: Mapping[Node, int]) -> list
     return sorted(choices, key=lambda choice: order[choice.chosen.output])
 
 
-def _option(evaluation: Evaluation, index: int) -> Option[Node]:
+def _option(evaluation: Evaluation, index: int, fusion_margin: float) -> Option[Node]:
     assert evaluation.milliseconds is not None
-    margin = FUSION_MARGIN if evaluation.candidate.parts > 1 else 0.0
+    margin = fusion_margin if evaluation.candidate.parts > 1 else 0.0
     return Option(evaluation.candidate.nodes, evaluation.milliseconds * (1 + margin), index)
 
 

@@ -18,11 +18,12 @@ from kernelpress.emit.assemble import assemble, channels_last_copy, copy_of, wit
 from kernelpress.emit.cache import TimingCache, device_key
 from kernelpress.emit.candidates import Candidate, candidates_for, original
 from kernelpress.emit.canonical import canonicalize
-from kernelpress.emit.choose import Choice, choose
+from kernelpress.emit.choose import FUSION_MARGINS, Choice, choose
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.evaluate import Cost, Evaluation, Example, evaluate, example_values, relative_error, runnable
 from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
+from kernelpress.emit.plan import capture
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
 from kernelpress.measure.latency import time_alternately
 from kernelpress.trace import module_of, trace
@@ -74,14 +75,40 @@ def emit(
     with _progress_bar(len(candidates), progress) as advance:
         evaluations = evaluate(graph_module, candidates, examples, bound, times, cost, advance)
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
-    choices = choose(evaluations, order)
-    places = tuple(_place_record(graph_module, choice, examples, order) for choice in choices)
-    body = assemble(graph_module, [choice.chosen for choice in choices])
-
-    record = EmissionRecord(places, device_key(device))
-    body, record = _faster_of(traced, body, record, inputs, bound, is_measured=cost is None)
     flat_examples = tuple(examples[node] for node in graph_module.graph.nodes if node.op == "placeholder")
-    return EmittedModel(body, record, flat_examples, bool(traced.meta["dynamic_batch"]))
+
+    def emitted(choices: Sequence[Choice]) -> EmittedModel:
+        places = tuple(_place_record(graph_module, choice, examples, order) for choice in choices)
+        body = assemble(graph_module, [choice.chosen for choice in choices])
+        record = EmissionRecord(places, device_key(device))
+        return EmittedModel(body, record, flat_examples, bool(traced.meta["dynamic_batch"]))
+
+    arrangements = _arrangements(evaluations, order, FUSION_MARGINS if cost is None else FUSION_MARGINS[:1])
+    best = _fastest([emitted(choices) for choices in arrangements], inputs)
+    body, record = _faster_of(traced, best.body, best.record, inputs, bound, is_measured=cost is None)
+    return EmittedModel(body, record, flat_examples, best.dynamic_batch)
+
+
+def _arrangements(
+    evaluations: Sequence[Evaluation], order: Mapping[Node, int], margins: Sequence[float]
+) -> list[list[Choice]]:
+    """The different covers that these margins lead to."""
+    found: dict[frozenset[Candidate], list[Choice]] = {}
+    for margin in margins:
+        choices = choose(evaluations, order, margin)
+        found.setdefault(frozenset(choice.chosen for choice in choices), choices)
+    return list(found.values())
+
+
+def _fastest(models: Sequence[EmittedModel], inputs: tuple[Any, ...]) -> EmittedModel:
+    """The model that takes the least time as a whole: captured on the CPU, as it is elsewhere."""
+    if len(models) == 1:
+        return models[0]
+    on_cpu = all(t.device.type == "cpu" for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))
+    runs = [capture(model, *inputs) if on_cpu else model for model in models]
+    calls = {str(i): (lambda run=run: run(*inputs)) for i, run in enumerate(runs)}  # type: ignore[misc]
+    timings = time_alternately(calls, budget_seconds=MODEL_SECONDS, rounds=MODEL_ROUNDS)
+    return models[min(range(len(models)), key=lambda i: timings[str(i)].median)]
 
 
 def _device_and_dtype(traced: GraphModule, inputs: Sequence[Any]) -> tuple[torch.device, torch.dtype]:
