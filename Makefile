@@ -1,6 +1,7 @@
 # Everything runs in an environment of its own, .venv, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV ?= .venv
+TEST_WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
@@ -21,8 +22,9 @@ help:
 demo: build
 	$(BIN)/kernelpress press recipes/digits.yaml --output results/digits
 
+# The workers' threads share the cores, so they sleep where they would spin.
 test: build
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 # mypy knows a package by its folder's name: links give the folders their import names.
 lint: $(INSTALLED)

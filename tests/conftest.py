@@ -18,14 +18,18 @@ SEED = int(os.environ.get("KERNELPRESS_TEST_SEED", "0"))
 settings.register_profile("kernelpress", deadline=None, print_blob=True)
 settings.load_profile("kernelpress")
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
+KERNEL_THREADS = 2
+"""On one thread no loop is split."""
+
+# Workers of pytest-xdist share the processor.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
 
 
 def pytest_report_header() -> list[str]:
     module = native.cpu()
     kernels = module.variant() if module else f"none: {native.load().absent_because}"
     return [
-        f"kernelpress: native kernels {kernels}, torch {torch.__version__} on {torch.get_num_threads()} threads",
+        f"kernelpress: native kernels {kernels}, torch {torch.__version__}",
         f"seed: {SEED} (KERNELPRESS_TEST_SEED draws other inputs)",
     ]
 
@@ -50,13 +54,23 @@ def pytest_fixture_setup(fixturedef: pytest.FixtureDef[object], request: pytest.
         _seed(f"{request.node.nodeid}:{fixturedef.argname}:{request.param_index}")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither read nor write the user's timings."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KERNELPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=native.cpu().variants() if native.cpu() else ["native"])
 def cpu_variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test once with each instruction set that this processor has, and puts back the one in use."""
+    """Runs the test on two threads with each instruction set of this processor, and puts back what was in use."""
     module = native.cpu()
     if module is None:
         pytest.skip(f"no native module: {native.load().absent_because}")
-    before = module.variant()
+    variant, threads = module.variant(), torch.get_num_threads()
     module.select(request.param)
+    torch.set_num_threads(KERNEL_THREADS)
     yield request.param
-    module.select(before)
+    torch.set_num_threads(threads)
+    module.select(variant)

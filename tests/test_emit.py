@@ -56,21 +56,21 @@ def separable(channels, out, stride=1):
 @pytest.mark.parametrize(
     ("spelled", "name"),
     [
-        (lambda y: y.relu(), "relu"),
-        (lambda y: y.clamp(min=0), "relu"),
-        (lambda y: F.relu6(y), "relu6"),
-        (lambda y: y.clamp(0, 6), "relu6"),
-        (lambda y: F.hardtanh(y, 0.0, 6.0), "relu6"),
-        (lambda y: F.silu(y), "silu"),
-        (lambda y: y * y.sigmoid(), "silu"),
-        (lambda y: F.hardswish(y), "hardswish"),
-        (lambda y: y * F.hardtanh(y + 3, 0, 6) / 6, "hardswish"),
-        (lambda y: y * (F.relu6(y + 3) / 6), "hardswish"),
-        (lambda y: F.relu6(y + 3) * (1 / 6) * y, "hardswish"),
-        (lambda y: F.hardsigmoid(y), "hardsigmoid"),
-        (lambda y: F.relu6(y + 3) / 6, "hardsigmoid"),
-        (lambda y: y.sigmoid(), "sigmoid"),
-        (lambda y: F.gelu(y), "gelu"),
+        pytest.param(lambda y: y.relu(), "relu", id="y.relu()"),
+        pytest.param(lambda y: y.clamp(min=0), "relu", id="y.clamp(min=0)"),
+        pytest.param(lambda y: F.relu6(y), "relu6", id="F.relu6(y)"),
+        pytest.param(lambda y: y.clamp(0, 6), "relu6", id="y.clamp(0, 6)"),
+        pytest.param(lambda y: F.hardtanh(y, 0.0, 6.0), "relu6", id="F.hardtanh(y, 0.0, 6.0)"),
+        pytest.param(lambda y: F.silu(y), "silu", id="F.silu(y)"),
+        pytest.param(lambda y: y * y.sigmoid(), "silu", id="y * y.sigmoid()"),
+        pytest.param(lambda y: F.hardswish(y), "hardswish", id="F.hardswish(y)"),
+        pytest.param(lambda y: y * F.hardtanh(y + 3, 0, 6) / 6, "hardswish", id="y * F.hardtanh(y + 3, 0, 6) / 6"),
+        pytest.param(lambda y: y * (F.relu6(y + 3) / 6), "hardswish", id="y * (F.relu6(y + 3) / 6)"),
+        pytest.param(lambda y: F.relu6(y + 3) * (1 / 6) * y, "hardswish", id="F.relu6(y + 3) * (1 / 6) * y"),
+        pytest.param(lambda y: F.hardsigmoid(y), "hardsigmoid", id="F.hardsigmoid(y)"),
+        pytest.param(lambda y: F.relu6(y + 3) / 6, "hardsigmoid", id="F.relu6(y + 3) / 6"),
+        pytest.param(lambda y: y.sigmoid(), "sigmoid", id="y.sigmoid()"),
+        pytest.param(lambda y: F.gelu(y), "gelu", id="F.gelu(y)"),
     ],
 )
 def test_activations_however_spelled_end_in_the_epilogue(spelled, name):
@@ -85,12 +85,12 @@ def test_activations_however_spelled_end_in_the_epilogue(spelled, name):
 @pytest.mark.parametrize(
     "spelled",
     [
-        lambda y: F.hardtanh(y, -1.0, 1.0),
-        lambda y: y.clamp(0, 5),
-        lambda y: F.gelu(y, approximate="tanh"),
-        lambda y: F.relu6(y + 2) / 6,
-        lambda y: y * F.hardtanh(y + 3, 0, 6) / 5,
-        lambda y: F.leaky_relu(y),
+        pytest.param(lambda y: F.hardtanh(y, -1.0, 1.0), id="F.hardtanh(y, -1.0, 1.0)"),
+        pytest.param(lambda y: y.clamp(0, 5), id="y.clamp(0, 5)"),
+        pytest.param(lambda y: F.gelu(y, approximate="tanh"), id="F.gelu(y, approximate='tanh')"),
+        pytest.param(lambda y: F.relu6(y + 2) / 6, id="F.relu6(y + 2) / 6"),
+        pytest.param(lambda y: y * F.hardtanh(y + 3, 0, 6) / 5, id="y * F.hardtanh(y + 3, 0, 6) / 5"),
+        pytest.param(lambda y: F.leaky_relu(y), id="F.leaky_relu(y)"),
     ],
 )
 def test_functions_like_activations_of_ours_are_left_as_they_are(spelled):
@@ -329,7 +329,9 @@ def test_the_original_is_kept_where_the_emitted_model_is_slower(monkeypatch):
     assert_as_exact_as(emitted, model, x)
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)], ids=str
+)
 def test_models_of_other_dtypes_emit_to_what_can_run_them(dtype, bound):
     model = randomize(nn.Sequential(*separable(8, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten())).to(dtype)
     x = torch.randn(2, 8, 9, 9, dtype=dtype)
