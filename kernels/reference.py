@@ -24,6 +24,7 @@ __all__ = [
     "max_pool2d",
     "pointwise_conv2d",
     "separable_conv2d",
+    "separable_stem",
 ]
 
 Pair = tuple[int, ...]
@@ -209,6 +210,38 @@ def inverted_residual(
         stride=stride,
         padding=padding,
         dilation=dilation,
+        depthwise_activation=depthwise_activation,
+        activation=activation,
+    )
+
+
+def separable_stem(
+    x: Tensor,
+    stem_weight: Tensor,
+    stem_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None = None,
+    *,
+    stem_stride: Pair = (1, 1),
+    stem_padding: Pair = (0, 0),
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    stem_activation: str = "identity",
+    depthwise_activation: str = "identity",
+    activation: str = "identity",
+) -> Tensor:
+    """Dense convolution, depthwise convolution, 1×1 convolution (MobileNet, arXiv:1704.04861, Table 1, first rows)."""
+    hidden = conv2d(x, stem_weight, stem_bias, stride=stem_stride, padding=stem_padding, activation=stem_activation)
+    return separable_conv2d(
+        hidden,
+        depthwise_weight,
+        depthwise_bias,
+        pointwise_weight,
+        pointwise_bias,
+        stride=stride,
+        padding=padding,
         depthwise_activation=depthwise_activation,
         activation=activation,
     )

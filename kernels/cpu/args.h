@@ -66,6 +66,17 @@ struct InvertedResidualArgs {
   Activation expand_activation, depthwise_activation, activation;
 };
 
+struct SeparableStemArgs {
+  static constexpr int kAddresses = 8;
+  const float *x, *stem_weight, *stem_bias, *depthwise_weight, *depthwise_bias, *pointwise_weight, *pointwise_bias;
+  float* y;
+  int64_t batch, in_h, in_w, c_in, mid_h, mid_w, hidden, out_h, out_w, c_out;
+  int64_t x_stride_n, x_stride_c, x_stride_h, x_stride_w;
+  int64_t y_stride;
+  Window stem_window, window;
+  Activation stem_activation, depthwise_activation, activation;
+};
+
 struct GlobalAvgPool2dArgs {
   static constexpr int kAddresses = 2;
   const float* x;
@@ -90,6 +101,7 @@ struct KernelTable {
   void (*depthwise_conv2d)(const DepthwiseConv2dArgs&);
   void (*separable_conv2d)(const SeparableConv2dArgs&);
   void (*inverted_residual)(const InvertedResidualArgs&);
+  void (*separable_stem)(const SeparableStemArgs&);
   void (*global_avg_pool2d)(const GlobalAvgPool2dArgs&);
   void (*max_pool2d)(const MaxPool2dArgs&);
   // Runs `iterations` rounds of independent register-only FMAs; returns the floating-point operations done.

@@ -5,6 +5,7 @@
 //                                                                                        copied to scratch, and the tile walks over it
 //   one task:  a block of output rows × a range of panels     bound: FMA; weights stream once per block
 #include "args.h"
+#include "conv_rows.h"
 #include "runtime.h"
 #include "tile.h"
 
@@ -103,14 +104,36 @@ Segments receptive_field(const Conv2dArgs& a, const Band& band, int64_t* offsets
   return {offsets, w.kernel_h * per_row, whole_rows ? w.kernel_w * a.c_in : a.c_in};
 }
 
-void conv_rows(const Conv2dArgs& a, int64_t image, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
-  const int64_t row_floats = Band(a, 1).width * a.c_in;
-  const int64_t step = maximum(1, minimum(end - begin, kBlockFloats / (row_floats * a.window.stride_h)));
+// Output rows whose band of input rows stays in the second-level cache while the panels pass.
+int64_t rows_per_band(const Conv2dArgs& a, int64_t rows) {
+  return maximum(1, minimum(rows, kBlockFloats / (Band(a, 1).width * a.c_in * a.window.stride_h)));
+}
+
+// Room for the segments' offsets at the head of the scratch memory.
+int64_t offset_floats(const Conv2dArgs& a) { return round_up(2 * a.window.kernel_h * a.window.kernel_w, kLanes); }
+
+// Runs body(first_row, last_row, first_panel, last_panel) over the grid that `split` describes.
+template <class Body>
+void over_grid(const Split& split, int64_t rows, int64_t panels, const Body& body) {
+  parallel(split.row_parts * split.panel_parts, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t i = task / split.panel_parts, j = task % split.panel_parts;
+      body(rows * i / split.row_parts, rows * (i + 1) / split.row_parts, panels * j / split.panel_parts, panels * (j + 1) / split.panel_parts);
+    }
+  });
+}
+
+}  // namespace
+
+int64_t conv_scratch_floats(const Conv2dArgs& a, int64_t rows) {
+  return offset_floats(a) + Band(a, rows_per_band(a, rows)).floats(a);
+}
+
+void conv_rows(const Conv2dArgs& a, int64_t image, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel, float* scratch) {
+  const int64_t row_floats = Band(a, 1).width * a.c_in, step = rows_per_band(a, end - begin);
   const Band largest(a, step);
-  const int64_t offset_floats = round_up(2 * a.window.kernel_h * a.window.kernel_w, kLanes);
-  float* scratch = thread_scratch(offset_floats + largest.floats(a));
   const Segments field = receptive_field(a, largest, reinterpret_cast<int64_t*>(scratch));
-  float* pixels = scratch + offset_floats;
+  float* pixels = scratch + offset_floats(a);
   const int64_t panel_size = field.count * field.length * kPanel;
   for (int64_t p0 = begin; p0 < end; p0 += step) {
     const int64_t rows = minimum(step, end - p0);
@@ -136,19 +159,6 @@ void conv_rows(const Conv2dArgs& a, int64_t image, int64_t begin, int64_t end, i
   }
 }
 
-// Runs body(first_row, last_row, first_panel, last_panel) over the grid that `split` describes.
-template <class Body>
-void over_grid(const Split& split, int64_t rows, int64_t panels, const Body& body) {
-  parallel(split.row_parts * split.panel_parts, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t i = task / split.panel_parts, j = task % split.panel_parts;
-      body(rows * i / split.row_parts, rows * (i + 1) / split.row_parts, panels * j / split.panel_parts, panels * (j + 1) / split.panel_parts);
-    }
-  });
-}
-
-}  // namespace
-
 void pointwise_conv2d(const PointwiseConv2dArgs& p) {
   const int64_t panels = ceil_div(p.c_out, kPanel), rows = p.batch * p.positions;
   over_grid(split_work(rows, p.c_in, panels), rows, panels, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
@@ -166,7 +176,8 @@ void conv2d(const Conv2dArgs& a) {
   over_grid({minimum(split.row_parts, rows), split.panel_parts}, rows, panels, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
     for (int64_t image = begin / a.out_h; image * a.out_h < end; ++image) {
       const int64_t top = image * a.out_h;
-      conv_rows(a, image, maximum(begin, top) - top, minimum(end - top, a.out_h), first, last);
+      const int64_t from = maximum(begin, top) - top, to = minimum(end - top, a.out_h);
+      conv_rows(a, image, from, to, first, last, thread_scratch(conv_scratch_floats(a, to - from)));
     }
   });
 }

@@ -1,10 +1,11 @@
-// Depthwise → pointwise, and expand → depthwise → project, without the intermediates reaching main memory.
+// Depthwise → pointwise, alone and behind the layer that makes its input, without the intermediates reaching main memory.
 //
-//   separable_conv2d                                    inverted_residual
-//   x rows ─depthwise→ scratch ─register tile→ y        x rows ─tile→ ring of expanded rows ─depthwise→ scratch ─tile→ y
+//   separable_conv2d                                    inverted_residual (expand 1×1), separable_stem (dense k×k)
+//   x rows ─depthwise→ scratch ─register tile→ y        x rows ─tile→ ring of hidden rows ─depthwise→ scratch ─tile→ y
 //
 //   one task:  a run of output rows, in steps whose intermediates fit the second-level cache; a pointwise weight panel is
 //   read once per step.   bound: FMA; the memory traffic is x, y and the weights
+#include "conv_rows.h"
 #include "depthwise_rows.h"
 #include "tile.h"
 
@@ -51,12 +52,12 @@ void separable_rows(const SeparableConv2dArgs& a, int64_t image, int64_t begin, 
   }
 }
 
-// A ring of the last `capacity` expanded rows of one image; row h lies in slot h mod capacity.
-class ExpandedRows {
+// A ring of the last `capacity` rows of a hidden map that produce(h, count, to) computes; row h lies in slot h mod capacity.
+template <class Produce>
+class HiddenRows {
  public:
-  ExpandedRows(const InvertedResidualArgs& args, int64_t image, float* memory, int64_t capacity)
-      : a_(args), x_(args.x + image * args.in_h * args.in_w * args.x_stride), memory_(memory), capacity_(capacity),
-        row_floats_(args.in_w * padded(args.hidden)), activation_(args.expand_activation) {}
+  HiddenRows(float* memory, int64_t row_floats, int64_t capacity, const Produce& produce)
+      : memory_(memory), row_floats_(row_floats), capacity_(capacity), produce_(produce) {}
 
   RowSource source() const { return {memory_, row_floats_, capacity_}; }
 
@@ -64,40 +65,89 @@ class ExpandedRows {
   void provide(int64_t first, int64_t last) {
     for (int64_t h = maximum(first, next_); h < last;) {
       const int64_t run = minimum(last - h, capacity_ - h % capacity_);
-      const TileOutput out{memory_ + h % capacity_ * row_floats_, padded(a_.hidden), a_.expand_bias, nullptr, 0, activation_};
-      multiply_panels(contiguous_rows(x_ + h * a_.in_w * a_.x_stride, a_.x_stride, a_.c_in), a_.expand_weight, out, run * a_.in_w, a_.hidden,
-                      0, ceil_div(a_.hidden, kPanel));
+      produce_(h, run, memory_ + h % capacity_ * row_floats_);
       h += run;
     }
     next_ = maximum(next_, last);
   }
 
  private:
-  const InvertedResidualArgs& a_;
-  const float* x_;
   float* memory_;
-  int64_t capacity_, row_floats_, next_ = 0;
-  ActivationFunction activation_;
+  int64_t row_floats_, capacity_, next_ = 0;
+  const Produce& produce_;
 };
 
-void inverted_rows(const InvertedResidualArgs& a, int64_t image, int64_t begin, int64_t end) {
-  const Window& w = a.window;
-  const int64_t stride = padded(a.hidden), reach = (w.kernel_h - 1) * w.dilation_h + 1;
-  const DepthwiseProblem g{w, a.in_h, a.in_w, a.out_w, a.hidden, stride, a.depthwise_weight, a.depthwise_bias,
-                           ActivationFunction(a.depthwise_activation)};
-  const TileOutput out{a.y, a.y_stride, a.project_bias, a.residual, a.residual_stride, ActivationFunction(a.activation)};
-  const int64_t step = rows_per_step(kInvertedFloats, (a.in_w * w.stride_h + a.out_w) * stride, a.out_w, end - begin);
-  const int64_t capacity = minimum(a.in_h, (step - 1) * w.stride_h + reach);
-  float* scratch = thread_scratch((capacity * a.in_w + step * a.out_w) * stride);
-  float* depthwise_result = scratch + capacity * a.in_w * stride;
-  ExpandedRows expanded(a, image, scratch, maximum(1, capacity));
-  for (int64_t p = begin; p < end; p += step) {
-    const int64_t last = minimum(end, p + step), top = p * w.stride_h - w.pad_h;
-    expanded.provide(maximum(0, top), minimum(a.in_h, top + (last - p - 1) * w.stride_h + reach));
-    depthwise_rows(g, expanded.source(), p, last, {depthwise_result, stride, nullptr, 0, a.out_w});
-    multiply_panels(contiguous_rows(depthwise_result, stride, a.hidden), a.project_weight, out.at((image * a.out_h + p) * a.out_w, 0),
-                    (last - p) * a.out_w, a.c_out, 0, ceil_div(a.c_out, kPanel));
+// The part that comes after the hidden map: depthwise over it, then the 1×1 convolution into `out`.
+struct Tail {
+  DepthwiseProblem depthwise;
+  const float* weight;
+  TileOutput out;
+  int64_t out_h, c_out;
+
+  int64_t reach() const { return (depthwise.window.kernel_h - 1) * depthwise.window.dilation_h + 1; }
+  int64_t step(int64_t rows) const {
+    const int64_t pixels = depthwise.in_w * depthwise.window.stride_h + depthwise.out_w;
+    return rows_per_step(kInvertedFloats, pixels * depthwise.x_stride, depthwise.out_w, rows);
   }
+  int64_t capacity(int64_t rows) const {
+    return maximum(1, minimum(depthwise.in_h, (step(rows) - 1) * depthwise.window.stride_h + reach()));
+  }
+  int64_t scratch_floats(int64_t rows) const {
+    return (capacity(rows) * depthwise.in_w + step(rows) * depthwise.out_w) * depthwise.x_stride;
+  }
+};
+
+// Output rows [begin, end) of one image, the hidden map streaming through `scratch`.
+template <class Produce>
+void stream_rows(const Tail& tail, int64_t image, int64_t begin, int64_t end, float* scratch, const Produce& produce) {
+  const DepthwiseProblem& g = tail.depthwise;
+  const int64_t step = tail.step(end - begin), capacity = tail.capacity(end - begin), row_floats = g.in_w * g.x_stride;
+  float* result = scratch + capacity * row_floats;
+  HiddenRows<Produce> hidden(scratch, row_floats, capacity, produce);
+  for (int64_t p = begin; p < end; p += step) {
+    const int64_t last = minimum(end, p + step), top = p * g.window.stride_h - g.window.pad_h;
+    hidden.provide(maximum(0, top), minimum(g.in_h, top + (last - p - 1) * g.window.stride_h + tail.reach()));
+    depthwise_rows(g, hidden.source(), p, last, {result, g.x_stride, nullptr, 0, g.out_w});
+    multiply_panels(contiguous_rows(result, g.x_stride, g.channels), tail.weight, tail.out.at((image * tail.out_h + p) * g.out_w, 0),
+                    (last - p) * g.out_w, tail.c_out, 0, ceil_div(tail.c_out, kPanel));
+  }
+}
+
+void inverted_rows(const InvertedResidualArgs& a, int64_t image, int64_t begin, int64_t end) {
+  const int64_t stride = padded(a.hidden);
+  const Tail tail{{a.window, a.in_h, a.in_w, a.out_w, a.hidden, stride, a.depthwise_weight, a.depthwise_bias,
+                   ActivationFunction(a.depthwise_activation)},
+                  a.project_weight,
+                  {a.y, a.y_stride, a.project_bias, a.residual, a.residual_stride, ActivationFunction(a.activation)},
+                  a.out_h,
+                  a.c_out};
+  const float* x = a.x + image * a.in_h * a.in_w * a.x_stride;
+  const ActivationFunction activation(a.expand_activation);
+  const auto expand = [&](int64_t h, int64_t rows, float* to) {
+    const TileOutput out{to, stride, a.expand_bias, nullptr, 0, activation};
+    multiply_panels(contiguous_rows(x + h * a.in_w * a.x_stride, a.x_stride, a.c_in), a.expand_weight, out, rows * a.in_w, a.hidden, 0,
+                    ceil_div(a.hidden, kPanel));
+  };
+  stream_rows(tail, image, begin, end, thread_scratch(tail.scratch_floats(end - begin)), expand);
+}
+
+void stem_rows(const SeparableStemArgs& a, int64_t image, int64_t begin, int64_t end) {
+  const int64_t stride = padded(a.hidden);
+  const Tail tail{{a.window, a.mid_h, a.mid_w, a.out_w, a.hidden, stride, a.depthwise_weight, a.depthwise_bias,
+                   ActivationFunction(a.depthwise_activation)},
+                  a.pointwise_weight,
+                  {a.y, a.y_stride, a.pointwise_bias, nullptr, 0, ActivationFunction(a.activation)},
+                  a.out_h,
+                  a.c_out};
+  Conv2dArgs stem{a.x,     a.stem_weight, a.stem_bias, nullptr, nullptr, a.batch, a.in_h,        a.in_w,           a.c_in, a.mid_h, a.mid_w,
+                  a.hidden, a.x_stride_n, a.x_stride_c, a.x_stride_h, a.x_stride_w, 0, stride, a.stem_window, a.stem_activation};
+  const int64_t tail_floats = tail.scratch_floats(end - begin);
+  float* scratch = thread_scratch(tail_floats + conv_scratch_floats(stem, tail.capacity(end - begin)));
+  const auto convolve = [&](int64_t h, int64_t rows, float* to) {
+    stem.y = to - (image * a.mid_h + h) * a.mid_w * stride;
+    conv_rows(stem, image, h, h + rows, 0, ceil_div(a.hidden, kPanel), scratch + tail_floats);
+  };
+  stream_rows(tail, image, begin, end, scratch, convolve);
 }
 
 }  // namespace
@@ -108,6 +158,10 @@ void separable_conv2d(const SeparableConv2dArgs& a) {
 
 void inverted_residual(const InvertedResidualArgs& a) {
   over_output_rows(a.batch, a.out_h, [&](int64_t image, int64_t first, int64_t last) { inverted_rows(a, image, first, last); });
+}
+
+void separable_stem(const SeparableStemArgs& a) {
+  over_output_rows(a.batch, a.out_h, [&](int64_t image, int64_t first, int64_t last) { stem_rows(a, image, first, last); });
 }
 
 }  // namespace kernelpress::KERNELPRESS_ISA

@@ -14,6 +14,7 @@ void pointwise_conv2d(const PointwiseConv2dArgs&);
 void depthwise_conv2d(const DepthwiseConv2dArgs&);
 void separable_conv2d(const SeparableConv2dArgs&);
 void inverted_residual(const InvertedResidualArgs&);
+void separable_stem(const SeparableStemArgs&);
 void global_avg_pool2d(const GlobalAvgPool2dArgs&);
 void max_pool2d(const MaxPool2dArgs&);
 
@@ -53,6 +54,7 @@ const KernelTable KP_TABLE(KERNELPRESS_ISA) = {
     KERNELPRESS_ISA::depthwise_conv2d,
     KERNELPRESS_ISA::separable_conv2d,
     KERNELPRESS_ISA::inverted_residual,
+    KERNELPRESS_ISA::separable_stem,
     KERNELPRESS_ISA::global_avg_pool2d,
     KERNELPRESS_ISA::max_pool2d,
     KERNELPRESS_ISA::fma_burst,

@@ -137,6 +137,7 @@ PYBIND11_MODULE(_cpu, module) {
   bind_kernel<DepthwiseConv2dArgs, &KernelTable::depthwise_conv2d>(module, plan, "depthwise_conv2d");
   bind_kernel<SeparableConv2dArgs, &KernelTable::separable_conv2d>(module, plan, "separable_conv2d");
   bind_kernel<InvertedResidualArgs, &KernelTable::inverted_residual>(module, plan, "inverted_residual");
+  bind_kernel<SeparableStemArgs, &KernelTable::separable_stem>(module, plan, "separable_stem");
   bind_kernel<GlobalAvgPool2dArgs, &KernelTable::global_avg_pool2d>(module, plan, "global_avg_pool2d");
   bind_kernel<MaxPool2dArgs, &KernelTable::max_pool2d>(module, plan, "max_pool2d");
 

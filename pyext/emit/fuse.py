@@ -169,7 +169,7 @@ def _with_input_scale(stage: _Stage) -> Iterator[_Stage]:
 
 
 def _chains(stages: list[_Stage]) -> Iterator[Match]:
-    """Depthwise → pointwise, and pointwise → depthwise → pointwise, where nobody else reads what lies between."""
+    """Depthwise → pointwise, alone and behind a pointwise or dense layer, where nobody else reads what lies between."""
     by_output: dict[Node, list[_Stage]] = {}
     for stage in stages:
         by_output.setdefault(stage.output, []).append(stage)
@@ -189,6 +189,9 @@ def _chains(stages: list[_Stage]) -> Iterator[Match]:
             yield _separable(depthwise, project)
             for expand in producers(depthwise.x, "pointwise_conv2d"):
                 yield _inverted_residual(expand, depthwise, project)
+            for stem in producers(depthwise.x, "conv2d"):
+                if _is_plain_stem(stem, depthwise) and project.residual is None:
+                    yield _separable_stem(stem, depthwise, project)
 
 
 def _separable(depthwise: _Stage, project: _Stage) -> Match:
@@ -223,6 +226,33 @@ def _inverted_residual(expand: _Stage, depthwise: _Stage, project: _Stage) -> Ma
     }
     nodes = expand.nodes | depthwise.nodes | project.nodes
     return Match("inverted_residual", nodes, project.output, given, parts=3)
+
+
+def _is_plain_stem(stem: _Stage, depthwise: _Stage) -> bool:
+    return (
+        stem.geometry["groups"] == 1 and stem.geometry["dilation"] == [1, 1] and depthwise.geometry["dilation"] == [1, 1]
+    )
+
+
+def _separable_stem(stem: _Stage, depthwise: _Stage, project: _Stage) -> Match:
+    given = {
+        "x": stem.x,
+        "stem_weight": stem.weight,
+        "stem_bias": stem.bias,
+        "depthwise_weight": depthwise.weight,
+        "depthwise_bias": depthwise.bias,
+        "pointwise_weight": project.weight,
+        "pointwise_bias": project.bias,
+        "stem_stride": stem.geometry["stride"],
+        "stem_padding": stem.geometry["padding"],
+        "stride": depthwise.geometry["stride"],
+        "padding": depthwise.geometry["padding"],
+        "stem_activation": stem.activation,
+        "depthwise_activation": depthwise.activation,
+        "activation": project.activation,
+    }
+    nodes = stem.nodes | depthwise.nodes | project.nodes
+    return Match("separable_stem", nodes, project.output, given, parts=3)
 
 
 def _pools(node: Node) -> Iterator[Match]:

@@ -5,6 +5,7 @@ from kernelpress.ops.depthwise import depthwise_conv2d
 from kernelpress.ops.pool import global_avg_pool2d, max_pool2d
 from kernelpress.ops.registry import BACKENDS, NativeCall, allocate, availability, native_call, use_backend, why_not
 from kernelpress.ops.separable import inverted_residual, separable_conv2d
+from kernelpress.ops.separable_stem import separable_stem
 
 __all__ = [
     "BACKENDS",
@@ -20,6 +21,7 @@ __all__ = [
     "native_call",
     "pointwise_conv2d",
     "separable_conv2d",
+    "separable_stem",
     "use_backend",
     "why_not",
 ]

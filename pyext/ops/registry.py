@@ -48,7 +48,7 @@ BACKENDS: tuple[str, ...] = ("cpu", "onednn", "reference")
 ACTIVATION_NAMES = frozenset({"x", "residual", "input_scale"})
 """Names of the tensors that change from call to call; the others are parameters."""
 
-_PAIRS = frozenset({"kernel_size", "stride", "padding", "dilation"})
+_PAIRS = frozenset({"kernel_size", "stride", "padding", "dilation", "stem_stride", "stem_padding"})
 
 Tensors = Sequence[Tensor | None]
 Run = Callable[[Tensors], Tensor]
