@@ -6,8 +6,7 @@
 //   one task:  a block of output rows × a range of panels     bound: FMA; weights stream once per block
 #include "args.h"
 #include "conv_rows.h"
-#include "runtime.h"
-#include "tile.h"
+#include "split.h"
 
 namespace kernelpress::KERNELPRESS_ISA {
 namespace {
@@ -61,6 +60,9 @@ void copy_pixels(float* to, const float* from, const Conv2dArgs& a, int64_t pixe
     std::memcpy(to, from, static_cast<size_t>(pixels * a.c_in) * sizeof(float));
   } else if (a.x_stride_c == 1) {
     for (int64_t q = 0; q < pixels; ++q) copy_scaled(to + q * a.c_in, from + q * a.x_stride_w, nullptr, a.c_in);
+  } else if (a.c_in == 3 && a.x_stride_w == 1) {
+    const float *red = from, *green = from + a.x_stride_c, *blue = from + 2 * a.x_stride_c;
+    for (int64_t q = 0; q < pixels; ++q) to[3 * q] = red[q], to[3 * q + 1] = green[q], to[3 * q + 2] = blue[q];
   } else {
     for (int64_t c = 0; c < a.c_in; ++c) {
       const float* plane = from + c * a.x_stride_c;
@@ -111,17 +113,6 @@ int64_t rows_per_band(const Conv2dArgs& a, int64_t rows) {
 
 // Room for the segments' offsets at the head of the scratch memory.
 int64_t offset_floats(const Conv2dArgs& a) { return round_up(2 * a.window.kernel_h * a.window.kernel_w, kLanes); }
-
-// Runs body(first_row, last_row, first_panel, last_panel) over the grid that `split` describes.
-template <class Body>
-void over_grid(const Split& split, int64_t rows, int64_t panels, const Body& body) {
-  parallel(split.row_parts * split.panel_parts, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t i = task / split.panel_parts, j = task % split.panel_parts;
-      body(rows * i / split.row_parts, rows * (i + 1) / split.row_parts, panels * j / split.panel_parts, panels * (j + 1) / split.panel_parts);
-    }
-  });
-}
 
 }  // namespace
 

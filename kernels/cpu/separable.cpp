@@ -7,12 +7,14 @@
 //   read once per step.   bound: FMA; the memory traffic is x, y and the weights
 #include "conv_rows.h"
 #include "depthwise_rows.h"
+#include "split.h"
 #include "tile.h"
 
 namespace kernelpress::KERNELPRESS_ISA {
 namespace {
 
 constexpr int64_t kSeparableFloats = 32 * 1024;  // depthwise results per step
+constexpr double kDepthwiseCost = 1;             // a pixel's depthwise results, in units of its FMAs with one panel
 constexpr int64_t kInvertedFloats = 96 * 1024;   // expanded rows and depthwise results per step
 
 // Pixels of scratch lie one vector further apart than their channels need: a power-of-two distance would collide in the cache.
@@ -25,18 +27,21 @@ KP_INLINE int64_t rows_per_step(int64_t budget, int64_t floats_per_row, int64_t 
   return ceil_div(rows, steps);
 }
 
-// Runs body(image, first, last) for the parts of a run of output rows over all images.
+// Runs body(image, first, last) for the parts of output rows [begin, end) over all images.
 template <class Body>
-void over_output_rows(int64_t batch, int64_t out_h, const Body& body) {
-  parallel(batch * out_h, [&](int64_t begin, int64_t end) {
-    for (int64_t image = begin / out_h; image * out_h < end; ++image) {
-      const int64_t top = image * out_h;
-      body(image, maximum(begin, top) - top, minimum(end - top, out_h));
-    }
-  });
+void over_images(int64_t begin, int64_t end, int64_t out_h, const Body& body) {
+  for (int64_t image = begin / out_h; image * out_h < end; ++image) {
+    const int64_t top = image * out_h;
+    body(image, maximum(begin, top) - top, minimum(end - top, out_h));
+  }
 }
 
-void separable_rows(const SeparableConv2dArgs& a, int64_t image, int64_t begin, int64_t end) {
+template <class Body>
+void over_output_rows(int64_t batch, int64_t out_h, const Body& body) {
+  parallel(batch * out_h, [&](int64_t begin, int64_t end) { over_images(begin, end, out_h, body); });
+}
+
+void separable_rows(const SeparableConv2dArgs& a, int64_t image, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
   const DepthwiseProblem g{a.window, a.in_h, a.in_w, a.out_w, a.channels, a.x_stride, a.depthwise_weight, a.depthwise_bias,
                            ActivationFunction(a.depthwise_activation)};
   const TileOutput out{a.y, a.y_stride, a.pointwise_bias, a.residual, a.residual_stride, ActivationFunction(a.activation)};
@@ -48,7 +53,7 @@ void separable_rows(const SeparableConv2dArgs& a, int64_t image, int64_t begin, 
     const int64_t last = minimum(end, p + step);
     depthwise_rows(g, {x, a.in_w * a.x_stride, a.in_h}, p, last, {scratch, stride, nullptr, 0, a.out_w});
     multiply_panels(contiguous_rows(scratch, stride, a.channels), a.pointwise_weight, out.at((image * a.out_h + p) * a.out_w, 0),
-                    (last - p) * a.out_w, a.c_out, 0, ceil_div(a.c_out, kPanel));
+                    (last - p) * a.out_w, a.c_out, first_panel, last_panel);
   }
 }
 
@@ -153,7 +158,11 @@ void stem_rows(const SeparableStemArgs& a, int64_t image, int64_t begin, int64_t
 }  // namespace
 
 void separable_conv2d(const SeparableConv2dArgs& a) {
-  over_output_rows(a.batch, a.out_h, [&](int64_t image, int64_t first, int64_t last) { separable_rows(a, image, first, last); });
+  const int64_t panels = ceil_div(a.c_out, kPanel), rows = a.batch * a.out_h;
+  const Split split = split_work(rows * a.out_w, a.channels, panels, kDepthwiseCost);
+  over_grid({minimum(split.row_parts, rows), split.panel_parts}, rows, panels, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
+    over_images(begin, end, a.out_h, [&](int64_t image, int64_t from, int64_t to) { separable_rows(a, image, from, to, first, last); });
+  });
 }
 
 void inverted_residual(const InvertedResidualArgs& a) {

@@ -11,7 +11,6 @@
 #include <utility>
 
 #include "epilogue.h"
-#include "runtime.h"
 #include "simd.h"
 
 namespace kernelpress::KERNELPRESS_ISA {
@@ -149,27 +148,6 @@ constexpr int64_t kNoOffset[1] = {0};
 
 KP_INLINE TileInput contiguous_rows(const float* a, int64_t row_stride, int64_t depth) {
   return {a, row_stride, kNoOffset, 1, depth};
-}
-
-// How a rows × panels problem is divided: row_parts · panel_parts tasks, at most one per thread.
-struct Split {
-  int64_t row_parts, panel_parts;
-};
-
-// Least time of the slowest thread: its share of the FMAs, plus its share of the weights, which it streams from the outer cache.
-inline Split split_work(int64_t rows, int64_t depth, int64_t panels) {
-  constexpr double kStreamCost = 12.0;  // reading one weight row of a panel from the outer cache, in units of one row's FMAs
-  const int64_t threads = thread_count();
-  Split best{1, 1};
-  double best_cost = 0;
-  for (int64_t panel_parts = 1; panel_parts <= minimum(threads, panels); ++panel_parts) {
-    const int64_t row_parts = minimum(threads / panel_parts, rows);
-    const double my_rows = static_cast<double>(ceil_div(rows, row_parts)), my_panels = static_cast<double>(ceil_div(panels, panel_parts));
-    const double outer_cache = static_cast<double>(depth) * static_cast<double>(panels) * kPanel * sizeof(float) > 256 * 1024 ? kStreamCost : 0;
-    const double cost = my_panels * (my_rows + outer_cache);
-    if (panel_parts == 1 || cost < best_cost) best = {row_parts, panel_parts}, best_cost = cost;
-  }
-  return best;
 }
 
 }  // namespace kernelpress::KERNELPRESS_ISA
