@@ -50,6 +50,19 @@ def example(op: str, dtype: torch.dtype = torch.float32) -> tuple[tuple[Tensor, 
             ),
             {"expand_activation": "sigmoid", "depthwise_activation": "silu", **padded},
         ),
+        "separable_stem": (
+            (
+                *(draw(2, 2, 5, 6), draw(4, 2, 3, 3), draw(4), draw(4, 1, 3, 3), draw(4)),
+                *(draw(3, 4, 1, 1), draw(3)),
+            ),
+            {
+                "stem_stride": [2, 2],
+                "stem_padding": [1, 1],
+                "stem_activation": "sigmoid",
+                "depthwise_activation": "silu",
+                "padding": [1, 1],
+            },
+        ),
         "global_avg_pool2d": ((draw(2, 3, 4, 5),), {}),
         "max_pool2d": ((draw(2, 3, 5, 6),), {"kernel_size": [3, 2], "stride": [2, 1], "padding": [1, 1]}),
     }
@@ -71,7 +84,9 @@ def test_torch_opcheck_finds_no_fault(op: str, with_gradient: bool) -> None:
 @every_op
 def test_opcheck_on_the_fewest_arguments(op: str) -> None:
     tensors, options = example(op)
-    fewest = {"linear": 2, "separable_conv2d": 4, "inverted_residual": 6}.get(op, min(2, len(tensors)))
+    fewest = {"linear": 2, "separable_conv2d": 4, "inverted_residual": 6, "separable_stem": 6}.get(
+        op, min(2, len(tensors))
+    )
     options.pop("activation", None)
     torch.library.opcheck(getattr(torch.ops.kernelpress, op).default, tensors[:fewest], options)
 
@@ -165,6 +180,7 @@ def test_flops_are_two_per_multiply_accumulate() -> None:
         "depthwise_conv2d": 2 * (2 * 6 * 4 * 6) * 6,
         "separable_conv2d": 2 * (2 * 20 * 3) * (9 + 4),
         "inverted_residual": 2 * (2 * 20) * (3 * 6 + 6 * 9 + 6 * 3),
+        "separable_stem": 2 * (2 * 9) * (4 * 2 * 9 + 4 * 9 + 4 * 3),
         "global_avg_pool2d": 0,
         "max_pool2d": 0,
     }
