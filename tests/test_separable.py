@@ -89,6 +89,34 @@ def test_inverted_residual_of_any_geometry_writes_its_channels_only(
     check("inverted_residual", tensors, case["options"] | {"expand_activation": expand_activation}, case)
 
 
+@many
+@given(
+    case=blocks(),
+    stem_activation=st.sampled_from(ACTIVATIONS),
+    stem_kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stem_stride=st.sampled_from([(1, 1), (2, 2), (1, 3)]),
+)
+def test_separable_stem_of_any_geometry_writes_its_channels_only(
+    cpu_variant: str,
+    case: dict,
+    stem_activation: str,
+    stem_kernel: tuple[int, int],
+    stem_stride: tuple[int, int],
+) -> None:
+    c_in, hidden, c_out = case["c_in"] % 5 + 1, case["hidden"], case["c_out"]
+    options = {name: value for name, value in case["options"].items() if name != "dilation"}
+    options |= {"stem_stride": stem_stride, "stem_padding": (1, 0), "stem_activation": stem_activation}
+    needed = [max(1, k - 2 * p) for k, p in zip(case["kernel"], options["padding"], strict=True)]
+    spatial = zip(needed, stem_stride, stem_kernel, case["size"], strict=True)
+    size = tuple((least - 1) * stride + kernel + extra % 9 for least, stride, kernel, extra in spatial)
+    stem_bias, depthwise_bias, pointwise_bias = biases_of(case, hidden, hidden, c_out)
+    tensors = [
+        *(case["make"](case["batch"], c_in, *size), torch.randn(hidden, c_in, *stem_kernel), stem_bias),
+        *(torch.randn(hidden, 1, *case["kernel"]), depthwise_bias, torch.randn(c_out, hidden, 1, 1), pointwise_bias),
+    ]
+    check("separable_stem", tensors, options, case | {"has_residual": False})
+
+
 def test_an_inverted_residual_may_add_its_own_input_and_later_another(cpu_variant: str) -> None:
     x, other = channels_last(1, 8, 7, 7), channels_last(1, 8, 7, 7)
     weights = (torch.randn(24, 8, 1, 1), None, torch.randn(24, 1, 3, 3), None, torch.randn(8, 24, 1, 1), None)

@@ -230,7 +230,9 @@ def _inverted_residual(expand: _Stage, depthwise: _Stage, project: _Stage) -> Ma
 
 def _is_plain_stem(stem: _Stage, depthwise: _Stage) -> bool:
     return (
-        stem.geometry["groups"] == 1 and stem.geometry["dilation"] == [1, 1] and depthwise.geometry["dilation"] == [1, 1]
+        stem.geometry["groups"] == 1
+        and stem.geometry["dilation"] == [1, 1]
+        and depthwise.geometry["dilation"] == [1, 1]
     )
 
 
