@@ -90,12 +90,13 @@ def time_alternately(
     rounds: int = 5,
     warmup: int = 3,
     repeats: int | None = None,
+    before_sample: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time every candidate, one after the other within each of `rounds` rounds; returns one `Timing` per name.
 
     `budget_seconds` is the measuring time of one candidate over all rounds, warm-up aside; however slow it is, a
     candidate gets three samples a round. `repeats` fixes the samples per round instead. Every candidate is called
-    `warmup` times first. Gradients are off while candidates run, and so is the garbage collector.
+    `warmup` times first. `before_sample` runs before each sample and is not timed: to empty caches, say. Gradients are off while candidates run, and so is the garbage collector.
 
     Raises `ValueError` for no candidates and for counts or a budget that are not positive; what a candidate raises
     passes through.
@@ -123,7 +124,12 @@ def time_alternately(
             for name, call in candidates.items():
                 # The candidate that ran before has displaced this one's data from the caches.
                 _sample(call, 1)
-                samples = sorted(_sample(call, calls_per_sample[name]) for _ in range(samples_per_round[name]))
+                samples = []
+                for _ in range(samples_per_round[name]):
+                    if before_sample is not None:
+                        before_sample()
+                    samples.append(_sample(call, calls_per_sample[name]))
+                samples.sort()
                 median = statistics.median(samples)
                 if not medians[name] or median < min(medians[name]):
                     best[name] = samples
