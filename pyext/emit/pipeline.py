@@ -106,7 +106,7 @@ def _fastest(models: Sequence[EmittedModel], inputs: tuple[Any, ...]) -> Emitted
         return models[0]
     on_cpu = all(t.device.type == "cpu" for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))
     runs = [capture(model, *inputs) if on_cpu else model for model in models]
-    calls = {str(i): (lambda run=run: run(*inputs)) for i, run in enumerate(runs)}  # type: ignore[misc]
+    calls = {str(i): (lambda run=run: run(*inputs)) for i, run in enumerate(runs)}
     timings = time_alternately(calls, budget_seconds=MODEL_SECONDS, rounds=MODEL_ROUNDS)
     return models[min(range(len(models)), key=lambda i: timings[str(i)].median)]
 
