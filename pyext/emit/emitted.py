@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from kernelpress.emit.direct import Direct
 from kernelpress.emit.evaluate import Example
 from kernelpress.emit.record import EmissionRecord, summary_table
 
@@ -30,11 +32,23 @@ class EmittedModel(nn.Module):
         self.record = record
         self.examples = examples
         self.dynamic_batch = dynamic_batch
+        self._direct: Direct | None = None
         self.eval()
 
     def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
         """The model's outputs for `inputs`."""
+        if torch.compiler.is_compiling():
+            return self.body(*inputs, **named_inputs)
+        direct = self._direct
+        if direct is None or not direct.serves(self.body):
+            direct = self._direct = Direct.of(self.body)
+        if direct.may_run(inputs, named_inputs):
+            return direct.forward(self.body, *inputs, **named_inputs)
         return self.body(*inputs, **named_inputs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles bind to parameters of their own."""
+        return {**self.__dict__, "_direct": None}
 
     def train(self, mode: bool = True) -> EmittedModel:
         """Emission fixes inference behaviour: raises `RuntimeError` for `mode=True`."""

@@ -44,9 +44,11 @@ def _prepare(kernel: NativeKernel, problem: Problem, tensors: Tensors) -> Run:
     held = [operand if isinstance(operand, Tensor) else None for operand in operands]
     at_y = len(held)
     template = [*[0 if t is None else t.data_ptr() for t in held], 0, *sizes]
+    empty_like, form = torch.empty_like, torch.empty_strided(shape, stride, dtype=torch.float32)
+    form.untyped_storage().resize_(0)  # quicker to copy than to describe; it needs no memory for that
 
     def compute(tensors: Sequence[Any], held: list[Tensor | None] = held) -> Tensor:
-        y = torch.empty_strided(shape, stride, dtype=torch.float32)
+        y = empty_like(form)
         arguments = template.copy()
         arguments[at_y] = y.data_ptr()
         for position, index in changing:

@@ -1,7 +1,7 @@
 """Publishes ops as `torch.ops.kernelpress.*`: schema, kernels, fake kernel, autograd, FLOP formula; and calls them.
 
-The dispatcher and its autograd key cost several times what a small kernel does. A call that nothing could intercept
-(plain CPU tensors, no gradient wanted, no mode, transform or trace active) therefore goes straight to the backend.
+The dispatcher costs several times what a small kernel does. A call that nothing could intercept (plain CPU tensors, no
+gradient wanted, no mode, transform or trace active) therefore goes straight to the backend.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernelpress.ops import prepared, registry
+from kernelpress.ops import gradient, prepared, registry
 from kernelpress.ops.checks import TensorSpec
+from kernelpress.ops.interception import is_intercepted, is_plain
 from kernelpress.ops.registry import Operator, Tensors
 
 __all__ = ["LIBRARY", "call", "publish"]
 
 LIBRARY = torch.library.Library("kernelpress", "DEF")
 
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transform_level = torch._C._functorch.maybe_current_level
-_tracing_state = torch._C._get_tracing_state
-_PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
+_is_grad_enabled = torch.is_grad_enabled
+_any_requires_grad = torch._C._any_requires_grad
+_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
+_CPU_ALONE = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU).raw_repr()
 
 
 def publish(operator: Operator) -> Operator:
@@ -41,43 +41,27 @@ def call(operator: Operator, tensors: tuple[Tensor | None, ...], options: tuple[
 
     `options` are the values of the op's options in order; one integer may stand for a pair.
     """
-    if torch.compiler.is_compiling() or _is_intercepted(operator, tensors):
+    if is_intercepted() or (_is_grad_enabled() and _any_requires_grad(*tensors)):
         return _dispatch(operator, tensors, options, backend)
+    for index in operator.activations:
+        t = tensors[index]
+        if t is not None and not is_plain(t):
+            return _dispatch(operator, tensors, options, backend)
     try:
         found = prepared.recall(operator, tensors, options, backend)
     except TypeError:  # a list among the options
         options = registry.options_of(operator, options)
         found = prepared.recall(operator, tensors, options, backend)
-    if found is None:
-        if not all(t is None or _is_plain(t) for t in tensors):
-            return _dispatch(operator, tensors, options, backend)
-        found = prepared.prepare(operator, tensors, options, backend)
-    return found(tensors)
+    if found is not None:
+        return found.run(tensors)
+    if not all(t is None or is_plain(t) for t in tensors):
+        return _dispatch(operator, tensors, options, backend)
+    return prepared.prepare(operator, tensors, options, backend)(tensors)
 
 
 def _dispatch(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor:
     overload = getattr(torch.ops.kernelpress, operator.name).default
     return overload(*tensors, **registry.options_of(operator, options)._asdict(), backend=backend)
-
-
-def _is_plain(t: Tensor) -> bool:
-    return type(t) in _PLAIN_TYPES and t.is_cpu and not t.is_neg()
-
-
-def _is_intercepted(operator: Operator, tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether a mode, transform, trace or gradient may concern the call. `call` looks at new parameters itself."""
-    for index in operator.activations:
-        t = tensors[index]
-        if t is not None and not _is_plain(t):
-            return True
-    return (
-        (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
-        or _dispatch_modes() > 0
-        or _function_modes() > 0
-        or _transform_level() is not None
-        or _tracing_state() is not None
-        or torch.autograd.profiler._is_profiler_enabled
-    )
 
 
 def _one_device(operator: Operator, tensors: Tensors) -> str:
@@ -110,27 +94,27 @@ def _register_kernels(operator: Operator) -> None:
 
 
 def _register_autograd(operator: Operator) -> None:
-    """The gradient of every op is that of its reference, computed anew from the saved inputs."""
+    """Where no gradient is wanted and the CPU kernel would come next, the autograd kernel does its work at once."""
+    overload = getattr(torch.ops.kernelpress, operator.name).default
+    differentiable = gradient.differentiable(operator)
 
-    def save(ctx: Any, inputs: tuple[Tensor | None, ...], keyword_only_inputs: dict[str, Any], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        _, ctx.options, _ = registry.bind(operator, inputs, keyword_only_inputs)
+    def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Tensor:
+        below = keyset & _AFTER_AUTOGRAD
+        wants_gradient = _is_grad_enabled() and _any_requires_grad(*args)
+        if not wants_gradient and below.raw_repr() == _CPU_ALONE:
+            return prepared.run(operator, *registry.bind(operator, args, kwargs))
 
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        twice = torch.is_grad_enabled()
-        saved = ctx.saved_tensors
-        needed = (*ctx.needs_input_grad, *[False] * (len(saved) - len(ctx.needs_input_grad)))
-        with torch.enable_grad():
-            tensors = [
-                t if twice or t is None else t.detach().requires_grad_(need)
-                for t, need in zip(saved, needed, strict=True)
-            ]
-            y = operator.call_reference(tensors, ctx.options)
-            wanted = [t for t, need in zip(tensors, needed, strict=True) if need]
-            gradients = iter(torch.autograd.grad(y, wanted, grad, create_graph=twice))
-        return tuple(next(gradients) if need else None for need in needed)
+        def redispatch() -> Tensor:
+            with torch._C._AutoDispatchBelowAutograd():
+                result: Tensor = overload.redispatch(below, *args, **kwargs)
+            return result
 
-    torch.library.register_autograd(f"kernelpress::{operator.name}", backward, setup_context=save, lib=LIBRARY)
+        if not wants_gradient:
+            return redispatch()
+        tensors, options, _ = registry.bind(operator, args, kwargs)
+        return differentiable(redispatch, tensors, options)
+
+    LIBRARY.impl(operator.name, kernel, "Autograd", with_keyset=True)
 
 
 def _register_flops(operator: Operator) -> None:

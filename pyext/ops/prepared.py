@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,13 +13,12 @@ from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.registry import Operator, Run, Tensors, options_of, requested_backend, resolve
 from kernelpress.ops.snapshot import Snapshot
 
-__all__ = ["clear", "prepare", "recall", "run"]
+__all__ = ["Prepared", "clear", "generation", "panel_width", "prepare", "recall", "run"]
 
 _LIMIT = 8192
 
 
-@dataclass(frozen=True)
-class _Prepared:
+class Prepared(NamedTuple):
     """What runs, and the parameters that it was prepared for, by position."""
 
     parameters: tuple[tuple[int, Snapshot], ...]
@@ -28,14 +26,21 @@ class _Prepared:
 
 
 _Key = tuple[Any, ...]
-_calls: dict[_Key, _Prepared] = {}
+_calls: dict[_Key, Prepared] = {}
 _lock = threading.Lock()
-_panel_width: Callable[[], int] = native.cpu().panel_width if native.cpu() else int
+_generation = 0
+panel_width: Callable[[], int] = native.cpu().panel_width if native.cpu() else int
+"""What weights are packed for: it follows the instruction set in use."""
+
+
+def generation() -> int:
+    """Changes whenever `clear` is called: what was prepared before is then no longer to be used."""
+    return _generation
 
 
 def _key(operator: Operator, tensors: Tensors, options: tuple[Any, ...], requested: str) -> _Key:
     """Parameters by identity, activations by form, packing by panel width: small values, quick to compare."""
-    key = [operator.name, requested, options, _panel_width(), *map(id, tensors)]
+    key = [operator, requested, options, panel_width(), *map(id, tensors)]
     for index in operator.activations:
         t = tensors[index]
         if t is not None:
@@ -44,15 +49,15 @@ def _key(operator: Operator, tensors: Tensors, options: tuple[Any, ...], request
     return tuple(key)
 
 
-def recall(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Run | None:
+def recall(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Prepared | None:
     """What was prepared for this call on CPU tensors, if its parameters are still what they were; else None."""
     found = _calls.get(_key(operator, tensors, options, requested_backend(backend)))
     if found is None:
         return None
     for index, snapshot in found.parameters:
-        if not snapshot.is_still(tensors[index]):  # type: ignore[arg-type]
+        if not snapshot.is_still(tensors[index]):
             return None
-    return found.run
+    return found
 
 
 def prepare(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str, device: str = "cpu") -> Run:
@@ -77,17 +82,19 @@ def prepare(operator: Operator, tensors: Tensors, options: tuple[Any, ...], back
     with _lock:
         if len(_calls) >= _LIMIT:
             _calls.clear()
-        _calls[key] = _Prepared(parameters, run)
+        _calls[key] = Prepared(parameters, run)
     return run
 
 
 def run(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor:
     """Run an op on real CPU tensors, without the dispatcher."""
     found = recall(operator, tensors, options, backend)
-    return (prepare(operator, tensors, options, backend) if found is None else found)(tensors)
+    return (prepare(operator, tensors, options, backend) if found is None else found.run)(tensors)
 
 
 def clear() -> None:
     """Forget every prepared call, so that the next one asks again which backend can run it."""
+    global _generation
+    _generation += 1
     _calls.clear()
     resolve.cache_clear()

@@ -246,12 +246,12 @@ def bind(operator: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
 
     Raises `TypeError` for an argument too many, unknown or missing.
     """
-    options = dict(kwargs)
-    backend = options.pop("backend", "auto")
     if len(args) > len(operator.tensors):
         raise TypeError(f"{operator.name}: expected at most {len(operator.tensors)} tensors, got {len(args)}")
+    options = {name: _canonical(name, value) for name, value in kwargs.items()}
+    backend = options.pop("backend", "auto")
     tensors = [*args, *[options.pop(name, None) for name in operator.tensors[len(args) :]]]
-    return tensors, operator.options(**{name: _canonical(name, value) for name, value in options.items()}), backend
+    return tensors, operator.options(**options), backend
 
 
 def options_of(operator: Operator, values: Sequence[Any]) -> Any:

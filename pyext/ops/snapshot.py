@@ -30,12 +30,13 @@ class Snapshot(NamedTuple):
         version = None if t.is_inference() else t._version
         return cls(weakref.ref(t, on_death), t.data_ptr(), t.shape, version)
 
-    def is_still(self, t: Tensor) -> bool:
+    def is_still(self, t: Tensor | None) -> bool:
         """Whether `t` is that tensor and was not written to."""
         reference, address, shape, version = self
         return (
-            reference() is t
+            t is not None
+            and reference() is t
             and t.data_ptr() == address
-            and t.shape == shape
             and (version is None or t._version == version)
+            and t.shape == shape
         )
