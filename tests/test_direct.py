@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -130,6 +131,13 @@ def test_copies_run_on_parameters_of_their_own(pair: tuple[EmittedModel, nn.Modu
         assert torch.equal(twin(x), torch.zeros_like(expected))
         assert torch.equal(emitted(x), expected)
     assert len(runs) == 4
+
+
+def test_a_model_that_has_run_can_be_pickled(pair: tuple[EmittedModel, nn.Module]) -> None:
+    emitted, _ = pair
+    x = image()
+    expected = emitted(x)
+    assert torch.equal(pickle.loads(pickle.dumps(emitted))(x), expected)
 
 
 def test_a_model_in_another_dtype() -> None:
