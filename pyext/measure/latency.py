@@ -96,7 +96,8 @@ def time_alternately(
 
     `budget_seconds` is the measuring time of one candidate over all rounds, warm-up aside; however slow it is, a
     candidate gets three samples a round. `repeats` fixes the samples per round instead. Every candidate is called
-    `warmup` times first. `before_sample` runs before each sample and is not timed: to empty caches, say. Gradients are off while candidates run, and so is the garbage collector.
+    `warmup` times first. `before_sample` runs before each sample and is not timed: to empty caches, say. Gradients are
+    off while candidates run, and so is the garbage collector.
 
     Raises `ValueError` for no candidates and for counts or a budget that are not positive; what a candidate raises
     passes through.
