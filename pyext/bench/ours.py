@@ -1,4 +1,7 @@
-"""The benchmark cases as calls of kernelpress ops: the op of the case, and for a fused chain its stages one by one."""
+"""The benchmark cases on our kernels: the op of the case, and for a fused chain its stages one by one.
+
+Native kernels are timed as steps of a captured plan, which is how they run in a model; other backends through the op.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +14,17 @@ from torch import Tensor
 from kernelpress.bench.peers import LayerInputs
 from kernelpress.bench.shapes import Case, Stage
 from kernelpress.ops import registry
+from kernelpress.ops.step import native_steps
 
 __all__ = ["backend_of", "fused", "unfused"]
 
+_Call = tuple[str, list[Tensor | None], dict[str, Any]]
+
 
 def fused(case: Case, inputs: LayerInputs) -> Callable[[], Tensor]:
-    """The op of `case` as one call."""
-    op = getattr(torch.ops.kernelpress, case.op).default
+    """The op of `case` as one step or call."""
     arguments, options = _arguments(case, inputs)
-    return lambda: op(*arguments, **options)
+    return _steps_or_calls([(case.op, arguments, options)], backend_of(case, inputs))
 
 
 def backend_of(case: Case, inputs: LayerInputs) -> str:
@@ -33,25 +38,28 @@ def backend_of(case: Case, inputs: LayerInputs) -> str:
 
 
 def unfused(case: Case, inputs: LayerInputs) -> Callable[[], Tensor]:
-    """The stages of `case` as one op each, intermediates in memory."""
+    """The stages of `case` one by one, intermediates in memory."""
     last = len(case.stages) - 1
-    steps = []
+    calls: list[_Call] = []
     for index, (stage, weight, bias) in enumerate(zip(case.stages, inputs.weights, inputs.biases, strict=True)):
-        options: dict[str, Any] = {"activation": stage.activation}
-        if stage.is_depthwise:
-            op = torch.ops.kernelpress.depthwise_conv2d.default
-            options |= _geometry(stage)
-        else:
-            op = torch.ops.kernelpress.pointwise_conv2d.default
-        steps.append((op, weight, bias, inputs.residual if index == last else None, options))
+        op = "depthwise_conv2d" if stage.is_depthwise else "pointwise_conv2d"
+        options = {"activation": stage.activation} | (_geometry(stage) if stage.is_depthwise else {})
+        residual = inputs.residual if index == last else None
+        calls.append((op, [inputs.x if index == 0 else None, weight, bias, None, residual], options))
+    return _steps_or_calls(calls, backend_of(case, inputs))
 
-    def call() -> Tensor:
-        y = inputs.x
-        for op, weight, bias, residual, options in steps:
-            y = op(y, weight, bias, None, residual, **options)
-        return y
 
-    return call
+def _steps_or_calls(calls: list[_Call], backend: str) -> Callable[[], Tensor]:
+    steps = native_steps(calls) if backend == "cpu" else None
+    return steps or (lambda: _call_ops(calls))
+
+
+def _call_ops(calls: list[_Call]) -> Tensor:
+    y: Tensor | None = None
+    for op, (x, *others), options in calls:
+        y = getattr(torch.ops.kernelpress, op).default(x if y is None else y, *others, **options)
+    assert y is not None
+    return y
 
 
 def _geometry(stage: Stage) -> dict[str, list[int]]:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node, map_arg
 
-from kernelpress import native
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.candidates import Candidate, constant, original
 from kernelpress.measure.latency import time_alternately
-from kernelpress.ops import registry
+from kernelpress.ops.step import native_steps
 
 __all__ = ["Cost", "Evaluation", "Example", "evaluate", "example_values", "relative_error", "runnable"]
 
@@ -215,25 +214,9 @@ def _timed(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node
     for node in (node for node in candidate.fragment.nodes if node.op == "call_function"):
         args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
         if node.target.namespace == "kernelpress":
-            return _native_step(candidate.name, args, kwargs) or runnable(graph_module, candidate, inputs)
+            return native_steps([(candidate.name, args, kwargs)]) or runnable(graph_module, candidate, inputs)
         known[node] = node.target(*args, **kwargs)
     return runnable(graph_module, candidate, inputs)
-
-
-def _native_step(op: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Any] | None:
-    """One call of a native kernel without the op around it; None where it needs copies or has nothing to do."""
-    out = registry.allocate(op, args, kwargs)
-    if out.numel() == 0 or registry.native_reason(op, args, kwargs, out) is not None:
-        return None
-    call = registry.native_call(op, args, kwargs, out)
-    plan = native.cpu().Plan()
-    getattr(plan, call.name)(*call.arguments)
-
-    def run(held: tuple[Tensor, ...] = call.tensors) -> Tensor:
-        plan.run(0, 1, [])
-        return out
-
-    return run
 
 
 def _check(
