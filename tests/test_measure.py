@@ -292,3 +292,16 @@ class TestUnits:
         lines = text_table(("a", "b"), [("long name", "1"), ("x", "100")]).splitlines()
         assert lines[2].endswith("  1")
         assert len({len(line) for line in lines}) == 1
+
+
+def test_what_runs_before_a_sample_is_called_for_each_and_not_timed() -> None:
+    before: list[None] = []
+    timing = measure.time_alternately(
+        {"quick": lambda: None},
+        budget_seconds=1e-3,
+        rounds=2,
+        repeats=3,
+        before_sample=lambda: before.append(time.sleep(5e-3)),
+    )
+    assert len(before) == 2 * 3
+    assert timing["quick"].median < 5
