@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kernelpress.emit.files import write_atomically
+from kernelpress.files import write_atomically
 
 __all__ = ["RunFolder", "StageRecord", "stage_key"]
 

@@ -235,7 +235,7 @@ def test_full_disk_leaves_the_older_checkpoint_intact(tmp_path: Path, monkeypatc
     file = tmp_path / CHECKPOINT_NAME
     before = file.read_bytes()
     model = small_network()
-    monkeypatch.setattr(checkpoint.os, "fsync", refuse)
+    monkeypatch.setattr("os.fsync", refuse)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save_checkpoint(file, model, torch.optim.SGD(model.parameters()), {})
     assert file.read_bytes() == before

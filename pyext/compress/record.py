@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from kernelpress.compress.resize import replace_tensors, set_size_attributes, size_attributes
+from kernelpress.files import write_atomically
 
 __all__ = ["LayerChange", "PassRecord", "SkippedLayers", "add_record", "load", "record_of", "save"]
 
@@ -94,15 +94,7 @@ def save(model: nn.Module, path: str | Path) -> None:
     # Copies, because safetensors refuses tensors that share memory.
     tensors = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in model.state_dict().items()}
     content = serialise(tensors, metadata={_HEADER: json.dumps(header)})
-    unfinished = path.with_name(path.name + ".unfinished")
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_atomically(path, content)
 
 
 def load(path: str | Path, model: nn.Module) -> nn.Module:

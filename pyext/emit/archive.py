@@ -18,8 +18,8 @@ import kernelpress.ops  # noqa: F401  (an archive can be read only once its oper
 from kernelpress.emit.assemble import copy_of, with_constants
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.evaluate import Example
-from kernelpress.emit.files import write_atomically
 from kernelpress.emit.record import EmissionRecord
+from kernelpress.files import write_atomically
 
 __all__ = ["load", "save"]
 

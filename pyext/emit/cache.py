@@ -13,7 +13,7 @@ import torch
 
 import kernelpress
 from kernelpress import native
-from kernelpress.emit.files import write_atomically
+from kernelpress.files import write_atomically
 
 __all__ = ["TimingCache", "cache_folder", "device_key"]
 
