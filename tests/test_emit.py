@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kernelpress as kp
-from kernelpress.emit import archive, evaluate, files, pipeline
+from kernelpress.emit import archive, evaluate, pipeline
 from kernelpress.emit.canonical import canonicalize
 from kernelpress.emit.cover import Option, cheapest_cover, regions
 from kernelpress.emit.fold import fold
@@ -423,7 +423,7 @@ def test_a_full_disk_leaves_the_old_file(saved, monkeypatch):
     def full(*_args, **_kwargs):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match=r"model\.pt2 could not be written: No space left.*unchanged"):
         emitted.save(path)
     assert path.read_bytes() == before
