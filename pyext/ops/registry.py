@@ -45,7 +45,7 @@ __all__ = [
 BACKENDS: tuple[str, ...] = ("cpu", "onednn", "reference")
 """Every backend, best first: the order in which an automatic choice tries them."""
 
-ACTIVATION_NAMES = frozenset({"x", "residual", "input_scale"})
+ACTIVATION_NAMES = frozenset({"x", "residual", "input_scale", "a", "b"})
 """Names of the tensors that change from call to call; the others are parameters."""
 
 _PAIRS = frozenset({"kernel_size", "stride", "padding", "dilation", "stem_stride", "stem_padding"})
