@@ -63,6 +63,25 @@ def example(op: str, dtype: torch.dtype = torch.float32) -> tuple[tuple[Tensor, 
                 "padding": [1, 1],
             },
         ),
+        "ghost_conv2d": (
+            (
+                *(draw(2, 3, 4, 5), draw(4, 3, 3, 2), draw(4), draw(8, 1, 3, 5), draw(8)),
+                draw(2, 11, 2, 2),
+            ),
+            {
+                "stride": [2, 2],
+                "padding": [1, 0],
+                "activation": "silu",
+                "cheap_activation": "sigmoid",
+                "out_channels": 11,
+            },
+        ),
+        "grouped_conv2d": (
+            (draw(2, 6, 4, 5), draw(12, 2, 3, 2), draw(12), draw(12), draw(2, 12, 2, 3)),
+            {"stride": [2, 2], "groups": 3, "shuffle": 4, "activation": "silu", **padded},
+        ),
+        "channel_shuffle": ((draw(2, 12, 4, 5),), {"groups": 3}),
+        "shuffle_concat": ((draw(2, 5, 4, 3), draw(2, 7, 4, 3)), {"groups": 3}),
         "global_avg_pool2d": ((draw(2, 3, 4, 5),), {}),
         "max_pool2d": ((draw(2, 3, 5, 6),), {"kernel_size": [3, 2], "stride": [2, 1], "padding": [1, 1]}),
     }
@@ -84,9 +103,8 @@ def test_torch_opcheck_finds_no_fault(op: str, with_gradient: bool) -> None:
 @every_op
 def test_opcheck_on_the_fewest_arguments(op: str) -> None:
     tensors, options = example(op)
-    fewest = {"linear": 2, "separable_conv2d": 4, "inverted_residual": 6, "separable_stem": 6}.get(
-        op, min(2, len(tensors))
-    )
+    required = {"linear": 2, "separable_conv2d": 4, "inverted_residual": 6, "separable_stem": 6, "ghost_conv2d": 4}
+    fewest = required.get(op, min(2, len(tensors)))
     options.pop("activation", None)
     torch.library.opcheck(getattr(torch.ops.kernelpress, op).default, tensors[:fewest], options)
 
@@ -132,21 +150,21 @@ def test_symbolic_batch_and_sizes_put_no_condition_on_the_batch(op: str) -> None
     tensors, options = example(op)
     if op == "linear":
         tensors = tensors[:4]
-    names = registry.operator(op).tensors
+    positions = [position for position in registry.operator(op).activations if position < len(tensors)]
 
     class Call(torch.nn.Module):
-        def forward(self, x: Tensor, residual: Tensor | None, input_scale: Tensor | None) -> Tensor:
-            given = {"x": x, "residual": residual, "input_scale": input_scale}
-            arguments = [given.get(name, t) for name, t in zip(names, tensors, strict=False)]
+        def forward(self, *activations: Tensor) -> Tensor:
+            arguments = list(tensors)
+            for position, t in zip(positions, activations, strict=True):
+                arguments[position] = t
             return getattr(torch.ops.kernelpress, op)(*arguments, **options)
 
-    given = dict(zip(names, tensors, strict=False))
     batch = torch.export.Dim("batch")
-    example_inputs = tuple(given.get(name) for name in ("x", "residual", "input_scale"))
-    shapes = tuple(None if t is None else {0: batch} for t in example_inputs)
+    example_inputs = tuple(tensors[position] for position in positions)
+    shapes = (tuple({0: batch} for _ in positions),)
     with torch.no_grad():
         exported = torch.export.export(Call(), example_inputs, dynamic_shapes=shapes)
-    again = tuple(None if t is None else torch.cat([t, t, t]) for t in example_inputs)
+    again = tuple(torch.cat([t, t, t]) for t in example_inputs)
     assert exported.module()(*again).shape[0] == 3 * len(tensors[0])
 
 
@@ -182,6 +200,9 @@ def test_flops_are_two_per_multiply_accumulate() -> None:
         "separable_conv2d": 2 * (2 * 20 * 3) * (9 + 4),
         "inverted_residual": 2 * (2 * 20) * (3 * 6 + 6 * 9 + 6 * 3),
         "separable_stem": 2 * (2 * 9) * (4 * 2 * 9 + 4 * 9 + 4 * 3),
+        "grouped_conv2d": 2 * (2 * 12 * 2 * 3) * 2 * 6,
+        "channel_shuffle": 0,
+        "shuffle_concat": 0,
         "global_avg_pool2d": 0,
         "max_pool2d": 0,
     }

@@ -2,6 +2,8 @@
 
 from kernelpress.ops.dense import conv2d, linear, pointwise_conv2d
 from kernelpress.ops.depthwise import depthwise_conv2d
+from kernelpress.ops.ghost import ghost_conv2d
+from kernelpress.ops.grouped import channel_shuffle, grouped_conv2d, shuffle_concat
 from kernelpress.ops.pool import global_avg_pool2d, max_pool2d
 from kernelpress.ops.registry import BACKENDS, NativeCall, allocate, availability, native_call, use_backend, why_not
 from kernelpress.ops.separable import inverted_residual, separable_conv2d
@@ -12,9 +14,12 @@ __all__ = [
     "NativeCall",
     "allocate",
     "availability",
+    "channel_shuffle",
     "conv2d",
     "depthwise_conv2d",
+    "ghost_conv2d",
     "global_avg_pool2d",
+    "grouped_conv2d",
     "inverted_residual",
     "linear",
     "max_pool2d",
@@ -22,6 +27,7 @@ __all__ = [
     "pointwise_conv2d",
     "separable_conv2d",
     "separable_stem",
+    "shuffle_concat",
     "use_backend",
     "why_not",
 ]

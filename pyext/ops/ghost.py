@@ -1,0 +1,148 @@
+"""Ghost convolution: `ghost_conv2d`, a convolution and a depthwise one on its result, both into one output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from kernelpress.kernels import reference
+from kernelpress.ops.checks import (
+    TensorSpec,
+    check_activation,
+    check_input,
+    check_same_shape,
+    check_vector,
+    check_weight,
+    conv_output_size,
+    describe,
+)
+from kernelpress.ops.fallback import reference_implementation
+from kernelpress.ops.layout import PIXELS
+from kernelpress.ops.library import call, publish
+from kernelpress.ops.registry import Operator
+from kernelpress.ops.schema import IntOrPair
+
+__all__ = ["ghost_conv2d"]
+
+
+class GhostOptions(NamedTuple):
+    """Keyword arguments of `ghost_conv2d`."""
+
+    stride: tuple[int, ...] = (1, 1)
+    padding: tuple[int, ...] = (0, 0)
+    activation: str = "identity"
+    cheap_activation: str = "identity"
+    out_channels: int | None = None
+
+
+def _check_cheap_weight(weight: TensorSpec, primary: int) -> None:
+    form, because = "[C_primary · multiplier, 1, DH, DW]", f"C_primary = {primary} channels of primary_weight"
+    check_weight("cheap_weight", weight, form, (None, 1, None, None), because)
+    if weight.shape[0] % primary != 0:
+        raise ValueError(f"cheap_weight: expected {form} with {because}, got {describe(weight.shape)}")
+    if any(size % 2 == 0 for size in weight.shape[2:]):
+        raise ValueError(f"cheap_weight: expected an odd DH and DW, which keep the size, got {describe(weight.shape)}")
+
+
+def _kept_channels(out_channels: int | None, primary: int, cheap: int) -> int:
+    """Channels of the output. Raises `TypeError` or `ValueError` where `out_channels` is no such number."""
+    if out_channels is None:
+        return primary + cheap
+    if not isinstance(out_channels, int) or isinstance(out_channels, bool):
+        raise TypeError(f"out_channels: expected an integer or None, got {out_channels!r}")
+    if not primary <= out_channels <= primary + cheap:
+        raise ValueError(
+            f"out_channels: expected {primary} to {primary + cheap}, at least the primary channels and at most all of "
+            f"them, got {out_channels}"
+        )
+    return out_channels
+
+
+def _shape(tensors: tuple[TensorSpec | None, ...], options: GhostOptions) -> tuple[int, ...]:
+    x, primary_weight, primary_bias, cheap_weight, cheap_bias, residual = tensors
+    assert x is not None
+    assert primary_weight is not None
+    assert cheap_weight is not None
+    check_input(x)
+    check_activation("activation", options.activation)
+    check_activation("cheap_activation", options.cheap_activation)
+    channels = x.shape[1]
+    because = f"C_in = {channels} channels of x"
+    check_weight("primary_weight", primary_weight, "[C_primary, C_in, KH, KW]", (None, channels, None, None), because)
+    primary = primary_weight.shape[0]
+    check_vector("primary_bias", primary_bias, primary)
+    _check_cheap_weight(cheap_weight, primary)
+    cheap = cheap_weight.shape[0]
+    check_vector("cheap_bias", cheap_bias, cheap)
+    size = conv_output_size(x, primary_weight.shape[2:], options.stride, options.padding, (1, 1))
+    shape = (x.shape[0], _kept_channels(options.out_channels, primary, cheap), *size)
+    check_same_shape("residual", residual, shape)
+    return shape
+
+
+def _macs(shapes: Sequence[Any], options: GhostOptions, shape: Sequence[int]) -> int:
+    batch, c_out, out_h, out_w = shape
+    primary = shapes[1][0]
+    per_pixel = math.prod(shapes[1]) + (c_out - primary) * math.prod(shapes[3][2:])
+    return int(batch * out_h * out_w * per_pixel)
+
+
+_GHOST = publish(
+    Operator(
+        name="ghost_conv2d",
+        schema=(
+            "(Tensor x, Tensor primary_weight, Tensor? primary_bias, Tensor cheap_weight, Tensor? cheap_bias=None, "
+            "Tensor? residual=None, *, SymInt[2] stride=[1,1], SymInt[2] padding=[0,0], "
+            'str activation="identity", str cheap_activation="identity", int? out_channels=None, '
+            'str backend="auto") -> Tensor'
+        ),
+        tensors=("x", "primary_weight", "primary_bias", "cheap_weight", "cheap_bias", "residual"),
+        options=GhostOptions,
+        out=PIXELS,
+        shape=_shape,
+        reference=reference.ghost_conv2d,
+        macs=_macs,
+        implementations=(reference_implementation("ghost_conv2d", reference.ghost_conv2d),),
+        native=None,
+    )
+)
+
+
+def ghost_conv2d(
+    x: Tensor,
+    primary_weight: Tensor,
+    primary_bias: Tensor | None,
+    cheap_weight: Tensor,
+    cheap_bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    activation: str = "identity",
+    cheap_activation: str = "identity",
+    out_channels: int | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Few channels from a convolution, the others from those by a depthwise one (GhostNet, arXiv:1911.11907, eq. 3).
+
+    `primary = activation(conv(x))`, `cheap = cheap_activation(depthwise(primary))`; the result is
+    `concat(primary, cheap) + residual`.
+
+    Args:
+        x: `[N, C_in, H, W]`; channels_last, or a channel slice of it, is read without a copy.
+        primary_weight: `[C_primary, C_in, KH, KW]`; `primary_bias: [C_primary]`.
+        cheap_weight: `[C_primary · multiplier, 1, DH, DW]` with odd sizes, padded to keep the size;
+            `cheap_bias: [C_primary · multiplier]`.
+        residual: of the output's shape; the shortcut of a ghost bottleneck.
+        stride, padding: of the primary convolution.
+        activation, cheap_activation: after the primary convolution and after the cheap one.
+        out_channels: how many of the channels, the first ones, are kept; at least the primary ones. None: all.
+
+    Returns: `[N, out_channels, H_out, W_out]`, channels_last. Errors as of `conv2d`.
+    """
+    options = (stride, padding, activation, cheap_activation, out_channels)
+    tensors = (x, primary_weight, primary_bias, cheap_weight, cheap_bias, residual)
+    return call(_GHOST, tensors, options, backend)
