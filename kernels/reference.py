@@ -557,8 +557,8 @@ def int8_add(
     other_zero_point: int = 0,
     activation: str = "identity",
     output_scale: float | None = None,
-    output_zero_point: int = 0,
-    output_dtype: torch.dtype | None = None,
+    """`activation(x + other)` of int8 tensors: `fma(other − zero point, other_scale, dequantized x)`, then the last step
+    of `int8_epilogue`.
 ) -> Tensor:
     """`activation(x + other)` of int8 tensors: `fma(other − zero point, other_scale, dequantized x)`, then the last step of
     `int8_epilogue`.
