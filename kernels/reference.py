@@ -557,11 +557,11 @@ def int8_add(
     other_zero_point: int = 0,
     activation: str = "identity",
     output_scale: float | None = None,
-    """`activation(x + other)` of int8 tensors: `fma(other − zero point, other_scale, dequantized x)`, then the last step
-    of `int8_epilogue`.
+    output_zero_point: int = 0,
+    output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`activation(x + other)` of int8 tensors: `fma(other − zero point, other_scale, dequantized x)`, then the last step of
-    `int8_epilogue`.
+    """`activation(x + other)` of int8 tensors: `fma(other − zero point, other_scale, dequantized x)`, then the last
+    step of `int8_epilogue`.
     """
     first = dequantize(x, scale=input_scale, zero_point=input_zero_point)
     value = _fused_multiply_add(other.float() - other_zero_point, other_scale, first)
