@@ -16,6 +16,7 @@ __all__ = [
     "computes_plainly",
     "copy_parameters",
     "is_pointwise",
+    "make_divisible",
 ]
 
 M = TypeVar("M", bound=nn.Module)
@@ -69,3 +70,9 @@ def copy_parameters(source: nn.Module, target: M) -> M:
                 parameter.copy_(values)
             parameter.requires_grad_(values.requires_grad)
     return target.train(source.training)
+
+
+def make_divisible(channels: float, divisor: int = 8) -> int:
+    """The multiple of `divisor` nearest to `channels`, at least `divisor` and never below 90 % of `channels`."""
+    nearest = max(divisor, int(channels + divisor / 2) // divisor * divisor)
+    return nearest + divisor if nearest < 0.9 * channels else nearest

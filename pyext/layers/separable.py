@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from kernelpress import ops
 from kernelpress.kernels.reference import activate
-from kernelpress.layers.chain import Stage, load_in_order, stages_of
+from kernelpress.layers.chain import NormLayer, copy_stages, has_bias, load_in_order, norm_layer_of, stages_of
 from kernelpress.layers.common import checked_activation, computes_plainly
 from kernelpress.layers.dense import PointwiseConv2d
 from kernelpress.layers.depthwise import DepthwiseConv2d
@@ -18,9 +17,6 @@ from kernelpress.layers.folding import folded, is_foldable
 from kernelpress.ops.schema import IntOrPair
 
 __all__ = ["DepthwiseSeparableConv2d", "InvertedResidual"]
-
-NormLayer = Callable[[int], nn.Module]
-"""Makes the norm of so many channels, as `torch.nn.BatchNorm2d` does."""
 
 
 class _Block(nn.Module):
@@ -67,42 +63,9 @@ class _Block(nn.Module):
     def _folded(self) -> list[Any]:
         return [tensor for convolution, norm, _ in self._stages() for tensor in folded(convolution, norm)]
 
-    def _copy_from(self, stages: list[Stage]) -> None:
-        for (convolution, norm, _), stage in zip(self._stages(), stages, strict=True):
-            for ours, theirs in ((convolution, stage.convolution), (norm, stage.norm)):
-                if ours is not None and theirs is not None:
-                    ours.load_state_dict(theirs.state_dict())
-                    ours.train(theirs.training)
-                    for parameter, source in zip(ours.parameters(), theirs.parameters(), strict=True):
-                        parameter.requires_grad_(source.requires_grad)
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         load_in_order(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-
-def _norm_layer_of(stages: list[Stage]) -> NormLayer | None:
-    """What makes norms like those of the stages, all or none of which have one. Raises `ValueError` otherwise."""
-    norms = [stage.norm for stage in stages if stage.norm is not None]
-    if not norms:
-        return None
-    if len(norms) != len(stages):
-        raise ValueError("block: expected a BatchNorm after every convolution or after none")
-    remaining = iter(norms)
-
-    def make(channels: int) -> nn.Module:
-        norm = next(remaining)
-        return nn.BatchNorm2d(channels, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-
-    return make
-
-
-def _has_bias(stages: list[Stage]) -> bool:
-    """Whether the convolutions have biases, all or none of them. Raises `ValueError` otherwise."""
-    biases = {stage.convolution.bias is not None for stage in stages}
-    if len(biases) != 1:
-        raise ValueError("block: expected a bias in every convolution or in none")
-    return biases.pop()
 
 
 class DepthwiseSeparableConv2d(_Block):
@@ -155,15 +118,15 @@ class DepthwiseSeparableConv2d(_Block):
             depthwise.stride,
             depthwise.padding,
             depthwise.dilation,
-            _has_bias(stages),
+            has_bias(stages),
             depthwise.weight.device,
             depthwise.weight.dtype,
-            norm_layer=_norm_layer_of(stages),
+            norm_layer=norm_layer_of(stages),
             depthwise_activation=stages[0].activation,
             activation=stages[1].activation,
         )
         layer.training = block.training
-        layer._copy_from(stages)
+        copy_stages(stages, [(convolution, norm) for convolution, norm, _ in layer._stages()])
         return layer
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -258,17 +221,17 @@ class InvertedResidual(_Block):
             stride,
             padding,
             dilation,
-            _has_bias(stages),
+            has_bias(stages),
             expand.weight.device,
             expand.weight.dtype,
-            norm_layer=_norm_layer_of(stages),
+            norm_layer=norm_layer_of(stages),
             expand_activation=stages[0].activation,
             depthwise_activation=stages[1].activation,
             activation=stages[2].activation,
             residual=bool(residual),
         )
         layer.training = block.training
-        layer._copy_from(stages)
+        copy_stages(stages, [(convolution, norm) for convolution, norm, _ in layer._stages()])
         return layer
 
     def forward(self, x: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from torch import nn
 
 from kernelpress.layers import Conv2d, DepthwiseConv2d, PointwiseConv2d
+from kernelpress.layers.common import make_divisible
 
 __all__ = [
     "check_positive",
@@ -32,12 +33,6 @@ def pointwise_norm_act(in_channels: int, out_channels: int, activation: type[nn.
     """1×1 convolution, BatchNorm, `activation`; children `0`, `1`, `2`."""
     convolution = PointwiseConv2d(in_channels, out_channels, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(out_channels), activation(inplace=True))
-
-
-def make_divisible(channels: float, divisor: int = 8) -> int:
-    """The multiple of `divisor` nearest to `channels`, at least `divisor` and never below 90 % of `channels`."""
-    nearest = max(divisor, int(channels + divisor / 2) // divisor * divisor)
-    return nearest + divisor if nearest < 0.9 * channels else nearest
 
 
 def initialise(network: nn.Module) -> None:
