@@ -1,33 +1,48 @@
 """The ops of kernelpress, `torch.ops.kernelpress.*`, as typed functions, and the choice of who runs them."""
 
+from kernelpress.ops.block_csr import BlockCsr
 from kernelpress.ops.dense import conv2d, linear, pointwise_conv2d
 from kernelpress.ops.depthwise import depthwise_conv2d
 from kernelpress.ops.ghost import ghost_conv2d
 from kernelpress.ops.grouped import channel_shuffle, grouped_conv2d, shuffle_concat
+from kernelpress.ops.int8 import int8_conv2d, int8_depthwise_conv2d, int8_matmul
 from kernelpress.ops.pool import global_avg_pool2d, max_pool2d
+from kernelpress.ops.quantize import dequantize, int8_add, quantize
+from kernelpress.ops.quantize_rows import quantize_rows
 from kernelpress.ops.registry import BACKENDS, NativeCall, allocate, availability, native_call, use_backend, why_not
 from kernelpress.ops.separable import inverted_residual, separable_conv2d
 from kernelpress.ops.separable_stem import separable_stem
+from kernelpress.ops.sparse import sparse_conv2d, sparse_matmul
 
 __all__ = [
     "BACKENDS",
+    "BlockCsr",
     "NativeCall",
     "allocate",
     "availability",
     "channel_shuffle",
     "conv2d",
     "depthwise_conv2d",
+    "dequantize",
     "ghost_conv2d",
     "global_avg_pool2d",
     "grouped_conv2d",
+    "int8_add",
+    "int8_conv2d",
+    "int8_depthwise_conv2d",
+    "int8_matmul",
     "inverted_residual",
     "linear",
     "max_pool2d",
     "native_call",
     "pointwise_conv2d",
+    "quantize",
+    "quantize_rows",
     "separable_conv2d",
     "separable_stem",
     "shuffle_concat",
+    "sparse_conv2d",
+    "sparse_matmul",
     "use_backend",
     "why_not",
 ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DENSE", "PIXELS", "ROWS", "Layout", "pixel_stride", "row_stride"]
+__all__ = ["DENSE", "IMAGES_OR_ROWS", "PIXELS", "ROWS", "Layout", "pixel_stride", "row_stride"]
 
 
 def _channels_last_stride(shape: Sequence[int]) -> tuple[int, ...]:
@@ -61,12 +61,11 @@ def row_stride(shape: Sequence[int], stride: Sequence[int]) -> int | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """A way of lying in memory that a kernel takes: its channel dimension, the spacing that a tensor of this shape and
-    stride has (None where it lies otherwise), the strides of a new tensor, and the copy that lies so.
+    """A way of lying in memory that a kernel takes: the spacing that a tensor of this shape and stride has (None where
+    it lies otherwise), the strides of a new tensor, and the copy that lies so.
     """
 
     name: str
-    channels: int
     spacing: Callable[[Sequence[int], Sequence[int]], int | None]
     stride: Callable[[Sequence[int]], tuple[int, ...]]
     copy: Callable[[Tensor], Tensor]
@@ -81,6 +80,16 @@ def _to_channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-PIXELS = Layout("channels_last", 1, pixel_stride, _channels_last_stride, _to_channels_last)
-ROWS = Layout("evenly spaced rows", -1, row_stride, _contiguous_stride, Tensor.contiguous)
-DENSE = Layout("contiguous", -1, _rigid, _contiguous_stride, Tensor.contiguous)
+def _by_rank(shape: Sequence[int]) -> Layout:
+    return PIXELS if len(shape) == 4 else ROWS
+
+
+PIXELS = Layout("channels_last", pixel_stride, _channels_last_stride, _to_channels_last)
+ROWS = Layout("evenly spaced rows", row_stride, _contiguous_stride, Tensor.contiguous)
+IMAGES_OR_ROWS = Layout(
+    "channels_last or evenly spaced rows",
+    lambda shape, stride: _by_rank(shape).spacing(shape, stride),
+    lambda shape: _by_rank(shape).stride(shape),
+    lambda t: _by_rank(t.shape).copy(t),
+)
+DENSE = Layout("contiguous", _rigid, _contiguous_stride, Tensor.contiguous)
