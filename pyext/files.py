@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of either."""
+"""Files that are either the old one or the new one, never half of either; and the folder of those that save time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["write_atomically"]
+__all__ = ["cache_folder", "write_atomically"]
+
+
+def cache_folder() -> Path:
+    """`KERNELPRESS_CACHE` if set, else `kernelpress` in `XDG_CACHE_HOME`, else in `~/.cache`."""
+    if chosen := os.environ.get("KERNELPRESS_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kernelpress"
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:

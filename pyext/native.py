@@ -1,4 +1,4 @@
-"""Loads the native CPU module `_cpu`: picks the instruction set and lends it torch's own thread pool.
+"""Loads the native modules: `_cpu`, which gets its instruction set and torch's own thread pool, and `_cuda`.
 
 `KERNELPRESS_CPU=avx512|avx2|baseline` picks another instruction set than the widest that this processor runs.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["NativeCpu", "cpu", "load"]
+__all__ = ["NativeCpu", "NativeCuda", "cpu", "cuda", "cuda_reason", "load", "load_cuda", "runs_on"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,14 @@ class NativeCpu:
     module: ModuleType | None
     absent_because: str | None
     threads: str
+
+
+@dataclass(frozen=True)
+class NativeCuda:
+    """What loading `_cuda` gave: the module, or why there is none."""
+
+    module: ModuleType | None
+    absent_because: str | None
 
 
 @functools.cache
@@ -40,8 +49,7 @@ def load() -> NativeCpu:
     except ImportError as error:
         if wanted:
             raise ValueError(f"KERNELPRESS_CPU: got {wanted!r}, but nothing native can run: {error}") from error
-        how = " (`make build` compiles it in a checkout)" if isinstance(error, ModuleNotFoundError) else ""
-        return NativeCpu(None, f"{error}{how}", "none")
+        return NativeCpu(None, _absence(error, "`make build` compiles it in a checkout"), "none")
     if wanted:
         runnable = module.variants()
         if wanted not in runnable:
@@ -53,6 +61,66 @@ def load() -> NativeCpu:
 def cpu() -> Any:
     """The module `_cpu`, or None where it was not built; `load().absent_because` then says why."""
     return load().module
+
+
+@functools.cache
+def load_cuda() -> NativeCuda:
+    """Loads `_cuda` once per process. It needs neither a GPU nor a driver for that."""
+    try:
+        return NativeCuda(import_module("kernelpress._cuda"), None)
+    except ImportError as error:
+        how = "building it takes nvcc, and KERNELPRESS_CUDA other than 0; `make build` compiles it in a checkout"
+        return NativeCuda(None, _absence(error, how))
+
+
+def cuda() -> Any:
+    """The module `_cuda`, or None where it was not built; `load_cuda().absent_because` then says why."""
+    return load_cuda().module
+
+
+@functools.cache
+def cuda_reason(index: int | None = None) -> str | None:
+    """Why nothing of `_cuda` runs on the device of that index (None: on any device); None where it runs."""
+    module = cuda()
+    if module is None:
+        return f"the native module is absent: {load_cuda().absent_because}"
+    unavailable: str | None = module.unavailable_because()
+    if unavailable is not None or index is None:
+        return unavailable
+    try:
+        device = module.device(index)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    architectures = module.architectures()
+    if runs_on(architectures, device["capability"]):
+        return None
+    return (
+        f"_cuda has code for {', '.join(architectures)}, device {index} ({device['name']}) is "
+        f"sm_{device['capability']}; build it with KERNELPRESS_CUDA_ARCHS={device['capability']}"
+    )
+
+
+def runs_on(architectures: Sequence[str], capability: int) -> bool:
+    """Whether a device of `capability` (10 · major + minor) can run code of one of the architectures.
+
+    Machine code (`sm_86`) runs on its own major version from its minor version on, `sm_90a` on 9.0 only; text that the
+    driver compiles (`compute_120`) on that and everything later.
+    """
+    for name in architectures:
+        kind, _, version = name.partition("_")
+        if version.endswith("a"):
+            matches = int(version[:-1]) == capability
+        elif kind == "compute":
+            matches = int(version) <= capability
+        else:
+            matches = int(version) // 10 == capability // 10 and int(version) <= capability
+        if matches:
+            return True
+    return False
+
+
+def _absence(error: ImportError, how: str) -> str:
+    return f"{error} ({how})" if isinstance(error, ModuleNotFoundError) else str(error)
 
 
 def _lend_threads(module: ModuleType) -> str:

@@ -7,6 +7,7 @@
 #include <array>
 #include <cstddef>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <sstream>
@@ -106,6 +107,9 @@ void fill(Args* arguments, const char* launcher, const py::args& values) {
   std::memcpy(static_cast<void*>(arguments), words.data(), sizeof(Args));
 }
 
+// Launcher → the names of its tile configurations, in the order of their indices.
+std::map<std::string, std::vector<std::string>> configuration_names;
+
 // Binds a launcher as `name(*fields, stream, device)`.
 template <class Args>
 void bind(py::module_& module, const char* name, Status (*launcher)(const Args&, const Device&, void*)) {
@@ -126,6 +130,13 @@ void bind(py::module_& module, const char* name, Status (*launcher)(const Args&,
     }
     if (status.code != 0) throw std::runtime_error(describe_failure(name, status, index));
   });
+}
+
+// The same for a launcher with a table of tile configurations, each with a `const char* name`.
+template <class Args, class Tile, size_t kCount>
+void bind(py::module_& module, const char* name, Status (*launcher)(const Args&, const Device&, void*), const Tile (&tiles)[kCount]) {
+  bind(module, name, launcher);
+  for (const Tile& tile : tiles) configuration_names[name].emplace_back(tile.name);
 }
 
 py::dict describe_device(int index) {
@@ -153,8 +164,9 @@ py::object unavailable_because() {
 PYBIND11_MODULE(KERNELPRESS_MODULE, module) {
   module.doc() = "CUDA kernels of kernelpress: raw addresses, sizes in elements. Use torch.ops.kernelpress instead.";
 
-  // One line a launcher: bind(module, "name", &name);
+  // One line a launcher: bind(module, "name", &name, kTable), the table of its tile configurations only where it has one.
 
+  module.def("configurations", [](const std::string& launcher) { return configuration_names[launcher]; }, py::arg("launcher"));
   module.def("architectures", &compiled_architectures);
   module.def("unavailable_because", &unavailable_because);
   module.def("device_count", [] {

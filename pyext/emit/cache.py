@@ -7,22 +7,14 @@ import hashlib
 import json
 import os
 import platform
-from pathlib import Path
 
 import torch
 
 import kernelpress
 from kernelpress import native
-from kernelpress.files import write_atomically
+from kernelpress.files import cache_folder, write_atomically
 
 __all__ = ["TimingCache", "cache_folder", "device_key"]
-
-
-def cache_folder() -> Path:
-    """`KERNELPRESS_CACHE` if set, else `kernelpress` in `XDG_CACHE_HOME`, else in `~/.cache`."""
-    if chosen := os.environ.get("KERNELPRESS_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kernelpress"
 
 
 def device_key(device: torch.device) -> str:

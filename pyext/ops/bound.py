@@ -70,7 +70,7 @@ class ParameterWatch:
 
 
 class _Seen(NamedTuple):
-    """What a watch saw: the parameters (those on the CPU, of no special kind), which of them count their writes."""
+    """What a watch saw: the parameters (those of no special kind), which of them count their writes."""
 
     environment: tuple[int, int]
     parameters: list[Tensor]
@@ -83,7 +83,7 @@ class _Known(NamedTuple):
     """The last call: in which epoch, on activations of which form; its tensors (activations left out), and what ran."""
 
     epoch: object
-    forms: list[tuple[torch.Size, torch.dtype, tuple[int, ...]]]
+    forms: list[tuple[torch.Size, torch.dtype, tuple[int, ...], torch.device]]
     tensors: list[Tensor | None]
     run: Run
 
@@ -120,11 +120,14 @@ def bound_call(
         if epoch is not watch.epoch:
             return renew(activations)
         tensors = held.copy()
-        for position, is_trusted, t, (shape, dtype, stride) in zip(positions, trusted, activations, forms):  # noqa: B905
+        for position, is_trusted, t, form in zip(positions, trusted, activations, forms):  # noqa: B905
+            shape, dtype, stride, device = form
             if (
                 t.shape != shape
                 or t.dtype is not dtype
-                or not (is_trusted or (t.stride() == stride and type(t) is Tensor and t.is_cpu and not t.is_neg()))
+                or not (
+                    is_trusted or (t.stride() == stride and type(t) is Tensor and t.device == device and not t.is_neg())
+                )
             ):
                 return renew(activations)
             tensors[position] = t
@@ -142,7 +145,7 @@ def bound_call(
         y = call(operator, tuple(tensors), options, backend)
         found = prepared.recall(operator, tensors, options, backend)
         if found is not None:
-            known = _Known(epoch, [(t.shape, t.dtype, t.stride()) for t in activations], held, found.run)
+            known = _Known(epoch, [(t.shape, t.dtype, t.stride(), t.device) for t in activations], held, found.run)
         return y
 
     return run

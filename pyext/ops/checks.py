@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,14 +13,15 @@ from kernelpress.kernels.reference import ACTIVATIONS
 __all__ = [
     "TensorSpec",
     "check_activation",
+    "check_dtype",
     "check_input",
     "check_pair",
     "check_same_shape",
-    "check_tensors",
     "check_vector",
     "check_weight",
     "conv_output_size",
     "describe",
+    "one_floating_dtype",
 ]
 
 
@@ -42,8 +43,8 @@ def describe(shape: Sequence[int]) -> str:
     return "[" + ", ".join(map(str, shape)) + "]"
 
 
-def check_tensors(names: Sequence[str], tensors: Sequence[TensorSpec | None]) -> None:
-    """All of one floating dtype, the first one's. Raises `TypeError`."""
+def one_floating_dtype(names: Sequence[str], tensors: Sequence[TensorSpec | None], options: Any) -> torch.dtype:
+    """All tensors, and the output, of one floating dtype, the first one's. Raises `TypeError`."""
     first = tensors[0]
     assert first is not None
     if not first.dtype.is_floating_point:
@@ -51,6 +52,13 @@ def check_tensors(names: Sequence[str], tensors: Sequence[TensorSpec | None]) ->
     for name, t in zip(names, tensors, strict=True):
         if t is not None and t.dtype != first.dtype:
             raise TypeError(f"{name}: expected the dtype of {names[0]}, {first.dtype}, got {t.dtype}")
+    return first.dtype
+
+
+def check_dtype(name: str, t: TensorSpec | None, allowed: Sequence[torch.dtype]) -> None:
+    """Absent, or of one of the dtypes. Raises `TypeError`."""
+    if t is not None and t.dtype not in allowed:
+        raise TypeError(f"{name}: expected {' or '.join(map(str, allowed))}, got {t.dtype}")
 
 
 def check_input(x: TensorSpec) -> None:

@@ -36,7 +36,7 @@ def _prepare(kernel: NativeKernel, problem: Problem, tensors: Tensors) -> Run:
     function = getattr(native.cpu(), kernel.name)
     y_spacing = problem.layout.spacing(shape, stride)
     assert y_spacing is not None
-    sizes = kernel.sizes(problem, native_spacings(kernel, problem), y_spacing)
+    sizes = kernel.sizes(problem, native_spacings(kernel.layouts, problem), y_spacing)
     activations = operator(problem.op).activations
     marked: list[Any] = [index if index in activations and t is not None else t for index, t in enumerate(tensors)]
     operands: tuple[Any, ...] = kernel.operands(marked, problem.options)

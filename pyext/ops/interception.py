@@ -31,5 +31,5 @@ def is_intercepted() -> bool:
 
 
 def is_plain(t: Tensor) -> bool:
-    """Whether `t` is a tensor on the CPU whose memory holds its values."""
-    return type(t) in PLAIN_TYPES and t.is_cpu and not t.is_neg()
+    """Whether `t` is a tensor on the CPU or a CUDA device whose memory holds its values."""
+    return type(t) in PLAIN_TYPES and (t.is_cpu or t.is_cuda) and not t.is_neg()

@@ -1,6 +1,6 @@
 """Publishes ops as `torch.ops.kernelpress.*`: schema, kernels, fake kernel, autograd, FLOP formula; and calls them.
 
-The dispatcher costs several times what a small kernel does. A call that nothing could intercept (plain CPU tensors, no
+The dispatcher costs several times what a small kernel does. A call that nothing could intercept (plain tensors, no
 gradient wanted, no mode, transform or trace active) therefore goes straight to the backend.
 """
 
@@ -24,7 +24,9 @@ LIBRARY = torch.library.Library("kernelpress", "DEF")
 _is_grad_enabled = torch.is_grad_enabled
 _any_requires_grad = torch._C._any_requires_grad
 _AFTER_AUTOGRAD = torch._C._after_autograd_keyset
-_CPU_ALONE = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU).raw_repr()
+_ONE_BACKEND = frozenset(
+    torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
+)
 
 
 def publish(operator: Operator) -> Operator:
@@ -64,44 +66,32 @@ def _dispatch(operator: Operator, tensors: Tensors, options: tuple[Any, ...], ba
     return overload(*tensors, **registry.options_of(operator, options)._asdict(), backend=backend)
 
 
-def _one_device(operator: Operator, tensors: Tensors) -> str:
-    first = next(t for t in tensors if t is not None).device
-    for name, t in zip(operator.tensors, tensors, strict=True):
-        if t is not None and t.device != first:
-            raise ValueError(f"{name}: expected the device of {operator.tensors[0]}, {first}, got {t.device}")
-    return first.type
-
-
 def _register_kernels(operator: Operator) -> None:
-    def on_cpu(*args: Any, **kwargs: Any) -> Tensor:
+    def real(*args: Any, **kwargs: Any) -> Tensor:
         return prepared.run(operator, *registry.bind(operator, args, kwargs))
-
-    def elsewhere(*args: Any, **kwargs: Any) -> Tensor:
-        tensors, options, backend = registry.bind(operator, args, kwargs)
-        return prepared.prepare(operator, tensors, options, backend, _one_device(operator, tensors))(tensors)
 
     def fake(*args: Any, **kwargs: Any) -> Tensor:
         tensors, options, _ = registry.bind(operator, args, kwargs)
         specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
-        described = registry.problem(operator, specs, options, _one_device(operator, tensors))
+        described = registry.problem(operator, specs, options, registry.common_device(operator, tensors))
         x = tensors[0]
         assert x is not None
-        return x.new_empty_strided(described.shape, described.stride)
+        return x.new_empty_strided(described.shape, described.stride, dtype=described.dtype)
 
-    LIBRARY.impl(operator.name, on_cpu, "CPU")
-    LIBRARY.impl(operator.name, elsewhere, "CompositeExplicitAutograd")
+    for key in ("CPU", "CUDA", "CompositeExplicitAutograd"):
+        LIBRARY.impl(operator.name, real, key)
     torch.library.register_fake(f"kernelpress::{operator.name}", fake, lib=LIBRARY)
 
 
 def _register_autograd(operator: Operator) -> None:
-    """Where no gradient is wanted and the CPU kernel would come next, the autograd kernel does its work at once."""
+    """Where no gradient is wanted and the kernel of a device would be next, the autograd kernel does its work at once."""
     overload = getattr(torch.ops.kernelpress, operator.name).default
     differentiable = gradient.differentiable(operator)
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Tensor:
         below = keyset & _AFTER_AUTOGRAD
         wants_gradient = _is_grad_enabled() and _any_requires_grad(*args)
-        if not wants_gradient and below.raw_repr() == _CPU_ALONE:
+        if not wants_gradient and below.raw_repr() in _ONE_BACKEND:
             return prepared.run(operator, *registry.bind(operator, args, kwargs))
 
         def redispatch() -> Tensor:

@@ -10,12 +10,23 @@ from torch import Tensor
 
 from kernelpress import native
 from kernelpress.ops.checks import TensorSpec
-from kernelpress.ops.registry import Operator, Run, Tensors, options_of, requested_backend, resolve
+from kernelpress.ops.registry import (
+    Operator,
+    Run,
+    Tensors,
+    allows_tf32,
+    common_device,
+    options_of,
+    requested_backend,
+    resolve,
+)
 from kernelpress.ops.snapshot import Snapshot
 
 __all__ = ["Prepared", "clear", "generation", "panel_width", "prepare", "recall", "run"]
 
 _LIMIT = 8192
+_NO_GPU = -1
+_CACHED_DEVICES = frozenset({"cpu", "cuda"})
 
 
 class Prepared(NamedTuple):
@@ -39,18 +50,22 @@ def generation() -> int:
 
 
 def _key(operator: Operator, tensors: Tensors, options: tuple[Any, ...], requested: str) -> _Key:
-    """Parameters by identity, activations by form, packing by panel width: small values, quick to compare."""
+    """Parameters by identity, activations by form and device, packing by panel width: all small, quick to compare."""
     key = [operator, requested, options, panel_width(), *map(id, tensors)]
+    device = _NO_GPU
     for index in operator.activations:
         t = tensors[index]
         if t is not None:
+            device = t.get_device()
             key[4 + index] = t.shape
-            key += (t.stride(), t.dtype)
+            key += (t.stride(), t.dtype, device)
+    if device != _NO_GPU:
+        key.append(allows_tf32())
     return tuple(key)
 
 
 def recall(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Prepared | None:
-    """What was prepared for this call on CPU tensors, if its parameters are still what they were; else None."""
+    """What was prepared for this call, if its parameters are still what they were; else None."""
     found = _calls.get(_key(operator, tensors, options, requested_backend(backend)))
     if found is None:
         return None
@@ -60,16 +75,18 @@ def recall(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backe
     return found
 
 
-def prepare(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str, device: str = "cpu") -> Run:
-    """Check a call and prepare it; on CPU tensors `recall` finds it afterwards.
+def prepare(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Run:
+    """Check a call and prepare it; on tensors of the CPU or a CUDA device `recall` finds it afterwards.
 
     Raises: `ValueError` or `TypeError` naming a bad argument; `RuntimeError` where the backend asked for cannot run.
     """
+    device = common_device(operator, tensors)
     specs = tuple([None if t is None else TensorSpec.of(t) for t in tensors])
     requested = requested_backend(backend)
-    problem, implementation = resolve(operator, specs, options_of(operator, options), device, requested)
+    checked = options_of(operator, options)
+    problem, implementation = resolve(operator, specs, checked, device, allows_tf32(), requested)
     run = implementation.prepare(problem, tensors)
-    if device != "cpu":
+    if device.partition(":")[0] not in _CACHED_DEVICES:
         return run
     key = _key(operator, tensors, options, requested)
     parameters = tuple(
@@ -87,7 +104,7 @@ def prepare(operator: Operator, tensors: Tensors, options: tuple[Any, ...], back
 
 
 def run(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor:
-    """Run an op on real CPU tensors, without the dispatcher."""
+    """Run an op on real tensors, without the dispatcher."""
     found = recall(operator, tensors, options, backend)
     return (prepare(operator, tensors, options, backend) if found is None else found.run)(tensors)
 

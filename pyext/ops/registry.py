@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelpress.ops.checks import TensorSpec, check_tensors, describe
+from kernelpress.ops.checks import TensorSpec, describe, one_floating_dtype
 from kernelpress.ops.layout import Layout
 from kernelpress.ops.schema import pair
 
@@ -25,8 +25,10 @@ __all__ = [
     "Operator",
     "Problem",
     "allocate",
+    "allows_tf32",
     "availability",
     "bind",
+    "common_device",
     "implementation",
     "native_call",
     "native_reason",
@@ -42,10 +44,10 @@ __all__ = [
     "why_not",
 ]
 
-BACKENDS: tuple[str, ...] = ("cpu", "onednn", "reference")
+BACKENDS: tuple[str, ...] = ("cuda", "cpu", "onednn", "reference")
 """Every backend, best first: the order in which an automatic choice tries them."""
 
-ACTIVATION_NAMES = frozenset({"x", "residual", "input_scale", "a", "b"})
+ACTIVATION_NAMES = frozenset({"x", "residual", "input_scale", "a", "b", "other", "row_scale", "row_zero_point"})
 """Names of the tensors that change from call to call; the others are parameters."""
 
 _PAIRS = frozenset({"kernel_size", "stride", "padding", "dilation", "stem_stride", "stem_padding"})
@@ -56,13 +58,18 @@ Run = Callable[[Tensors], Tensor]
 
 @dataclass(frozen=True)
 class Problem:
-    """What an op is asked to do, without the values: checked arguments and the output's shape and layout."""
+    """What an op is asked to do, without the values: checked arguments and the output's shape, dtype and layout.
+
+    `device` is `"cpu"`, `"cuda:0"`, …; `allow_tf32` tells whether tensor cores may round float32 operands to TF32.
+    """
 
     op: str
     tensors: tuple[TensorSpec | None, ...]
     options: Any
     device: str
+    allow_tf32: bool
     shape: tuple[int, ...]
+    dtype: torch.dtype
     layout: Layout
 
     @functools.cached_property
@@ -126,7 +133,9 @@ class Operator:
     `tensors` names the positional arguments, all of them tensors; those of `ACTIVATION_NAMES` change from call to call,
     the others are parameters. `options` is the named tuple of the keyword arguments but `backend`; `out` is the layout
     of the output. `shape(tensors, options)` raises for a bad argument and returns the output's shape; it runs on
-    symbolic sizes as well. `macs(tensors, options, shape)` counts multiply-accumulates.
+    symbolic sizes as well. `macs(tensors, options, shape)` counts multiply-accumulates. `dtypes(names, tensors,
+    options)` raises `TypeError` for a tensor of a bad dtype and returns the output's dtype; by default all are of one
+    floating dtype.
     """
 
     name: str
@@ -139,6 +148,7 @@ class Operator:
     macs: Callable[[Sequence[Any], Any, Sequence[int]], int]
     implementations: tuple[Implementation, ...]
     native: NativeKernel | None
+    dtypes: Callable[[Sequence[str], Sequence[TensorSpec | None], Any], torch.dtype] = one_floating_dtype
 
     @functools.cached_property
     def activations(self) -> tuple[int, ...]:
@@ -207,11 +217,38 @@ def requested_backend(argument: str) -> str:
     return forced if forced != "auto" else _ENVIRONMENT
 
 
-def problem(operator: Operator, tensors: tuple[TensorSpec | None, ...], options: Any, device: str) -> Problem:
-    """Check the arguments of a call. Raises `ValueError` or `TypeError` naming the bad one."""
-    check_tensors(operator.tensors, tensors)
+def allows_tf32() -> bool:
+    """Whether torch lets convolutions on CUDA round float32 operands to TF32: `torch.backends.cudnn.allow_tf32`, or the
+    setting that took its place, beside which the old one cannot be read.
+    """
+    return torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
+
+
+def common_device(operator: Operator, tensors: Tensors) -> str:
+    """The device that all tensors of a call are on. Raises `ValueError` naming the first that is on another one."""
+    first = next(t for t in tensors if t is not None).device
+    for name, t in zip(operator.tensors, tensors, strict=True):
+        if t is not None and t.device != first:
+            raise ValueError(f"{name}: expected the device of {operator.tensors[0]}, {first}, got {t.device}")
+    return str(first)
+
+
+def problem(
+    operator: Operator,
+    tensors: tuple[TensorSpec | None, ...],
+    options: Any,
+    device: str,
+    allow_tf32: bool | None = None,
+) -> Problem:
+    """Check the arguments of a call; `allow_tf32` is by default what torch allows its convolutions.
+
+    Raises: `ValueError` or `TypeError` naming the bad argument.
+    """
+    if allow_tf32 is None:
+        allow_tf32 = allows_tf32()
+    dtype = operator.dtypes(operator.tensors, tensors, options)
     shape = operator.shape(tensors, options)
-    return Problem(operator.name, tensors, options, device, shape, operator.out)
+    return Problem(operator.name, tensors, options, device, allow_tf32, shape, dtype, operator.out)
 
 
 def implementation(operator: Operator, problem: Problem, requested: str) -> Implementation:
@@ -234,10 +271,15 @@ def implementation(operator: Operator, problem: Problem, requested: str) -> Impl
 
 @functools.lru_cache(maxsize=4096)
 def resolve(
-    operator: Operator, tensors: tuple[TensorSpec | None, ...], options: Any, device: str, requested: str
+    operator: Operator,
+    tensors: tuple[TensorSpec | None, ...],
+    options: Any,
+    device: str,
+    allow_tf32: bool,
+    requested: str,
 ) -> tuple[Problem, Implementation]:
     """Check the arguments of a call and choose who runs it. Raises as `problem` and `implementation` do."""
-    checked = problem(operator, tensors, options, device)
+    checked = problem(operator, tensors, options, device, allow_tf32)
     return checked, implementation(operator, checked, requested)
 
 
@@ -264,8 +306,8 @@ def _canonical(name: str, value: Any) -> Any:
 
 
 def _described(operator: Operator, tensors: Tensors, options: Any) -> Problem:
-    device = next(t.device.type for t in tensors if t is not None)
-    return problem(operator, tuple(None if t is None else TensorSpec.of(t) for t in tensors), options, device)
+    specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
+    return problem(operator, specs, options, common_device(operator, tensors))
 
 
 def allocate(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
@@ -277,7 +319,7 @@ def allocate(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
     tensors, options, _ = bind(entry, args, kwargs)
     described = _described(entry, tensors, options)
     x = next(t for t in tensors if t is not None)
-    return x.new_empty_strided(described.shape, described.stride)
+    return x.new_empty_strided(described.shape, described.stride, dtype=described.dtype)
 
 
 def native_reason(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor | None = None) -> str | None:
@@ -328,20 +370,23 @@ def native_call(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Te
     operands = (*kernel.operands(tensors, options), out)
     arguments = (
         *[0 if t is None else t.data_ptr() for t in operands],
-        *kernel.sizes(described, native_spacings(kernel, described), spacing),
+        *kernel.sizes(described, native_spacings(kernel.layouts, described), spacing),
     )
     return NativeCall(kernel.name, arguments, tuple(t for t in operands if t is not None))
 
 
-def native_spacings(kernel: NativeKernel, problem: Problem) -> tuple[int, ...]:
+def native_spacings(layouts: Sequence[Layout | None], problem: Problem) -> tuple[int, ...]:
     """Spacing of every tensor argument once it lies as the kernel reads it; 0 for an absent one and a parameter."""
     spacings = []
-    for layout, t in zip(kernel.layouts, problem.tensors, strict=True):
+    for layout, t in zip(layouts, problem.tensors, strict=True):
         if layout is None or t is None:
             spacings.append(0)
         else:
             spacing = layout.spacing(t.shape, t.stride)
-            spacings.append(t.shape[layout.channels] if spacing is None else spacing)
+            if spacing is None:
+                spacing = layout.spacing(t.shape, layout.stride(t.shape))
+                assert spacing is not None
+            spacings.append(spacing)
     return tuple(spacings)
 
 
