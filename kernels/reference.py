@@ -410,12 +410,13 @@ def int8_epilogue(
 ) -> Tensor:
     """What the int8 kernels do with an exact accumulator, step by step in float32.
 
-    1. The accumulator is rounded to float32, `scale` is (input scale) · (weight scale) rounded to float32.
+    1. The accumulator is rounded to float32, and multiplied by its row's scale where there are such; `scale` is (input
+       scale) · (weight scale) rounded to float32.
     2. `value = fma(accumulator, scale, bias)`: one rounding.
     3. A floating residual is added; an int8 one as `fma(residual − residual_zero_point, residual_scale, value)`.
     4. The activation, then a cast, or `quantize` where there is an `output_scale`.
 
-    `scale`, `bias` and `residual` broadcast to the accumulator, an integer in float64.
+    `scale`, `bias` and `residual` broadcast to the accumulator, an integer in float64 or what step 1 made of it.
     """
     value = _fused_multiply_add(accumulator.float(), scale, torch.zeros_like(scale) if bias is None else bias)
     if residual is not None and residual.dtype == torch.int8:
@@ -450,10 +451,9 @@ def int8_matmul(
     """
     zero_point: int | Tensor = input_zero_point if row_zero_point is None else row_zero_point[..., None].double()
     accumulator = F.linear(x.double() - zero_point, weight.double())
-    scale = weight_scale * input_scale if row_scale is None else weight_scale * row_scale[..., None]
     return int8_epilogue(
-        accumulator,
-        scale,
+        accumulator if row_scale is None else accumulator.float() * row_scale[..., None],
+        weight_scale * input_scale,
         bias,
         residual,
         residual_scale=residual_scale,
@@ -593,12 +593,20 @@ def sparse_matmul(
     *,
     out_features: int | None = None,
     activation: str = "identity",
+    output_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`linear` of `x: [..., C_in]` by the block-CSR weight `[C_out, C_in]`; C_out is `out_features` or all rows."""
+    """`linear` of `x: [..., C_in]` by the block-CSR weight `[C_out, C_in]`; C_out is `out_features` or all rows.
+
+    int8 `x` and `blocks` are summed exactly and end in `int8_epilogue`, in `output_dtype`.
+    """
     rows = (row_offsets.shape[0] - 1) * blocks.shape[1]
     shape = (rows if out_features is None else out_features, x.shape[-1])
     weight = block_csr_to_dense(row_offsets, columns, blocks, shape)
-    return linear(x, weight, bias, scale, residual, activation=activation)
+    if blocks.dtype != torch.int8:
+        return linear(x, weight, bias, scale, residual, activation=activation)
+    assert scale is not None
+    accumulator = F.linear(x.double(), weight.double())
+    return int8_epilogue(accumulator, scale, bias, residual, activation=activation, output_dtype=output_dtype)
 
 
 def sparse_conv2d(
@@ -616,16 +624,23 @@ def sparse_conv2d(
     dilation: Pair = (1, 1),
     out_channels: int | None = None,
     activation: str = "identity",
+    output_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`conv2d` of `x: [N, C_in, H, W]` by the block-CSR weight `[C_out, KH · KW · C]`, C_in rounded up to whole blocks.
 
     Column `(kh · KW + kw) · C + i` is input channel `i` at kernel position `(kh, kw)`, so no block spans two positions.
+    int8 as in `sparse_matmul`.
     """
     r, c = blocks.shape[1:]
     padded = -(-x.shape[1] // c) * c
     c_out = (row_offsets.shape[0] - 1) * r if out_channels is None else out_channels
     matrix = block_csr_to_dense(row_offsets, columns, blocks, (c_out, kernel_size[0] * kernel_size[1] * padded))
     weight = matrix.view(c_out, *kernel_size, padded)[..., : x.shape[1]].permute(0, 3, 1, 2)
-    return conv2d(
-        x, weight, bias, scale, residual, stride=stride, padding=padding, dilation=dilation, activation=activation
-    )
+    if blocks.dtype != torch.int8:
+        return conv2d(
+            x, weight, bias, scale, residual, stride=stride, padding=padding, dilation=dilation, activation=activation
+        )
+    assert scale is not None
+    accumulator = F.conv2d(x.double(), weight.double(), None, stride, padding, dilation)
+    scale, bias = scale[:, None, None], None if bias is None else bias[:, None, None]
+    return int8_epilogue(accumulator, scale, bias, residual, activation=activation, output_dtype=output_dtype)
