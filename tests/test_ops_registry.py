@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernelpress import native, ops
 from kernelpress.ops import packing, prepared, registry
+from kernelpress.ops.checks import one_floating_dtype
 
 
 def example(op: str, dtype: torch.dtype = torch.float32) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -88,7 +89,9 @@ def example(op: str, dtype: torch.dtype = torch.float32) -> tuple[tuple[Tensor, 
     return table[op]
 
 
-OPS = [operator.name for operator in registry.operators()]
+OPS = [operator.name for operator in registry.operators() if operator.dtypes is one_floating_dtype]
+"""Those on tensors of one floating dtype; the int8 and sparse families test their own."""
+
 every_op = pytest.mark.parametrize("op", OPS)
 
 
@@ -280,7 +283,7 @@ def test_why_not_and_availability_list_every_backend_in_order() -> None:
     assert list(reasons) == ["cpu", "onednn", "reference"]
     assert "depthwise_conv2d" in (reasons["cpu"] or "")
     assert reasons["reference"] is None
-    assert set(ops.availability()) == set(OPS)
+    assert set(ops.availability()) == {operator.name for operator in registry.operators()}
     with pytest.raises(ValueError, match="op: expected one of conv2d"):
         ops.why_not("conv3d", x, weight)
 

@@ -4,9 +4,13 @@ from kernelpress.layers.dense import Conv2d, Linear, PointwiseConv2d
 from kernelpress.layers.depthwise import DepthwiseConv2d
 from kernelpress.layers.ghost import GhostBottleneck, GhostModule, SqueezeExcite
 from kernelpress.layers.grouped import ChannelShuffle, GroupedConv2d, ShuffleUnit, ShuffleUnitV2
+from kernelpress.layers.int8 import Int8Conv2d, Int8Linear
 from kernelpress.layers.separable import DepthwiseSeparableConv2d, InvertedResidual
+from kernelpress.layers.sparse import BlockSparseConv2d, BlockSparseLinear
 
 __all__ = [
+    "BlockSparseConv2d",
+    "BlockSparseLinear",
     "ChannelShuffle",
     "Conv2d",
     "DepthwiseConv2d",
@@ -14,6 +18,8 @@ __all__ = [
     "GhostBottleneck",
     "GhostModule",
     "GroupedConv2d",
+    "Int8Conv2d",
+    "Int8Linear",
     "InvertedResidual",
     "Linear",
     "PointwiseConv2d",
