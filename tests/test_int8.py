@@ -349,10 +349,10 @@ def test_a_convolution_from_float_is_near_its_module(name: str) -> None:
     layer = Int8Conv2d.from_float(module, scale, zero_point, activation="relu")
     assert relative_error(layer(x), y) < 0.02
     assert torch.equal(layer(x), layer(ops.quantize(x, scale=scale, zero_point=zero_point)))
-    to_int8 = Int8Conv2d.from_float(module, scale, zero_point, activation="relu", output_scale=scale_of(y))
-    out = to_int8(x)
+    output = {"output_scale": scale_of(y), "output_zero_point": -128}
+    out = Int8Conv2d.from_float(module, scale, zero_point, activation="relu", **output)(x)
     assert out.dtype == torch.int8
-    assert relative_error(ops.dequantize(out, scale=scale_of(y)).clamp(max=127 * scale_of(y)), y) < 0.5
+    assert relative_error(ops.dequantize(out, scale=scale_of(y), zero_point=-128), y) < 0.02
     assert not list(layer.parameters())
 
 
