@@ -5,16 +5,20 @@ TEST_WORKERS ?= 2
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
+# Two architectures, where there is an nvcc, tell all that tests look at; a wheel has code for every one.
+build $(VENV)/.installed: export KERNELPRESS_CUDA_ARCHS ?= 80;90
+
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: help demo test lint build bench wheel clean distclean
+.PHONY: help demo test lint build resources bench wheel clean distclean
 
 help:
 	@echo 'make demo       train, prune, emit and measure a small CNN on scanned digits; writes results/digits/'
 	@echo 'make test       the tests'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make build      compile what changed of the native modules'
+	@echo 'make resources  registers, shared memory and spills of the CUDA kernels; writes the table in docs/gpu.md'
 	@echo 'make bench      kernels and whole models beside the peers; writes benchmarks/results/'
 	@echo 'make wheel      a wheel in dist/'
 	@echo 'make clean      remove what was built; distclean: the environment and results too'
@@ -36,6 +40,9 @@ lint: $(INSTALLED)
 
 build: $(INSTALLED)
 	@$(BIN)/python setup.py -q build_ext --inplace
+
+resources: build
+	$(BIN)/python benchmarks/resources.py
 
 bench: build $(PEERS)
 	$(BIN)/python -m pytest $(filter-out %_models.py,$(wildcard benchmarks/bench_*.py)) --record

@@ -1,6 +1,8 @@
-"""Compiles the native modules with ninja: every CPU kernel once per instruction set, the bindings once.
+"""Compiles the native modules with ninja: every CPU kernel once per instruction set, every CUDA kernel for all
+architectures into one object, the bindings once.
 
-Needs no torch. Objects stay in `build/native/`, so a second build compiles only what changed.
+Needs no torch and no GPU. Objects stay in `build/native/`, so a second build compiles only what changed.
+`KERNELPRESS_CUDA=0` leaves `_cuda` out, `KERNELPRESS_CUDA_ARCHS="80;90"` compiles it for other architectures.
 """
 
 from __future__ import annotations
@@ -9,11 +11,12 @@ import contextlib
 import fcntl
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import ninja
@@ -23,7 +26,7 @@ from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-__all__ = ["BuildNative", "build", "cpu_variants", "find_nvcc", "native_modules"]
+__all__ = ["BuildNative", "build", "cpu_variants", "cuda_architectures", "cuda_objects", "find_nvcc", "native_modules"]
 
 BUILD_FOLDER = "build/native"
 
@@ -48,7 +51,14 @@ X86_VARIANTS = {
 # What one kernel file needs beyond its variant's flags: (file stem, variant) -> flags.
 EXTRA_FLAGS: dict[tuple[str, str], list[str]] = {}
 
-CUDA_ARCHITECTURES = ["80", "90a", "100a"]
+CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+"""Machine code is made for these, as far as nvcc knows them; and text for what comes after the last."""
+
+NVCC_FLAGS = [
+    *["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr"],
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unknown-pragmas",
+    *["-I.", "-Ikernels/cuda"],
+]
 
 
 def cpu_variants(machine: str) -> dict[str, list[str]]:
@@ -82,10 +92,12 @@ class BuildNative(build_ext):
         root = Path(__file__).resolve().parent
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
+        kind = ext.name.rpartition("._")[2]
         try:
-            built = build(root, kind=ext.name.rpartition("._")[2])
+            built = build(root, kind)
         except subprocess.CalledProcessError as error:
-            raise CompileError(f"{ext.name}: not built; the compiler's message is above") from error
+            without = "; KERNELPRESS_CUDA=0 installs kernelpress without it" if kind == "cuda" else ""
+            raise CompileError(f"{ext.name}: not built; the compiler's message is above{without}") from error
         # Renamed into place: a running process may have the old file mapped.
         shutil.copy2(built, target.with_suffix(".new"))
         os.replace(target.with_suffix(".new"), target)
@@ -146,23 +158,70 @@ def _describe_cpu(writer: Writer, root: Path, target: str) -> None:
 
 
 def _describe_cuda(writer: Writer, root: Path, target: str) -> None:
-    """Ninja rules of `_cuda`: all by nvcc, which knows where its headers are; cudart linked statically."""
+    """Ninja rules of `_cuda`: all by nvcc, which knows where its headers are; cudart linked statically.
+
+    What ptxas tells of every kernel's registers and spills stays beside its object, in `<object>.ptxas`.
+    """
     bindings, kernels = _sources(root, "cuda", "cu")
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc: needed to build _cuda, none found (or KERNELPRESS_CUDA=0)")
-    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    codes = [f"-gencode arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES if f"sm_{a.rstrip('a')}" in known]
-    flags = ["-std=c++17", "-O3", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden", "-I.", "-Ikernels/cuda", *codes]
+    architectures = cuda_architectures(_known_to(nvcc))
+    folder = cuda_objects(Path(), architectures).relative_to(BUILD_FOLDER)
+    codes = [f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}" for name in architectures]
     writer.variable("cxx", f"{nvcc} -ccbin {_cxx()}")
-    _compile_rule(writer, flags)
-    writer.rule("link", "$cxx -shared -cudart static -o $out $in", description="link $out")
+    _compile_rule(writer, NVCC_FLAGS)
+    command = " ".join(["$cxx", *NVCC_FLAGS, *codes, "-Xptxas=-v -MMD -MF $out.d -c $in -o $out >$out.ptxas 2>&1"])
+    notes = "grep -Ev '^ptxas info|bytes stack frame' $out.ptxas"
+    writer.rule(
+        "kernel",
+        f"{command} && {{ {notes} || true; }} || {{ {notes}; false; }}",
+        depfile="$out.d",
+        deps="gcc",
+        description="$in for " + " ".join(architectures),
+    )
+    # The static cudart stays inside: torch brings another one, whose symbols are global.
+    writer.rule("link", "$cxx -shared -cudart static -Xlinker --exclude-libs=ALL -o $out $in", description="link $out")
     objects = []
     for source in kernels:
-        objects += _object(writer, "compile", source, f"cuda/{Path(source).stem}.o", [])
+        objects += _object(writer, "kernel", source, f"{folder}/{Path(source).stem}.o", [])
+    compiled_for = f"-DKERNELPRESS_CUDA_ARCHITECTURES={':'.join(architectures)}"
     for source in bindings:
-        objects += _object(writer, "compile", source, f"{_python_tag()}/{Path(source).stem}.o", _python_flags())
+        extra = [*_python_flags(), compiled_for]
+        objects += _object(writer, "compile", source, f"{_python_tag()}/{Path(source).stem}.o", extra)
     writer.build(target, "link", objects)
+
+
+def cuda_architectures(known: Sequence[str]) -> list[str]:
+    """What `_cuda` is compiled for, `["sm_80", …, "compute_120"]`: those that `KERNELPRESS_CUDA_ARCHS` lists, separated
+    by semicolons, commas or spaces, each `90`, `90a` or `90+PTX`; by default all of `CUDA_ARCHITECTURES` that are
+    `known` to nvcc, and PTX for the last of them.
+
+    Raises: ValueError for one that nvcc does not know.
+    """
+    chosen = re.split(r"[;,\s]+", os.environ.get("KERNELPRESS_CUDA_ARCHS", "").strip("; ,"))
+    if chosen == [""]:
+        versions = [version for version in CUDA_ARCHITECTURES if f"sm_{version}" in known]
+        return [*(f"sm_{version}" for version in versions), f"compute_{versions[-1]}"]
+    names = []
+    for version in chosen:
+        number, plus, text = version.replace(".", "").partition("+")
+        if f"sm_{number.rstrip('a')}" not in known or text.upper() not in ("", "PTX") or (plus and not text):
+            allowed = ", ".join(name.removeprefix("sm_") for name in known)
+            raise ValueError(f"KERNELPRESS_CUDA_ARCHS: expected some of {allowed}, +PTX behind any, got {version!r}")
+        names.append(f"sm_{number}")
+        if text:
+            names.append(f"compute_{number}")
+    return names
+
+
+def cuda_objects(root: Path, architectures: Sequence[str]) -> Path:
+    """The folder of the CUDA kernels' objects, and of what ptxas told of them, for these architectures."""
+    return root / BUILD_FOLDER / "cuda" / "-".join(architectures)
+
+
+def _known_to(nvcc: str) -> list[str]:
+    return subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
 
 
 def _compile_rule(writer: Writer, flags: list[str]) -> None:

@@ -75,7 +75,7 @@ std::string advice(int code) {
 std::vector<std::string> compiled_architectures() {
   std::vector<std::string> names;
   std::istringstream list(KERNELPRESS_TEXT(KERNELPRESS_CUDA_ARCHITECTURES));
-  for (std::string name; std::getline(list, name, ',');) names.push_back(name);
+  for (std::string name; std::getline(list, name, ':');) names.push_back(name);
   return names;
 }
 
