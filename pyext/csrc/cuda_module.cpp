@@ -16,6 +16,7 @@
 
 #include "cuda_failure.h"
 #include "cuda_runtime_seam.h"
+#include "kernels/cuda/ghost_tiles.h"
 
 #ifdef KERNELPRESS_SIMT
 #define KERNELPRESS_MODULE _simt
@@ -165,6 +166,7 @@ PYBIND11_MODULE(KERNELPRESS_MODULE, module) {
   module.doc() = "CUDA kernels of kernelpress: raw addresses, sizes in elements. Use torch.ops.kernelpress instead.";
 
   // One line a launcher: bind(module, "name", &name, kTable), the table of its tile configurations only where it has one.
+  bind(module, "ghost_conv2d", &ghost_conv2d, kGhostTiles);
 
   module.def("configurations", [](const std::string& launcher) { return configuration_names[launcher]; }, py::arg("launcher"));
   module.def("architectures", &compiled_architectures);

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kernelpress.kernels import reference
+from kernelpress.ops import packing
 from kernelpress.ops.checks import (
     TensorSpec,
     check_activation,
@@ -19,10 +20,11 @@ from kernelpress.ops.checks import (
     conv_output_size,
     describe,
 )
+from kernelpress.ops.cuda import CudaKernel, cuda_implementation, float_vector, tf32_reason
 from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import PIXELS
 from kernelpress.ops.library import call, publish
-from kernelpress.ops.registry import Operator
+from kernelpress.ops.registry import Operator, Problem, Tensors
 from kernelpress.ops.schema import IntOrPair
 
 __all__ = ["ghost_conv2d"]
@@ -90,6 +92,71 @@ def _macs(shapes: Sequence[Any], options: GhostOptions, shape: Sequence[int]) ->
     return int(batch * out_h * out_w * per_pixel)
 
 
+def _multiplier(tensors: Sequence[Any]) -> int:
+    return int(tensors[3].shape[0] // tensors[1].shape[0])
+
+
+def _unsupported(problem: Problem) -> str | None:
+    x, primary_weight, *_ = problem.tensors
+    assert x is not None
+    assert primary_weight is not None
+    kept, multiplier = problem.shape[1] - primary_weight.shape[0], _multiplier(problem.tensors)
+    if kept % multiplier != 0:
+        return (
+            f"out_channels: the kernel keeps all {multiplier} filters of a primary channel or none, got {kept} in all"
+        )
+    largest = max(*x.shape[2:], *problem.shape[2:], *(2 * size for size in problem.options.padding))
+    if largest >= _LARGEST_IMAGE or max(math.prod(x.shape), math.prod(problem.shape)) >= _MOST_ELEMENTS:
+        return f"it takes sides below {_LARGEST_IMAGE} and tensors of less than {_MOST_ELEMENTS} elements"
+    return tf32_reason(problem)
+
+
+def _operands(tensors: Tensors, options: GhostOptions) -> tuple[Tensor | None, ...]:
+    x, primary_weight, primary_bias, cheap_weight, cheap_bias, residual = tensors
+    assert primary_weight is not None
+    assert cheap_weight is not None
+    primary, cheap = primary_weight.shape[0], cheap_weight.shape[0]
+    kept = _kept_channels(options.out_channels, primary, cheap) - primary
+    return (
+        x,
+        packing.packed(primary_weight, None, "channels last", lambda w: w.permute(0, 2, 3, 1).contiguous()),
+        float_vector(primary_bias),
+        packing.packed(cheap_weight, None, ("ghost", kept), lambda w: w[:kept, 0].permute(1, 2, 0).contiguous()),
+        float_vector(cheap_bias),
+        residual,
+    )
+
+
+def _sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
+    x, primary_weight, _, cheap_weight, *_ = problem.tensors
+    assert x is not None
+    assert primary_weight is not None
+    assert cheap_weight is not None
+    options = problem.options
+    batch, c_in, in_h, in_w = x.shape
+    _, c_out, out_h, out_w = problem.shape
+    primary = primary_weight.shape[0]
+    return (
+        *(batch, in_h, in_w, c_in, out_h, out_w),
+        *(primary, c_out - primary, _multiplier(problem.tensors)),
+        *(spacings[0], spacings[5], y_spacing),
+        *(*primary_weight.shape[2:], *options.stride, *options.padding, 1, 1),
+        *cheap_weight.shape[2:],
+        reference.ACTIVATIONS.index(options.cheap_activation),
+    )
+
+
+_LARGEST_IMAGE = 2**15
+_MOST_ELEMENTS = 2**31
+
+_CUDA = CudaKernel(
+    name="ghost_conv2d",
+    layouts=(PIXELS, None, None, None, None, PIXELS),
+    supports=_unsupported,
+    operands=_operands,
+    sizes=_sizes,
+)
+
 _GHOST = publish(
     Operator(
         name="ghost_conv2d",
@@ -105,7 +172,10 @@ _GHOST = publish(
         shape=_shape,
         reference=reference.ghost_conv2d,
         macs=_macs,
-        implementations=(reference_implementation("ghost_conv2d", reference.ghost_conv2d),),
+        implementations=(
+            cuda_implementation("ghost_conv2d", _CUDA),
+            reference_implementation("ghost_conv2d", reference.ghost_conv2d),
+        ),
         native=None,
     )
 )
