@@ -1,7 +1,7 @@
 // The tensor-core main loop of every family: C[m, n] = Σ_k A[m, k] · B[n, k], both operands K-major.
 //
-// It counts K in bytes. An `mma` A fragment is 16 rows × 32 bytes and a B fragment 8 columns × 32 bytes for f16, bf16, tf32 and
-// s8 alike, so one loop serves all; `Mma<T>` names the instruction.
+// It counts K in bytes. An `mma` A fragment is 16 rows × 32 bytes and a B fragment 8 columns × 32 bytes for f16, bf16, tf32
+// and s8 alike, so one loop serves all; `Mma<T>` names the instruction.
 //
 //        B: kTileN rows ──┐            one stage in shared memory: kStepBytes of K of every row of A and of B,
 //                         ▼            16-byte chunks swizzled so that `ldmatrix` and the copies meet no bank twice
@@ -37,7 +37,6 @@ struct Mma<BFloat16> {
   }
 };
 
-// fp32 is rounded to TF32 as it comes from shared memory: the instruction by itself would cut it off.
 template <>
 struct Mma<float> {
   __device__ __forceinline__ static void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
@@ -157,8 +156,8 @@ __device__ __forceinline__ void copy_step(unsigned char* stage, Cursor& cursor) 
   }
 }
 
-// A transform of A's fragments between shared memory and `mma` may take this one's place: it is called with the fragment, the
-// index m of the fragment in the warp's part, and the element of K at which its 32 bytes begin.
+// A transform of A's fragments between shared memory and `mma` may take this one's place: it is called with the fragment as it lies
+// in memory, the index m of the fragment in the warp's part, and the element of K at which its 32 bytes begin.
 struct Untransformed {
   __device__ __forceinline__ void operator()(uint32_t (&)[4], int, int64_t) const {}
 };
@@ -185,9 +184,13 @@ struct Fragments {
 
   template <class Transform>
   __device__ __forceinline__ void multiply(Accumulators<Config>& sums, const Transform& transform, int64_t k) {
-    round(a, b);
 #pragma unroll
-    for (int m = 0; m < Config::kFragmentsM; ++m) transform(a[m], m, k);
+    for (int m = 0; m < Config::kFragmentsM; ++m) {
+      transform(a[m], m, k);
+      round_to_tf32(a[m]);
+    }
+#pragma unroll
+    for (int n = 0; n < Config::kFragmentsN / 2; ++n) round_to_tf32(b[n]);
 #pragma unroll
     for (int n = 0; n < Config::kFragmentsN; ++n) {
       const uint32_t column[2] = {b[n / 2][n % 2 * 2], b[n / 2][n % 2 * 2 + 1]};
@@ -197,106 +200,122 @@ struct Fragments {
   }
 
  private:
-  template <int kCountA, int kCountB>
-  __device__ __forceinline__ static void round(uint32_t (&first)[kCountA][4], uint32_t (&second)[kCountB][4]) {
+  // By itself the instruction would cut fp32 off.
+  __device__ __forceinline__ static void round_to_tf32(uint32_t (&words)[4]) {
     if constexpr (std::is_same_v<typename Config::T, float>) {
-      round_all(first);
-      round_all(second);
-    }
-  }
-
-  template <int kCount>
-  __device__ __forceinline__ static void round_all(uint32_t (&fragments)[kCount][4]) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int i = 0; i < 4; ++i) {
         float value;
-        memcpy(&value, &fragments[i][j], 4);
-        fragments[i][j] = to_tf32(value);
+        memcpy(&value, &words[i], 4);
+        words[i] = to_tf32(value);
       }
+    }
   }
 };
 
-// Bytes of shared memory that `multiply_accumulate` works in; a resident operand brings its own.
+// One block's way through K: stages in shared memory, and this thread's cursors in the sources. Every thread of the block takes part.
+//
+//     Pipeline<…> pipeline(shared, a, b);
+//     pipeline.start(first_row, first_column, 0, steps);        copies begin
+//     pipeline.run(sums);                                       adds the products of all steps
+//
+// `shared` is 128-byte aligned, of `bytes(steps)`. After `run` all copies have landed, but other warps may still read `shared`:
+// `block_barrier()` before it is used again, by another `start` for instance, which may come before this tile's sums are stored.
+// A resident operand has a stage for every step in memory of its own, filled before `run`, which has a barrier before it reads.
 template <class Config, class SourceA, class SourceB>
-constexpr int gemm_shared_bytes() {
-  return (SourceA::kResident ? 0 : Config::kStages * Config::kStageBytesA) +
-         (SourceB::kResident ? 0 : Config::kStages * Config::kStageBytesB);
-}
+class Pipeline {
+ public:
+  static constexpr int kStageBytes =
+      (SourceA::kResident ? 0 : Config::kStageBytesA) + (SourceB::kResident ? 0 : Config::kStageBytesB);
+  static constexpr int64_t bytes(int64_t steps) { return kStageBytes * (steps < Config::kStages ? steps : Config::kStages); }
 
-// One operand: its stages in shared memory, and this thread's cursor in its source. A resident operand lies in shared memory
-// before the loop starts, a stage for every step, and is not copied.
-template <class Config, int kRows, class Source>
-struct Operand {
-  static constexpr int kBytes = kRows * Config::kStepBytes;
+  __device__ __forceinline__ Pipeline(unsigned char* shared, const SourceA& a, const SourceB& b)
+      : shared_(shared), source_a_(a), source_b_(b), cursor_a_(a), cursor_b_(b) {}
 
-  unsigned char* stages;
-  typename Source::template Cursor<CopyShare<Config, kRows>> cursor;
-
-  __device__ __forceinline__ const unsigned char* stage(int step, int slot) const {
-    return stages + (Source::kResident ? step : slot) * kBytes;
+  // From element first_k on; the tile begins at these rows of A and of B.
+  __device__ __forceinline__ void start(int64_t first_row, int64_t first_column, int64_t first_k, int steps) {
+    first_k_ = first_k;
+    steps_ = steps;
+    cursor_a_.start(first_row, first_k);
+    cursor_b_.start(first_column, first_k);
+#pragma unroll
+    for (int step = 0; step < Config::kStages - 1; ++step) {
+      if (step < steps) copy(step);
+      cp_async_commit();
+    }
   }
+
+  template <class Transform = Untransformed>
+  __device__ __forceinline__ void run(Accumulators<Config>& sums, const Transform& transform = {}) {
+    constexpr int kStages = Config::kStages, kSlices = Config::kSlices;
+    constexpr int kSlice = Config::kStep / kSlices;  // elements of K
+    if (steps_ == 0) return;
+    Fragments<Config> fragments[2];
+    cp_async_wait<kStages - 2>();
+    block_barrier();
+    fragments[0].load(stage_a(0, 0), stage_b(0, 0), 0);
+    int read = 0, write = kStages - 1;
+#pragma unroll 1
+    for (int step = 0; step < steps_; ++step) {
+#pragma unroll
+      for (int slice = 0; slice < kSlices; ++slice) {
+        Fragments<Config>& next = fragments[(slice + 1) % 2];
+        if (slice + 1 < kSlices) {
+          next.load(stage_a(step, read), stage_b(step, read), slice + 1);
+        } else {
+          read = read + 1 == kStages ? 0 : read + 1;
+          if (step + 1 < steps_) {
+            cp_async_wait<kStages - 2>();
+            block_barrier();
+            next.load(stage_a(step + 1, read), stage_b(step + 1, read), 0);
+          }
+        }
+        if (slice == 0) {
+          // Into the stage of the step before, whose last fragments were loaded ahead of the barrier just passed.
+          if (step + kStages - 1 < steps_) {
+            copy(write);
+            write = write + 1 == kStages ? 0 : write + 1;
+          }
+          cp_async_commit();
+        }
+        const int64_t k = first_k_ + static_cast<int64_t>(step) * Config::kStep + slice * kSlice;
+        fragments[slice % 2].multiply(sums, transform, k);
+      }
+    }
+  }
+
+ private:
   __device__ __forceinline__ void copy(int slot) {
-    if constexpr (!Source::kResident) copy_step<Config, kRows>(stages + slot * kBytes, cursor);
+    unsigned char* const stage = shared_ + slot * kStageBytes;
+    if constexpr (!SourceA::kResident) copy_step<Config, Config::kTileM>(stage, cursor_a_);
+    if constexpr (!SourceB::kResident) copy_step<Config, Config::kTileN>(stage + kStageBytes - Config::kStageBytesB, cursor_b_);
   }
+  __device__ __forceinline__ const unsigned char* stage_a(int step, int slot) const {
+    if constexpr (SourceA::kResident) return source_a_.base + step * Config::kStageBytesA;
+    return shared_ + slot * kStageBytes;
+  }
+  __device__ __forceinline__ const unsigned char* stage_b(int step, int slot) const {
+    if constexpr (SourceB::kResident) return source_b_.base + step * Config::kStageBytesB;
+    return shared_ + slot * kStageBytes + (kStageBytes - Config::kStageBytesB);
+  }
+
+  unsigned char* shared_;
+  const SourceA& source_a_;
+  const SourceB& source_b_;
+  typename SourceA::template Cursor<CopyShare<Config, Config::kTileM>> cursor_a_;
+  typename SourceB::template Cursor<CopyShare<Config, Config::kTileN>> cursor_b_;
+  int64_t first_k_;
+  int steps_;
 };
 
-// Adds to `sums` the products of `steps` steps of K, from element `first_k` on. Every thread of the block calls it; `shared` is
-// 128-byte aligned and of `gemm_shared_bytes`. On return all copies have landed, but other warps may still read `shared`:
-// `block_barrier()` before it is used again.
-//   first_row, first_column   of the block's tile: a row of A, a row of B
+// One tile of one block, from start to end: see Pipeline.
 template <class Config, class SourceA, class SourceB, class Transform = Untransformed>
-__device__ __forceinline__ void multiply_accumulate(Accumulators<Config>& sums, unsigned char* shared, const SourceA& source_a,
-                                                    const SourceB& source_b, int64_t first_row, int64_t first_column,
-                                                    int64_t first_k, int steps, const Transform& transform = {}) {
-  constexpr int kStages = Config::kStages, kSlices = Config::kSlices;
-  constexpr int kSlice = Config::kStep / kSlices;  // elements of K
-  using A = Operand<Config, Config::kTileM, SourceA>;
-  using B = Operand<Config, Config::kTileN, SourceB>;
-  if (steps == 0) return;
-  A a{source_a.stages(shared), {source_a, first_row, first_k}};
-  B b{source_b.stages(shared + (SourceA::kResident ? 0 : kStages * A::kBytes)), {source_b, first_column, first_k}};
-#pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) {
-    if (step < steps) {
-      a.copy(step);
-      b.copy(step);
-    }
-    cp_async_commit();
-  }
-  cp_async_wait<kStages - 2>();
-  block_barrier();
-  Fragments<Config> fragments[2];
-  fragments[0].load(a.stage(0, 0), b.stage(0, 0), 0);
-  int read = 0, write = kStages - 1;
-#pragma unroll 1
-  for (int step = 0; step < steps; ++step) {
-#pragma unroll
-    for (int slice = 0; slice < kSlices; ++slice) {
-      Fragments<Config>& next = fragments[(slice + 1) % 2];
-      if (slice + 1 < kSlices) {
-        next.load(a.stage(step, read), b.stage(step, read), slice + 1);
-      } else {
-        read = read + 1 == kStages ? 0 : read + 1;
-        if (step + 1 < steps) {
-          cp_async_wait<kStages - 2>();
-          block_barrier();
-          next.load(a.stage(step + 1, read), b.stage(step + 1, read), 0);
-        }
-      }
-      if (slice == 0) {
-        // Into the stage of the step before, whose last fragments were loaded ahead of the barrier just passed.
-        if (step + kStages - 1 < steps) {
-          a.copy(write);
-          b.copy(write);
-          write = write + 1 == kStages ? 0 : write + 1;
-        }
-        cp_async_commit();
-      }
-      fragments[slice % 2].multiply(sums, transform, first_k + static_cast<int64_t>(step) * Config::kStep + slice * kSlice);
-    }
-  }
+__device__ __forceinline__ void multiply_accumulate(Accumulators<Config>& sums, unsigned char* shared, const SourceA& a,
+                                                    const SourceB& b, int64_t first_row, int64_t first_column, int64_t first_k, int steps,
+                                                    const Transform& transform = {}) {
+  Pipeline<Config, SourceA, SourceB> pipeline(shared, a, b);
+  pipeline.start(first_row, first_column, first_k, steps);
+  pipeline.run(sums, transform);
 }
 
 // Which tile a block computes: tiles of C in groups of kGroup rows of tiles, so that blocks running at the same time share their

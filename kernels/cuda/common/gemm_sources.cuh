@@ -1,14 +1,14 @@
 // Where the operands of gemm.cuh come from. A source is a plain struct among a kernel's arguments; its cursor is one thread's way
 // through it.
 //
-//   kResident              true: the operand lies in shared memory already, `stages` tells where, and no cursor moves
-//   stages(shared)         the operand's stages, given what the main loop would use
-//   Cursor<Share>          {source, first_row, first_k}: this thread's chunk of its rows first_row + Share::row(i)
+//   kResident              the operand lies in shared memory already, at `base`, and no cursor moves
+//   Cursor<Share>          this thread's chunk of its rows first_row + Share::row(i)
+//     start(first_row, k)  goes to a tile's rows and element k
 //     seek()               is called once before the `find`s of a position
 //     find(i, address)     whether there is data in row i here, and where; else any valid address
 //     advance(n)           n elements of K further;  jump(k): to this thread's chunk of the step that begins at element k
 //     kPads                absent data is padding() instead of zero
-// Beyond the last row or element of K a source finds nothing. It is enough that one of A and B is zero there.
+// Beyond the last row or element of K a source finds nothing; of A and B at least one has zeros there.
 #pragma once
 
 #include "gemm.cuh"
@@ -22,24 +22,22 @@ struct Rows {
   const T* base;
   int64_t stride, count, depth;
 
-  __device__ __forceinline__ unsigned char* stages(unsigned char* shared) const { return shared; }
-
   template <class Share>
   class Cursor {
    public:
     static constexpr bool kPads = false;
     static constexpr int kChunk = Element<T>::kPer16Bytes;
 
-    __device__ __forceinline__ Cursor(const Rows& rows, int64_t first_row, int64_t first_k) : rows_(rows) {
+    __device__ __forceinline__ explicit Cursor(const Rows& rows) : rows_(rows) {}
+    __device__ __forceinline__ void start(int64_t first_row, int64_t k) {
       const int64_t row = first_row + Share::row(0);
-      const int64_t left = (rows.count - row + Share::kRowStep - 1) / Share::kRowStep;
-      count_ = static_cast<int>(max(static_cast<int64_t>(0), min(left, static_cast<int64_t>(Share::kCount))));
-      row_ = rows.base + row * rows.stride;
-      jump(first_k);
+      left_ = static_cast<int>(min(rows_.count - row, static_cast<int64_t>(INT32_MAX)));
+      row_ = rows_.base + row * rows_.stride;
+      jump(k);
     }
     __device__ __forceinline__ void seek() {}
     __device__ __forceinline__ bool find(int i, const T*& address) const {
-      const bool valid = i < count_ && k_ < rows_.depth;
+      const bool valid = i * Share::kRowStep < left_ && k_ < rows_.depth;
       address = valid ? row_ + i * (Share::kRowStep * rows_.stride) + k_ : rows_.base;
       return valid;
     }
@@ -51,7 +49,7 @@ struct Rows {
     const Rows& rows_;
     const T* row_;
     int64_t k_;
-    int count_;
+    int left_;
   };
 };
 
@@ -67,15 +65,15 @@ struct ConvWindows {
   int32_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   T padding;
 
-  __device__ __forceinline__ unsigned char* stages(unsigned char* shared) const { return shared; }
-
   template <class Share>
   class Cursor {
    public:
     static constexpr bool kPads = std::is_same_v<T, int8_t>;
     static constexpr int kChunk = Element<T>::kPer16Bytes;
 
-    __device__ __forceinline__ Cursor(const ConvWindows& source, int64_t first_row, int64_t first_k) : source_(source) {
+    __device__ __forceinline__ explicit Cursor(const ConvWindows& source) : source_(source) {}
+    __device__ __forceinline__ void start(int64_t first_row, int64_t k) {
+      const ConvWindows& source = source_;
       const uint32_t image = static_cast<uint32_t>(source.out_h) * source.out_w;
 #pragma unroll
       for (int i = 0; i < Share::kCount; ++i) {
@@ -91,7 +89,7 @@ struct ConvWindows {
           corner_[i] = INT32_MIN;  // a row of the image that no tap brings back inside
         }
       }
-      jump(first_k);
+      jump(k);
     }
     __device__ __forceinline__ void seek() {
       down_ = tap_h_ * source_.dilation_h;
@@ -145,8 +143,6 @@ struct Listed {
   const int32_t* blocks;
   int32_t count, log2_block;
 
-  __device__ __forceinline__ unsigned char* stages(unsigned char* shared) const { return shared; }
-
   template <class Share>
   class Cursor {
     using Inner = typename Source::template Cursor<Share>;
@@ -155,9 +151,10 @@ struct Listed {
     static constexpr bool kPads = Inner::kPads;
     static constexpr int kChunk = Inner::kChunk;
 
-    __device__ __forceinline__ Cursor(const Listed& list, int64_t first_row, int64_t first_k)
-        : list_(list), inner_(list.source, first_row, 0) {
-      jump(first_k);
+    __device__ __forceinline__ explicit Cursor(const Listed& list) : list_(list), inner_(list.source) {}
+    __device__ __forceinline__ void start(int64_t first_row, int64_t k) {
+      inner_.start(first_row, 0);
+      jump(k);
     }
     __device__ __forceinline__ void seek() { inner_.seek(); }
     template <class T>
@@ -199,17 +196,16 @@ struct BlockValues {
   const T* base;  // the first block of this row of blocks
   int32_t rows, count, log2_block;
 
-  __device__ __forceinline__ unsigned char* stages(unsigned char* shared) const { return shared; }
-
   template <class Share>
   class Cursor {
    public:
     static constexpr bool kPads = false;
     static constexpr int kChunk = Element<T>::kPer16Bytes;
 
-    __device__ __forceinline__ Cursor(const BlockValues& blocks, int64_t first_row, int64_t first_k)
-        : blocks_(blocks), row_(static_cast<int>(first_row) + Share::row(0)) {
-      jump(first_k);
+    __device__ __forceinline__ explicit Cursor(const BlockValues& blocks) : blocks_(blocks) {}
+    __device__ __forceinline__ void start(int64_t first_row, int64_t k) {
+      row_ = static_cast<int>(first_row) + Share::row(0);
+      jump(k);
     }
     __device__ __forceinline__ void seek() {
       const int entry = k_ >> blocks_.log2_block, within = k_ & ((1 << blocks_.log2_block) - 1);
@@ -235,17 +231,16 @@ struct BlockValues {
   };
 };
 
-// Rows that the block itself has put into shared memory: element k of row r at `resident_offset(r, k)`. Zero beyond the rows' end,
-// up to a whole number of steps. The main loop has a barrier before it reads them.
+// Rows that the block itself puts into shared memory before the pipeline runs: element k of row r at `resident_offset(r, k)`,
+// zeros up to a whole number of steps.
 struct Resident {
   static constexpr bool kResident = true;
   unsigned char* base;  // 128-byte aligned, steps · kTileM · kStepBytes bytes
 
-  __device__ __forceinline__ unsigned char* stages(unsigned char*) const { return base; }
-
   template <class Share>
   struct Cursor {
-    __device__ __forceinline__ Cursor(const Resident&, int64_t, int64_t) {}
+    __device__ __forceinline__ explicit Cursor(const Resident&) {}
+    __device__ __forceinline__ void start(int64_t, int64_t) {}
   };
 };
 

@@ -11,8 +11,8 @@
 
 namespace kernelpress::cuda {
 
-// Rows of the tile that are pixels one after the other: `operator()` gives a row's pixel, or -1 where it has none. Kernels whose tiles
-// are otherwise made have a map of their own.
+// Rows of the tile that are pixels one after the other: `operator()` gives a row's pixel, or -1 where it has none. Kernels whose
+// tiles are made otherwise have a map of their own.
 struct ConsecutivePixels {
   int64_t first, count;
   __device__ __forceinline__ int64_t operator()(int row) const { return first + row < count ? first + row : -1; }
@@ -57,17 +57,22 @@ __device__ __forceinline__ void store_tile(const Accumulators<Config>& sums, uns
   const int column = lane % kVectors * kVector;
   const int64_t channel = first_channel + warp_column<Config>() + column;
   const ChannelTerms<kVector> terms = channel_terms<kVector>(epilogue, channel);
-#pragma unroll
+// The loop stays one, for the code of the epilogue is long: only the choice of the fragments is unrolled.
+#pragma unroll 1
   for (int m = 0; m < Config::kFragmentsM; ++m) {
     if (m > 0) warp_barrier();
 #pragma unroll
-    for (int n = 0; n < Config::kFragmentsN; ++n)
+    for (int chosen = 0; chosen < Config::kFragmentsM; ++chosen) {
+      if (chosen != m) continue;
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = group + 8 * half;
-        const Vector<Sum, 2> two{{sums.value[m][n][2 * half], sums.value[m][n][2 * half + 1]}};
-        *reinterpret_cast<Vector<Sum, 2>*>(staged + row * kPitch + detail::staged_column(row, 8 * n + 2 * pair)) = two;
-      }
+      for (int n = 0; n < Config::kFragmentsN; ++n)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = group + 8 * half;
+          const Vector<Sum, 2> two{{sums.value[chosen][n][2 * half], sums.value[chosen][n][2 * half + 1]}};
+          *reinterpret_cast<Vector<Sum, 2>*>(staged + row * kPitch + detail::staged_column(row, 8 * n + 2 * pair)) = two;
+        }
+    }
     warp_barrier();
 #pragma unroll 1
     for (int row = lane / kVectors; row < 16; row += 32 / kVectors) {
