@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -112,13 +113,7 @@ def _gpu() -> Iterator[Finding]:
         yield Finding(
             "GPU", "CUDA", False, f"torch is built for CUDA {torch.version.cuda}, but finds no device or driver"
         )
-    has_module = importlib.util.find_spec("kernelpress._cuda") is not None
-    yield Finding(
-        "GPU",
-        "_cuda",
-        has_module,
-        "built" if has_module else "not built: it takes nvcc, and KERNELPRESS_CUDA other than 0",
-    )
+    yield from _cuda()
     version = _version("triton")
     if version is None:
         yield Finding("GPU", "Triton", False, "not installed")
@@ -129,6 +124,32 @@ def _gpu() -> Iterator[Finding]:
             torch.cuda.is_available(),
             version if torch.cuda.is_available() else f"{version}, without a GPU",
         )
+
+
+def _cuda() -> Iterator[Finding]:
+    """The native module, which devices its code is for, and whether one of them can be used."""
+    from kernelpress import native
+
+    loaded = native.load_cuda()
+    if loaded.module is None:
+        yield Finding("GPU", "_cuda", False, loaded.absent_because or "not built")
+        return
+    built_for = ", ".join(loaded.module.architectures())
+    yield Finding("GPU", "_cuda", None, f"code for {built_for}, built with CUDA {_version_of(loaded.module)}")
+    reason = native.cuda_reason()
+    if reason is not None:
+        yield Finding("GPU", "CUDA kernels", False, reason)
+        return
+    for index in range(loaded.module.device_count()):
+        device, reason = loaded.module.device(index), native.cuda_reason(index)
+        detail = f"{device['name']}, sm_{device['capability']}, {device['multiprocessors']} multiprocessors"
+        yield Finding("GPU", f"CUDA kernels, device {index}", reason is None, reason or detail)
+
+
+def _version_of(module: ModuleType) -> str:
+    """13.0 for 13000."""
+    version: int = module.toolkit_version()
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _energy() -> Iterator[Finding]:

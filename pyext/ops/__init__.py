@@ -13,11 +13,13 @@ from kernelpress.ops.registry import BACKENDS, NativeCall, allocate, availabilit
 from kernelpress.ops.separable import inverted_residual, separable_conv2d
 from kernelpress.ops.separable_stem import separable_stem
 from kernelpress.ops.sparse import sparse_conv2d, sparse_matmul
+from kernelpress.ops.tuning import Tuning, tune
 
 __all__ = [
     "BACKENDS",
     "BlockCsr",
     "NativeCall",
+    "Tuning",
     "allocate",
     "availability",
     "channel_shuffle",
@@ -43,6 +45,7 @@ __all__ = [
     "shuffle_concat",
     "sparse_conv2d",
     "sparse_matmul",
+    "tune",
     "use_backend",
     "why_not",
 ]

@@ -1,0 +1,156 @@
+"""Registers, shared memory and spills of every CUDA kernel, as ptxas told while the module was built.
+
+`python benchmarks/resources.py` writes the table into docs/gpu.md; `make resources` builds first.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from kernelpress import native
+from kernelpress.files import write_atomically
+
+__all__ = ["BEGIN", "END", "PAGE", "ROOT", "Use", "object_folder", "parse", "read", "table", "write_table"]
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "gpu.md"
+BEGIN, END = "<!-- resources: written by `make resources` -->", "<!-- /resources -->"
+
+_ENTRY = re.compile(r"Compiling entry function '(?P<name>[^']+)' for '(?P<architecture>[^']+)'")
+_SPILLS = re.compile(r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads")
+_REGISTERS = re.compile(r"Used (?P<registers>\d+) registers")
+_SHARED = re.compile(r"(?P<bytes>\d+) bytes smem")
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one specialisation of a kernel takes on one architecture; `shared_bytes` are the static ones."""
+
+    family: str
+    kernel: str
+    architecture: str
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+
+    @property
+    def template(self) -> str:
+        """The kernel's name without the arguments of its template."""
+        return self.kernel.partition("<")[0]
+
+
+def object_folder() -> Path:
+    """Where the build of the `_cuda` in use keeps its objects. Raises `FileNotFoundError` where they are not there."""
+    module = native.cuda()
+    if module is None:
+        raise FileNotFoundError(native.load_cuda().absent_because)
+    sys.path.insert(0, str(ROOT))
+    try:
+        from build_native import cuda_objects
+    finally:
+        sys.path.remove(str(ROOT))
+    folder = cuda_objects(ROOT, module.architectures())
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder.relative_to(ROOT)}: _cuda was not built in this checkout; `make build` does")
+    return folder
+
+
+def read(folder: Path) -> list[Use]:
+    """All kernels whose source is still there, in the order of families, kernels and architectures."""
+    sources = {path.stem for path in (ROOT / "kernels" / "cuda").glob("*.cu")}
+    found = [
+        use
+        for notes in folder.glob("*.o.ptxas")
+        if (family := notes.name.partition(".")[0]) in sources
+        for use in parse(notes.read_text(encoding="utf-8"), family)
+    ]
+    return sorted(found, key=lambda use: (use.family, use.kernel, use.architecture))
+
+
+def parse(notes: str, family: str) -> list[Use]:
+    """What `ptxas -v` wrote. Spills of a function that a kernel calls count as the kernel's."""
+    starts = list(_ENTRY.finditer(notes))
+    names = _demangled([start["name"] for start in starts])
+    uses = []
+    for start, end, name in zip(starts, [*starts[1:], None], names, strict=True):
+        section = notes[start.end() : end.start() if end else len(notes)]
+        registers = _REGISTERS.search(section)
+        if registers is None:
+            raise ValueError(f"notes: expected the registers of {name}, got {section!r}")
+        shared = _SHARED.search(section)
+        spills = sum(int(match["stores"]) + int(match["loads"]) for match in _SPILLS.finditer(section))
+        uses.append(
+            Use(
+                family,
+                name,
+                start["architecture"],
+                int(registers["registers"]),
+                int(shared["bytes"]) if shared else 0,
+                spills,
+            )
+        )
+    return uses
+
+
+def _demangled(names: Sequence[str]) -> list[str]:
+    """`depthwise_ring<float, 7, 2>`: without namespaces, result and parameters."""
+    result = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    return [_short(name) for name in result.stdout.splitlines()]
+
+
+def _short(name: str) -> str:
+    name = name.replace("(anonymous namespace)::", "").replace("kernelpress::cuda::", "").removeprefix("void ")
+    name = re.sub(r"\((?:\w+)\)(-?\d)", r"\1", name)  # (bool)1
+    depth = 0
+    for at, character in enumerate(name):
+        depth += (character == "<") - (character == ">")
+        if character == "(" and depth == 0:
+            return name[:at]
+    return name
+
+
+def table(uses: Sequence[Use]) -> str:
+    """A Markdown table with a row for each kernel; ranges run over its specialisations."""
+    architectures = sorted({use.architecture for use in uses}, key=lambda name: int(re.sub(r"\D", "", name)))
+    head = ["family", "kernel", "specialisations", *(f"registers, {name}" for name in architectures)]
+    lines = [
+        "| " + " | ".join([*head, "static shared memory, bytes", "spilled bytes"]) + " |",
+        "|---|---|" + "---:|" * (len(head)),
+    ]
+    for (family, kernel), of_kernel in groupby(uses, key=lambda use: (use.family, use.template)):
+        found = list(of_kernel)
+        registers = [_range(use.registers for use in found if use.architecture == name) for name in architectures]
+        row = [family, f"`{kernel}`", str(len({use.kernel for use in found})), *registers]
+        row += [_range(use.shared_bytes for use in found), str(sum(use.spilled_bytes for use in found))]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def _range(values: Iterable[int]) -> str:
+    found = sorted(values)
+    if not found:
+        return "–"
+    return str(found[0]) if found[0] == found[-1] else f"{found[0]}–{found[-1]}"
+
+
+def write_table(page: Path, text: str) -> None:
+    """Puts `text` between the marks of a page. Raises `ValueError` where it has none."""
+    content = page.read_text(encoding="utf-8")
+    before, begin, rest = content.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{page}: expected the marks {BEGIN!r} and {END!r}, each on a line of its own")
+    write_atomically(page, f"{before}{begin}\n{text}\n{end}{after}".encode())
+
+
+if __name__ == "__main__":
+    try:
+        write_table(PAGE, table(read(object_folder())))
+    except (FileNotFoundError, ValueError) as problem:
+        sys.exit(str(problem))
