@@ -157,8 +157,8 @@ int launch_any(const DepthwiseConv2dArgs& a, const Epilogue<T>& epilogue, void* 
   constexpr int kVector = Element<T>::kPer16Bytes;
   const bool aligned = a.multiplier == 1 && copy_bytes<T>(a.x, a.x_stride, a.channels) == 16 && is_aligned(a.weight);
   const int64_t threads = kDepthwiseTiles[kAnyWindowTile].threads;
-  const int64_t items = a.channels * a.multiplier / (aligned ? kVector : 1) * ceil_div(a.out_w, kAnyPatchColumns) * a.out_h * a.batch;
-  const Grid grid{dim3(static_cast<unsigned>(ceil_div(items, threads))), dim3(static_cast<unsigned>(threads)), 0, stream};
+  const int64_t items = a.channels * a.multiplier / (aligned ? kVector : 1) * depthwise::ceil_div(a.out_w, kAnyPatchColumns) * a.out_h * a.batch;
+  const Grid grid{dim3(static_cast<unsigned>(depthwise::ceil_div(items, threads))), dim3(static_cast<unsigned>(threads)), 0, stream};
   return aligned ? launch(depthwise_any<T, kVector>, grid, a, epilogue) : launch(depthwise_any<T, 1>, grid, a, epilogue);
 }
 

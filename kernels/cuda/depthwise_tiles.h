@@ -35,9 +35,13 @@ template <int kKernel, int kStride>
 inline constexpr int kPatchColumns = patch_columns(kKernel, kStride);  // for device code, which calls no host function
 inline constexpr int kAnyPatchColumns = 4;  // of the any_window kernel, one row of one 16-byte vector
 
+namespace depthwise {
+
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
-constexpr int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+}  // namespace depthwise
 
 // Where blocks and threads lie in the output of one ring kernel.
 //
@@ -65,17 +69,18 @@ inline bool depthwise_is_specialised(const Window& w, int64_t multiplier) {
 }
 
 inline DepthwisePlan plan_depthwise_ring(const DepthwiseShape& s, const DepthwiseTile& tile, const Device& device) {
+  using namespace depthwise;
   const int64_t columns = patch_columns(static_cast<int>(s.kernel), static_cast<int>(s.stride));
   const int64_t per_vector = 16 / s.element_bytes, vectors = ceil_div(s.channels, per_vector);
   const int64_t chunks = ceil_div(vectors, tile.channel_vectors), own = ceil_div(vectors, chunks);
   const int64_t strips = tile.threads / (own * per_vector / kPatchChannels);
   const int64_t wide = ceil_div(s.out_w, columns), column_blocks = ceil_div(wide, strips);
   const int64_t column_strips = ceil_div(wide, column_blocks);
-  const int64_t high = ceil_div(s.out_h, kPatchRows), row_strips = at_least(1, at_most(strips / column_strips, high));
+  const int64_t high = ceil_div(s.out_h, kPatchRows), row_strips = larger(1, smaller(strips / column_strips, high));
   const int64_t all_steps = ceil_div(high, row_strips);
   // About four waves of the four to eight blocks that a multiprocessor holds: enough to even out, few enough to walk far.
   const int64_t wanted = 16 * device.multiprocessors, without = chunks * column_blocks * s.batch;
-  const int64_t steps = ceil_div(all_steps, at_least(1, at_most(all_steps, ceil_div(wanted, without))));
+  const int64_t steps = ceil_div(all_steps, larger(1, smaller(all_steps, ceil_div(wanted, without))));
   const int64_t segments = ceil_div(all_steps, steps);
   const int64_t step_rows = row_strips * kPatchRows * s.stride, in_rows = step_rows - s.stride + s.kernel;
   const int64_t ring_rows = steps > 1 ? in_rows + step_rows : in_rows;

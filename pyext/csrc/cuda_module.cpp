@@ -16,6 +16,7 @@
 
 #include "cuda_failure.h"
 #include "cuda_runtime_seam.h"
+#include "kernels/cuda/depthwise_tiles.h"
 #include "kernels/cuda/ghost_tiles.h"
 
 #ifdef KERNELPRESS_SIMT
@@ -166,6 +167,7 @@ PYBIND11_MODULE(KERNELPRESS_MODULE, module) {
   module.doc() = "CUDA kernels of kernelpress: raw addresses, sizes in elements. Use torch.ops.kernelpress instead.";
 
   // One line a launcher: bind(module, "name", &name, kTable), the table of its tile configurations only where it has one.
+  bind(module, "depthwise_conv2d", &depthwise_conv2d, kDepthwiseTiles);
   bind(module, "ghost_conv2d", &ghost_conv2d, kGhostTiles);
 
   module.def("configurations", [](const std::string& launcher) { return configuration_names[launcher]; }, py::arg("launcher"));

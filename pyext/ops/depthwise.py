@@ -20,6 +20,7 @@ from kernelpress.ops.checks import (
     describe,
 )
 from kernelpress.ops.cpu import cpu_implementation
+from kernelpress.ops.cuda import CudaKernel, cuda_implementation, float_vector
 from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import PIXELS
 from kernelpress.ops.library import call, publish
@@ -69,7 +70,13 @@ def _operands(tensors: Tensors, options: DepthwiseOptions) -> tuple[Tensor | Non
     return (x, packing.depthwise(weight, scale), packing.vector(bias), residual)
 
 
-def _sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
+def _cuda_operands(tensors: Tensors, options: DepthwiseOptions) -> tuple[Tensor | None, ...]:
+    x, weight, bias, scale, residual = tensors
+    assert weight is not None
+    return (x, packing.depthwise(weight, None), float_vector(bias), float_vector(scale), residual)
+
+
+def _geometry(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
     x, weight, *_ = problem.tensors
     assert x is not None
     assert weight is not None
@@ -82,8 +89,12 @@ def _sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple
         *options.stride,
         *options.padding,
         *options.dilation,
-        reference.ACTIVATIONS.index(options.activation),
     )
+
+
+def _sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
+    activation = reference.ACTIVATIONS.index(problem.options.activation)
+    return (*_geometry(problem, spacings, y_spacing), activation)
 
 
 _KERNEL = NativeKernel(
@@ -92,6 +103,14 @@ _KERNEL = NativeKernel(
     supports=lambda problem: None,
     operands=_operands,
     sizes=_sizes,
+)
+
+_CUDA = CudaKernel(
+    name="depthwise_conv2d",
+    layouts=(PIXELS, None, None, None, PIXELS),
+    supports=lambda problem: None,
+    operands=_cuda_operands,
+    sizes=_geometry,
 )
 
 _DEPTHWISE = publish(
@@ -109,6 +128,7 @@ _DEPTHWISE = publish(
         reference=reference.depthwise_conv2d,
         macs=lambda shapes, options, shape: math.prod(shape) * math.prod(shapes[1][2:]),
         implementations=(
+            cuda_implementation("depthwise_conv2d", _CUDA),
             cpu_implementation("depthwise_conv2d", _KERNEL),
             onednn_implementation("depthwise_conv2d"),
             reference_implementation("depthwise_conv2d", reference.depthwise_conv2d),
