@@ -18,6 +18,7 @@
 #include "cuda_runtime_seam.h"
 #include "kernels/cuda/depthwise_tiles.h"
 #include "kernels/cuda/ghost_tiles.h"
+#include "kernels/cuda/grouped_tiles.h"
 
 #ifdef KERNELPRESS_SIMT
 #define KERNELPRESS_MODULE _simt
@@ -114,7 +115,7 @@ std::map<std::string, std::vector<std::string>> configuration_names;
 
 // Binds a launcher as `name(*fields, stream, device)`.
 template <class Args>
-void bind(py::module_& module, const char* name, Status (*launcher)(const Args&, const Device&, void*)) {
+void bind_launcher(py::module_& module, const char* name, Status (*launcher)(const Args&, const Device&, void*)) {
   module.def(name, [name, launcher](const py::args& values) {
     Args arguments;
     fill(&arguments, name, values);
@@ -136,8 +137,8 @@ void bind(py::module_& module, const char* name, Status (*launcher)(const Args&,
 
 // The same for a launcher with a table of tile configurations, each with a `const char* name`.
 template <class Args, class Tile, size_t kCount>
-void bind(py::module_& module, const char* name, Status (*launcher)(const Args&, const Device&, void*), const Tile (&tiles)[kCount]) {
-  bind(module, name, launcher);
+void bind_launcher(py::module_& module, const char* name, Status (*launcher)(const Args&, const Device&, void*), const Tile (&tiles)[kCount]) {
+  bind_launcher(module, name, launcher);
   for (const Tile& tile : tiles) configuration_names[name].emplace_back(tile.name);
 }
 
@@ -166,9 +167,11 @@ py::object unavailable_because() {
 PYBIND11_MODULE(KERNELPRESS_MODULE, module) {
   module.doc() = "CUDA kernels of kernelpress: raw addresses, sizes in elements. Use torch.ops.kernelpress instead.";
 
-  // One line a launcher: bind(module, "name", &name, kTable), the table of its tile configurations only where it has one.
-  bind(module, "depthwise_conv2d", &depthwise_conv2d, kDepthwiseTiles);
-  bind(module, "ghost_conv2d", &ghost_conv2d, kGhostTiles);
+  // One line a launcher: bind_launcher(module, "name", &name, kTable), the table of its tile configurations only where it has one.
+  bind_launcher(module, "depthwise_conv2d", &depthwise_conv2d, kDepthwiseTiles);
+  bind_launcher(module, "ghost_conv2d", &ghost_conv2d, kGhostTiles);
+  bind_launcher(module, "grouped_conv2d", &grouped_conv2d, kGroupedTiles);
+  bind_launcher(module, "shuffle_concat", &shuffle_concat, kShuffleTiles);
 
   module.def("configurations", [](const std::string& launcher) { return configuration_names[launcher]; }, py::arg("launcher"));
   module.def("architectures", &compiled_architectures);
