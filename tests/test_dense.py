@@ -182,7 +182,7 @@ BAD_CONVOLUTIONS = {
     "three strides": ((X, W), {"stride": (1, 1, 1)}, ValueError, "stride: expected two integers"),
     "large kernel": ((X, W), {"dilation": 3}, ValueError, "x: expected a height of at least 7"),
     "activation": ((X, W), {"activation": "tanh"}, ValueError, "activation: expected one of identity.*'tanh'"),
-    "backend": ((X, W), {"backend": "cudnn"}, ValueError, "backend: expected one of auto.*'cudnn'"),
+    "backend": ((X, W), {"backend": "mps"}, ValueError, "backend: expected one of auto.*'mps'"),
     "groups": ((X, W), {"groups": 3}, ValueError, "groups: expected a divisor of the 4 channels"),
     "outputs in groups": (
         (X, torch.zeros(7, 2, 3, 3)),

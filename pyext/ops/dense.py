@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from kernelpress.ops.checks import (
     describe,
 )
 from kernelpress.ops.cpu import cpu_implementation
+from kernelpress.ops.cuda import CudaDevice, CudaKernel, cuda_implementation, device_of, float_vector, tf32_reason
+from kernelpress.ops.cudnn import cudnn_implementation
 from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import DENSE, PIXELS, ROWS
 from kernelpress.ops.library import call, publish
@@ -130,6 +133,7 @@ _CONV2D = publish(
         reference=reference.conv2d,
         macs=lambda shapes, options, shape: math.prod(shape) * math.prod(shapes[1][1:]),
         implementations=(
+            cudnn_implementation("conv2d"),
             cpu_implementation("conv2d", _CONV2D_KERNEL),
             onednn_implementation("conv2d"),
             reference_implementation("conv2d", reference.conv2d),
@@ -162,7 +166,7 @@ def conv2d(
         residual: of the output's shape.
         stride, padding, dilation: pixels, one integer or (height, width).
         activation: a name of `kernelpress.kernels.reference.ACTIVATIONS`.
-        backend: `"auto"`, `"cpu"`, `"onednn"` or `"reference"`.
+        backend: `"auto"`, `"cuda"`, `"cudnn"`, `"cpu"`, `"onednn"` or `"reference"`.
 
     Returns: `[N, C_out, H_out, W_out]`, channels_last.
     Raises: `ValueError` or `TypeError` naming a bad argument; `RuntimeError` where the backend asked for cannot run.
@@ -207,6 +211,57 @@ _POINTWISE_KERNEL = NativeKernel(
     sizes=_pointwise_sizes,
 )
 
+
+
+def _gemm_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...]:
+    x, weight, bias, scale, residual = tensors[:5]
+    assert weight is not None
+    input_scale = tensors[5] if len(tensors) > 5 else None
+    return (x, _rows(weight), float_vector(bias), float_vector(scale), residual, input_scale)
+
+
+def _rows(weight: Tensor) -> Tensor:
+    return weight if weight.is_contiguous() else packing.packed(weight, None, "rows", Tensor.contiguous)
+
+
+def _gemm_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
+    x = problem.tensors[0]
+    assert x is not None
+    if problem.layout is PIXELS:
+        batch, c_in, height, width = x.shape
+        positions, c_out = height * width, problem.shape[1]
+    else:
+        batch, positions, c_in, c_out = 1, math.prod(x.shape[:-1]), x.shape[-1], problem.shape[-1]
+    workspace = _gemm_workspace(problem, device_of(problem))
+    return (batch, positions, c_in, c_out, spacings[0], spacings[4], y_spacing, workspace)
+
+
+def _gemm_workspace(problem: Problem, device: CudaDevice) -> int:
+    """Partial sums of as many parts of K as multiprocessors could share, where the largest tiles leave some idle."""
+    x = problem.tensors[0]
+    assert x is not None
+    channels = problem.layout.channels
+    c_in, c_out = x.shape[channels], problem.shape[channels]
+    rows = math.prod(problem.shape) // c_out
+    tiles = -(-rows // _LARGEST_TILE[0]) * -(-c_out // _LARGEST_TILE[1])
+    splits = min(device.multiprocessors // tiles, c_in * x.dtype.itemsize // _LEAST_SPLIT_BYTES, _MOST_SPLITS)
+    return splits * rows * -(-c_out // 4) * 16 if splits > 1 else 0
+
+
+_LARGEST_TILE = (256, 128)
+_LEAST_SPLIT_BYTES = 512
+_MOST_SPLITS = 16
+
+_POINTWISE_CUDA = CudaKernel(
+    name="pointwise_conv2d",
+    layouts=(PIXELS, None, None, None, PIXELS, DENSE),
+    supports=tf32_reason,
+    operands=_gemm_operands,
+    sizes=_gemm_sizes,
+    workspace=_gemm_workspace,
+    has_workspace=True,
+)
+
 _POINTWISE = publish(
     Operator(
         name="pointwise_conv2d",
@@ -221,6 +276,7 @@ _POINTWISE = publish(
         reference=reference.pointwise_conv2d,
         macs=lambda shapes, options, shape: math.prod(shape) * shapes[1][1],
         implementations=(
+            cuda_implementation("pointwise_conv2d", _POINTWISE_CUDA),
             cpu_implementation("pointwise_conv2d", _POINTWISE_KERNEL),
             onednn_implementation("pointwise_conv2d"),
             reference_implementation("pointwise_conv2d", reference.pointwise_conv2d),
@@ -296,6 +352,8 @@ def _linear_macs(shapes: Sequence[Any], options: Any, shape: Sequence[int]) -> i
     return math.prod(shape) * int(shapes[1][1])
 
 
+_LINEAR_CUDA = dataclasses.replace(_POINTWISE_CUDA, layouts=(ROWS, None, None, None, ROWS))
+
 _LINEAR = publish(
     Operator(
         name="linear",
@@ -310,6 +368,7 @@ _LINEAR = publish(
         reference=reference.linear,
         macs=_linear_macs,
         implementations=(
+            cuda_implementation("linear", _LINEAR_CUDA),
             cpu_implementation("linear", _LINEAR_KERNEL),
             reference_implementation("linear", reference.linear),
         ),
