@@ -19,7 +19,9 @@ from kernelpress.ops.checks import (
     conv_output_size,
     describe,
 )
+from kernelpress.ops.cuda import CudaKernel, cuda_implementation, float_vector, tf32_reason
 from kernelpress.ops.fallback import reference_implementation
+from kernelpress.ops.grouping import Grouping, grouping_of, windowed_weight
 from kernelpress.ops.layout import PIXELS
 from kernelpress.ops.library import call, publish
 from kernelpress.ops.onednn import onednn_implementation
@@ -99,6 +101,56 @@ def _onednn() -> Implementation:
     return replace(plain, supports=supports, prepare=prepare)
 
 
+_LARGEST_SIDE = 2**15
+_MOST_PIXELS = 2**31
+
+
+def _grouped_reason(problem: Problem) -> str | None:
+    x, weight, *_ = problem.tensors
+    assert x is not None
+    assert weight is not None
+    options = problem.options
+    reach = (p + d * k for p, d, k in zip(options.padding, options.dilation, weight.shape[2:], strict=True))
+    if max(*x.shape[2:], *reach) >= _LARGEST_SIDE or x.shape[0] * x.shape[2] * x.shape[3] >= _MOST_PIXELS:
+        return f"it takes sides below {_LARGEST_SIDE} and less than {_MOST_PIXELS} pixels, got {describe(x.shape)}"
+    return tf32_reason(problem)
+
+
+def _grouped_operands(tensors: Tensors, options: GroupedOptions) -> tuple[Tensor | None, ...]:
+    x, weight, bias, scale, residual = tensors
+    assert weight is not None
+    return (x, windowed_weight(weight, options.groups), float_vector(bias), float_vector(scale), residual)
+
+
+def _grouping(problem: Problem) -> Grouping:
+    weight, groups = problem.tensors[1], problem.options.groups
+    assert weight is not None
+    return grouping_of(groups, weight.shape[1], weight.shape[0] // groups, weight.dtype.itemsize)
+
+
+def _grouped_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
+    x, weight, *_ = problem.tensors
+    assert x is not None
+    assert weight is not None
+    options, grouping = problem.options, _grouping(problem)
+    batch, c_in, in_h, in_w = x.shape
+    _, c_out, out_h, out_w = problem.shape
+    return (
+        *(batch, in_h, in_w, c_in, out_h, out_w, c_out),
+        *(grouping.groups, grouping.group_in, grouping.group_out, grouping.window, grouping.window_step, options.shuffle),
+        *(spacings[0], spacings[4], y_spacing),
+        *(*weight.shape[2:], *options.stride, *options.padding, *options.dilation),
+    )
+
+
+_GROUPED_CUDA = CudaKernel(
+    name="grouped_conv2d",
+    layouts=(PIXELS, None, None, None, PIXELS),
+    supports=_grouped_reason,
+    operands=_grouped_operands,
+    sizes=_grouped_sizes,
+)
+
 _GROUPED = publish(
     Operator(
         name="grouped_conv2d",
@@ -114,6 +166,7 @@ _GROUPED = publish(
         reference=reference.grouped_conv2d,
         macs=lambda shapes, options, shape: math.prod(shape) * math.prod(shapes[1][1:]),
         implementations=(
+            cuda_implementation("grouped_conv2d", _GROUPED_CUDA),
             _onednn(),
             reference_implementation("grouped_conv2d", reference.grouped_conv2d),
         ),
@@ -163,6 +216,20 @@ def _shuffle_shape(tensors: Specs, options: ShuffleOptions) -> tuple[int, ...]:
     return tuple(x.shape)
 
 
+def _shuffle_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
+    channels = [0 if t is None else t.shape[1] for t in (*problem.tensors, None)][:2]
+    batch, _, height, width = problem.shape
+    return (batch * height * width, *channels, problem.options.groups, *(*spacings, 0)[:2], y_spacing)
+
+
+_SHUFFLE_CUDA = CudaKernel(
+    name="shuffle_concat",
+    layouts=(PIXELS,),
+    supports=lambda problem: None,
+    operands=lambda tensors, options: (tensors[0], None),
+    sizes=_shuffle_sizes,
+)
+
 _SHUFFLE = publish(
     Operator(
         name="channel_shuffle",
@@ -173,7 +240,10 @@ _SHUFFLE = publish(
         shape=_shuffle_shape,
         reference=reference.channel_shuffle,
         macs=lambda shapes, options, shape: 0,
-        implementations=(reference_implementation("channel_shuffle", reference.channel_shuffle),),
+        implementations=(
+            cuda_implementation("channel_shuffle", _SHUFFLE_CUDA),
+            reference_implementation("channel_shuffle", reference.channel_shuffle),
+        ),
         native=None,
     )
 )
@@ -206,6 +276,14 @@ def _concat_shape(tensors: Specs, options: ConcatOptions) -> tuple[int, ...]:
     return (batch, total, height, width)
 
 
+_CONCAT_CUDA = CudaKernel(
+    name="shuffle_concat",
+    layouts=(PIXELS, PIXELS),
+    supports=lambda problem: None,
+    operands=lambda tensors, options: (tensors[0], tensors[1]),
+    sizes=_shuffle_sizes,
+)
+
 _CONCAT = publish(
     Operator(
         name="shuffle_concat",
@@ -216,7 +294,10 @@ _CONCAT = publish(
         shape=_concat_shape,
         reference=reference.shuffle_concat,
         macs=lambda shapes, options, shape: 0,
-        implementations=(reference_implementation("shuffle_concat", reference.shuffle_concat),),
+        implementations=(
+            cuda_implementation("shuffle_concat", _CONCAT_CUDA),
+            reference_implementation("shuffle_concat", reference.shuffle_concat),
+        ),
         native=None,
     )
 )
