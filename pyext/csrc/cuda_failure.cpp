@@ -57,7 +57,7 @@ std::string advice(int code) {
     case kInvalidValue:
     case kInvalidConfiguration:
     case kLaunchOutOfResources:
-      return "this configuration does not fit the device; take another backend, or delete the tuned configurations if there are any";
+      return "this configuration does not fit the device; take another backend, or delete what ops.tune measured if it did";
     case kNoKernelImage:
     case kUnsupportedPtx:
       return "this build has code for " + architectures_text() + "; build for this device: KERNELPRESS_CUDA_ARCHS=<its capability>";
@@ -81,7 +81,7 @@ std::vector<std::string> compiled_architectures() {
 
 std::string unavailability(int code) {
   const int driver = runtime::driver_version(), toolkit = runtime::toolkit_version();
-  if (driver == 0 || code == kStubLibrary) return "no NVIDIA driver is installed (CUDA: " + runtime::error_text(code) + ")";
+  if (driver == 0 || code == kStubLibrary) return "no NVIDIA driver is installed";
   if (code == kInsufficientDriver) {
     return "the driver takes CUDA up to " + version_text(driver) + ", this module was built with " + version_text(toolkit) +
            "; update the driver or build with an older toolkit";
