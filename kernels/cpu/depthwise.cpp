@@ -9,6 +9,7 @@
 //
 // One task: a run of output rows over all images. A channel multiplier m > 1 widens each band of input rows to C·m channels in
 // scratch first, so that one kernel serves both.
+#include "depthwise_rolling.h"
 #include "depthwise_rows.h"
 
 #include "runtime.h"
@@ -17,14 +18,9 @@ namespace kernelpress::KERNELPRESS_ISA {
 namespace {
 
 constexpr int kStrip = kLanes == 4 ? 4 : 7;   // output pixels of a tile; the maps of the usual networks are multiples of 7 wide
-constexpr int kRowsOf3x3 = kLanes == 16 ? 2 : 1;  // output rows of a 3×3 tile: 14 accumulators and 9 taps of 32 registers
+constexpr bool kRolls = kLanes == 16;         // 3×3 windows keep three rows of accumulators in 32 registers: depthwise_rolling.h
 constexpr int64_t kMaxTableChannels = 4096;   // wider inputs take depthwise_row_any
 alignas(64) const float kZeros[kMaxTableChannels] = {};
-
-KP_INLINE void finish_pixel(const DepthwiseProblem& g, const DepthwiseOutput& out, Vec value, int64_t pixel, int64_t c, int64_t lanes) {
-  if (out.residual) value = value + load_up_to(out.residual + pixel * out.residual_stride + c, lanes);
-  store_up_to(out.y + pixel * out.y_stride + c, g.activation(value), lanes);
-}
 
 // Column addresses of one input row under a strip.
 template <int kKernel, int kStride>
@@ -48,108 +44,105 @@ KP_INLINE void look_up(Columns<kKernel, kStride>& columns, const DepthwiseProble
   }
 }
 
-// Adds input row h of a tile to the accumulators of the output rows that it touches.
-template <int kKernel, int kStride, int kRows, bool kWhole>
-KP_INLINE void add_input_row(const DepthwiseProblem& g, Vec (&acc)[kRows][kStrip], const Columns<kKernel, kStride>& columns, int h, int64_t c,
+// Adds input row h of a window to the accumulators of a strip.
+template <int kKernel, int kStride, bool kWhole>
+KP_INLINE void add_input_row(const DepthwiseProblem& g, Vec (&acc)[kStrip], const Columns<kKernel, kStride>& columns, int h, int64_t c,
                              int64_t lanes) {
-  Vec tap[kRows][kKernel];
-#pragma GCC unroll 2
-  for (int i = 0; i < kRows; ++i) {
-    const int r = h - i * kStride;
-    if (kRows > 1 && (r < 0 || r >= kKernel)) continue;
+  Vec tap[kKernel];
 #pragma GCC unroll 8
-    for (int s = 0; s < kKernel; ++s) {
-      const float* weight = g.weight + (r * kKernel + s) * g.channels + c;
-      tap[i][s] = kWhole ? load(weight) : load_up_to(weight, lanes);
-    }
+  for (int s = 0; s < kKernel; ++s) {
+    const float* weight = g.weight + (h * kKernel + s) * g.channels + c;
+    tap[s] = kWhole ? load(weight) : load_up_to(weight, lanes);
   }
 #pragma GCC unroll 32
   for (int j = 0; j < Columns<kKernel, kStride>::kCount; ++j) {
     const float* x = columns.at[j] + c;
     const Vec value = kWhole ? load(x) : load_up_to(x, lanes);
-#pragma GCC unroll 2
-    for (int i = 0; i < kRows; ++i) {
-      const int r = h - i * kStride;
-      if (kRows > 1 && (r < 0 || r >= kKernel)) continue;
 #pragma GCC unroll 8
-      for (int s = 0; s < kKernel; ++s) {
-        if (j < s || (j - s) % kStride != 0 || (j - s) / kStride >= kStrip) continue;
-        acc[i][(j - s) / kStride] = fma(value, tap[i][s], acc[i][(j - s) / kStride]);
-      }
+    for (int s = 0; s < kKernel; ++s) {
+      if (j < s || (j - s) % kStride != 0 || (j - s) / kStride >= kStrip) continue;
+      acc[(j - s) / kStride] = fma(value, tap[s], acc[(j - s) / kStride]);
     }
   }
 }
 
-// kRows output rows of a strip; columns[h] is null where input row h lies in the padding above or below.
-template <int kKernel, int kStride, int kRows, bool kWhole>
-KP_INLINE void strip_tile(const DepthwiseProblem& g, const Columns<kKernel, kStride>* const* columns, const DepthwiseOutput& out,
-                          int64_t pixels, int64_t c) {
+// A strip of one output row; present[h] is false where input row h lies in the padding above or below.
+template <int kKernel, int kStride, bool kWhole>
+KP_INLINE void strip_tile(const DepthwiseProblem& g, const Columns<kKernel, kStride> (&columns)[kKernel], const bool (&present)[kKernel],
+                          const DepthwiseOutput& out, int64_t pixels, int64_t c) {
   const int64_t lanes = kWhole ? kLanes : g.channels - c;
   const Vec bias = g.bias ? load_up_to(g.bias + c, lanes) : zero();
-  Vec acc[kRows][kStrip];
-#pragma GCC unroll 2
-  for (int i = 0; i < kRows; ++i) {
+  Vec acc[kStrip];
 #pragma GCC unroll 8
-    for (int q = 0; q < kStrip; ++q) acc[i][q] = bias;
+  for (int q = 0; q < kStrip; ++q) acc[q] = bias;
+  for (int h = 0; h < kKernel; ++h) {
+    if (present[h]) add_input_row<kKernel, kStride, kWhole>(g, acc, columns[h], h, c, lanes);
   }
-  if constexpr (kRows == 1) {
-    for (int h = 0; h < kKernel; ++h) {
-      if (columns[h]) add_input_row<kKernel, kStride, kRows, kWhole>(g, acc, *columns[h], h, c, lanes);
-    }
+  if (__builtin_expect(kWhole && g.activation.clamps && !out.residual && pixels >= kStrip, 1)) {
+    const Vec low = g.activation.low, high = g.activation.high;
+#pragma GCC unroll 8
+    for (int q = 0; q < kStrip; ++q) store(out.y + q * out.y_stride + c, at_most(at_least(acc[q], low), high));
   } else {
 #pragma GCC unroll 8
-    for (int h = 0; h < (kRows - 1) * kStride + kKernel; ++h) {
-      if (columns[h]) add_input_row<kKernel, kStride, kRows, kWhole>(g, acc, *columns[h], h, c, lanes);
-    }
-  }
-  const bool plain = kWhole && g.activation.clamps && !out.residual && pixels >= kStrip;
-  const Vec low = g.activation.low, high = g.activation.high;
-#pragma GCC unroll 2
-  for (int i = 0; i < kRows; ++i) {
-    if (__builtin_expect(plain, 1)) {
-      float* y = out.y + i * out.row_pixels * out.y_stride + c;
-#pragma GCC unroll 8
-      for (int q = 0; q < kStrip; ++q) store(y + q * out.y_stride, at_most(at_least(acc[i][q], low), high));
-    } else {
-#pragma GCC unroll 8
-      for (int q = 0; q < kStrip; ++q) {
-        if (q < pixels) finish_pixel(g, out, acc[i][q], i * out.row_pixels + q, c, lanes);
-      }
+    for (int q = 0; q < kStrip; ++q) {
+      if (q < pixels) finish_pixel(g, out, acc[q], q, c, lanes);
     }
   }
 }
 
-template <int kKernel, int kStride, int kRows>
-KP_INLINE void strip_channels(const DepthwiseProblem& g, const Columns<kKernel, kStride>* const* columns, const DepthwiseOutput& out,
-                              int64_t pixels) {
-  int64_t c = 0;
-  for (; c + kLanes <= g.channels; c += kLanes) strip_tile<kKernel, kStride, kRows, true>(g, columns, out, pixels, c);
-  if (c < g.channels) strip_tile<kKernel, kStride, kRows, false>(g, columns, out, pixels, c);
-}
-
+// Output rows [begin, end) from output column `first_column` on.
 template <int kKernel, int kStride>
-void strip_rows(const DepthwiseProblem& g, const RowSource& source, int64_t begin, int64_t end, const DepthwiseOutput& out) {
-  constexpr int kTileRows = kKernel == 3 ? kRowsOf3x3 : 1, kInRows = (kTileRows - 1) * kStride + kKernel;
-  Columns<kKernel, kStride> table[kInRows];
-  const Columns<kKernel, kStride>* present[kInRows];
-  const float* input_rows[kInRows];
-  for (int64_t p = begin; p < end;) {
-    const int64_t rows = end - p >= kTileRows ? kTileRows : 1, top = p * kStride - g.window.pad_h;
-    for (int64_t i = 0; i < kInRows; ++i) {
-      const bool inside = top + i >= 0 && top + i < g.in_h;
-      present[i] = inside ? &table[i] : nullptr;
-      input_rows[i] = inside ? source.row(top + i) : nullptr;
-    }
-    for (int64_t q0 = 0; q0 < g.out_w; q0 += kStrip) {
-      for (int64_t i = 0; i < kInRows; ++i) {
-        if (present[i]) look_up(table[i], g, input_rows[i], q0 * kStride - g.window.pad_w);
+void strip_rows(const DepthwiseProblem& g, const RowSource& source, int64_t begin, int64_t end, int64_t first_column, const DepthwiseOutput& out) {
+  Columns<kKernel, kStride> columns[kKernel];
+  bool present[kKernel];
+  for (int64_t p = begin; p < end; ++p) {
+    const int64_t top = p * kStride - g.window.pad_h;
+    for (int64_t q0 = first_column; q0 < g.out_w; q0 += kStrip) {
+      for (int64_t h = 0; h < kKernel; ++h) {
+        present[h] = top + h >= 0 && top + h < g.in_h;
+        if (present[h]) look_up(columns[h], g, source.row(top + h), q0 * kStride - g.window.pad_w);
       }
       const DepthwiseOutput place = out.at((p - begin) * out.row_pixels + q0);
-      if (rows == kTileRows) strip_channels<kKernel, kStride, kTileRows>(g, present, place, g.out_w - q0);
-      else strip_channels<kKernel, kStride, 1>(g, present, place, g.out_w - q0);
+      int64_t c = 0;
+      for (; c + kLanes <= g.channels; c += kLanes) strip_tile<kKernel, kStride, true>(g, columns, present, place, g.out_w - q0, c);
+      if (c < g.channels) strip_tile<kKernel, kStride, false>(g, columns, present, place, g.out_w - q0, c);
     }
-    p += rows;
   }
+}
+
+// Output columns of a 3×3 window, from the left, that roll_strip can compute: whole strips with at most a column of padding beside.
+template <int kStride>
+int64_t rolling_columns(const DepthwiseProblem& g, int64_t rows) {
+  if (!kRolls || rows < 2 || g.channels < kLanes || g.window.pad_w > 1) return 0;
+  int64_t columns = g.out_w - g.out_w % kRollingStrip;
+  while (columns > 0 && (columns - 1) * kStride - g.window.pad_w + 3 > g.in_w + 1) columns -= kRollingStrip;
+  return columns;
+}
+
+template <int kStride>
+void rows_of_3x3(const DepthwiseProblem& g, const RowSource& source, int64_t begin, int64_t end, const DepthwiseOutput& out) {
+  const int64_t columns = rolling_columns<kStride>(g, end - begin);
+  if constexpr (kRolls) {
+    const int64_t most = g.in_w * g.x_stride < kLongRowFloats ? kRollingRows : kRollingRowsOfLongRows, runs = ceil_div(end - begin, most);
+    const float* bias = g.bias ? g.bias : kZeros;
+    for (int64_t run = 0; columns > 0 && run < runs; ++run) {
+      const int64_t first = begin + (end - begin) * run / runs, count = begin + (end - begin) * (run + 1) / runs - first;
+      const float* rows[kRollingRows * kStride + 2];
+      for (int64_t i = 0; i < (count - 1) * kStride + 3; ++i) {
+        const int64_t h = first * kStride - g.window.pad_h + i;
+        rows[i] = h >= 0 && h < g.in_h ? source.row(h) : nullptr;
+      }
+      for (int64_t q0 = 0; q0 < columns; q0 += kRollingStrip) {
+        const int64_t left = q0 * kStride - g.window.pad_w, right = left + (kRollingStrip - 1) * kStride + 3;
+        const DepthwiseOutput place = out.at((first - begin) * out.row_pixels + q0);
+        if (left < 0 && right > g.in_w) roll_strip<kStride, true, true>(g, rows, left, bias, place, count);
+        else if (left < 0) roll_strip<kStride, true, false>(g, rows, left, bias, place, count);
+        else if (right > g.in_w) roll_strip<kStride, false, true>(g, rows, left, bias, place, count);
+        else roll_strip<kStride, false, false>(g, rows, left, bias, place, count);
+      }
+    }
+  }
+  strip_rows<3, kStride>(g, source, begin, end, columns, out);
 }
 
 // One output row of any kernel size, stride, dilation and width.
@@ -210,12 +203,12 @@ void depthwise_rows(const DepthwiseProblem& g, const RowSource& source, int64_t 
                      g.channels <= kMaxTableChannels;
   const int64_t shape = plain ? w.kernel_h * 10 + w.stride_h : 0;
   switch (shape) {
-    case 31: return strip_rows<3, 1>(g, source, begin, end, out);
-    case 32: return strip_rows<3, 2>(g, source, begin, end, out);
-    case 51: return strip_rows<5, 1>(g, source, begin, end, out);
-    case 52: return strip_rows<5, 2>(g, source, begin, end, out);
-    case 71: return strip_rows<7, 1>(g, source, begin, end, out);
-    case 72: return strip_rows<7, 2>(g, source, begin, end, out);
+    case 31: return rows_of_3x3<1>(g, source, begin, end, out);
+    case 32: return rows_of_3x3<2>(g, source, begin, end, out);
+    case 51: return strip_rows<5, 1>(g, source, begin, end, 0, out);
+    case 52: return strip_rows<5, 2>(g, source, begin, end, 0, out);
+    case 71: return strip_rows<7, 1>(g, source, begin, end, 0, out);
+    case 72: return strip_rows<7, 2>(g, source, begin, end, 0, out);
     default:
       for (int64_t p = begin; p < end; ++p) row_of_any_window(g, source, p, out.at((p - begin) * out.row_pixels));
   }

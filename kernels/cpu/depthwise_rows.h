@@ -36,6 +36,11 @@ struct DepthwiseOutput {
   }
 };
 
+KP_INLINE void finish_pixel(const DepthwiseProblem& g, const DepthwiseOutput& out, Vec value, int64_t pixel, int64_t c, int64_t lanes) {
+  if (out.residual) value = value + load_up_to(out.residual + pixel * out.residual_stride + c, lanes);
+  store_up_to(out.y + pixel * out.y_stride + c, g.activation(value), lanes);
+}
+
 // Output rows [begin, end) of one image.
 void depthwise_rows(const DepthwiseProblem& problem, const RowSource& source, int64_t begin, int64_t end, const DepthwiseOutput& out);
 

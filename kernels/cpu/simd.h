@@ -133,6 +133,16 @@ KP_INLINE Vec with_sign_of(Vec magnitude, Vec sign) {
 // The larger of two vectors; a NaN on either side wins, as in PyTorch's pooling.
 KP_INLINE Vec maximum_keeping_nan(Vec a, Vec b) { return keep_nan(at_least(b, a), a); }
 
+// The same value, which the compiler is to load once and keep in a register rather than to read again with every use.
+KP_INLINE Vec in_register(Vec a) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(a.v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(a.v));
+#endif
+  return a;
+}
+
 KP_INLINE Vec zero() { return broadcast(0.0f); }
 
 // The first n lanes, n ≤ kLanes; a whole vector takes the plain access.

@@ -76,31 +76,57 @@ KP_INLINE void accumulate(Vec (&acc)[kRows][kVecs], const float* a, int64_t row_
   }
 }
 
+// The epilogue of a tile with all its columns and a clamp for activation: no branch between its outputs.
+template <int kRows, int kVecs>
+KP_INLINE void store_whole(Vec (&acc)[kRows][kVecs], const TileOutput& out) {
+  if (out.residual) {
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 2
+      for (int v = 0; v < kVecs; ++v) acc[m][v] = acc[m][v] + load(out.residual + m * out.residual_stride + v * kLanes);
+    }
+  }
+  const Vec low = out.activation.low, high = out.activation.high;
+  float* y = out.y;
+  const int64_t y_stride = out.y_stride;
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m, y += y_stride) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) store(y + v * kLanes, at_most(at_least(acc[m][v], low), high));
+  }
+}
+
+template <int kRows, int kVecs>
+KP_INLINE void store_any(Vec (&acc)[kRows][kVecs], const TileOutput& out, int64_t columns) {
+#pragma GCC unroll 2
+  for (int v = 0; v < kVecs; ++v) {
+    const int64_t lanes = columns - v * kLanes;
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) {
+      Vec value = acc[m][v];
+      if (out.residual) value = value + load_up_to(out.residual + m * out.residual_stride + v * kLanes, lanes);
+      store_up_to(out.y + m * out.y_stride + v * kLanes, out.activation(value), lanes);
+    }
+  }
+}
+
 // `ahead` is half a panel that a later tile will read: it is brought from memory to the second-level cache meanwhile.
 template <int kRows, int kVecs>
 void compute_tile(const TileInput& in, const float* panel, const TileOutput& out, int64_t columns, const float* ahead) {
   Vec acc[kRows][kVecs];
-#pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m) {
 #pragma GCC unroll 2
-    for (int v = 0; v < kVecs; ++v) acc[m][v] = zero();
+  for (int v = 0; v < kVecs; ++v) {
+    const Vec bias = out.bias ? load_up_to(out.bias + v * kLanes, columns - v * kLanes) : zero();
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) acc[m][v] = bias;
   }
   for (int64_t g = 0; g < in.segments; ++g) {
     const int64_t k = g * in.segment_length;
     accumulate<kRows, kVecs>(acc, in.a + in.segment_offsets[g], in.row_stride, in.half_offset, panel + k * kPanel, in.segment_length,
                              ahead + k * kLanes);
   }
-#pragma GCC unroll 2
-  for (int v = 0; v < kVecs; ++v) {
-    const int64_t lanes = columns - v * kLanes;
-    const Vec bias = out.bias ? load_up_to(out.bias + v * kLanes, lanes) : zero();
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-      Vec value = acc[m][v] + bias;
-      if (out.residual) value = value + load_up_to(out.residual + m * out.residual_stride + v * kLanes, lanes);
-      store_up_to(out.y + m * out.y_stride + v * kLanes, out.activation(value), lanes);
-    }
-  }
+  if (__builtin_expect(columns >= kVecs * kLanes && out.activation.clamps, 1)) store_whole<kRows, kVecs>(acc, out);
+  else store_any<kRows, kVecs>(acc, out, columns);
 }
 
 using TileFunction = void (*)(const TileInput&, const float*, const TileOutput&, int64_t, const float*);
@@ -123,13 +149,14 @@ KP_INLINE const float* half_of_next(const float* panel, const float* next, int64
 
 // rows × columns of output from one panel; rows are cut into tiles of nearly equal height. `next` is the panel to come.
 inline void multiply(const TileInput& in, const float* panel, const float* next, const TileOutput& out, int64_t rows, int64_t columns) {
-  const int64_t tiles = ceil_div(rows, kTileRows);
-  for (int64_t t = 0; t < tiles; ++t) {
-    const int64_t begin = rows * t / tiles, end = rows * (t + 1) / tiles;
-    TileInput part = in;
-    part.a += begin * in.row_stride;
-    part.half_offset = (end - begin) / 2 * in.row_stride;
-    tile_function(end - begin, columns)(part, panel, out.at(begin, 0), columns, half_of_next(panel, next, in.depth(), t));
+  const int64_t tiles = ceil_div(rows, kTileRows), height = rows / tiles, higher = rows % tiles;
+  TileInput part = in;
+  for (int64_t t = 0, begin = 0; t < tiles; ++t) {
+    const int64_t count = height + (t < higher);
+    part.a = in.a + begin * in.row_stride;
+    part.half_offset = count / 2 * in.row_stride;
+    tile_function(count, columns)(part, panel, out.at(begin, 0), columns, half_of_next(panel, next, in.depth(), t));
+    begin += count;
   }
 }
 
