@@ -16,6 +16,8 @@
 
 #include "cuda_failure.h"
 #include "cuda_runtime_seam.h"
+#include "kernels/cuda/dense.h"
+#include "kernels/cuda/dense_tiles.h"
 #include "kernels/cuda/depthwise_tiles.h"
 #include "kernels/cuda/ghost_tiles.h"
 #include "kernels/cuda/grouped_tiles.h"
@@ -168,6 +170,7 @@ PYBIND11_MODULE(KERNELPRESS_MODULE, module) {
   module.doc() = "CUDA kernels of kernelpress: raw addresses, sizes in elements. Use torch.ops.kernelpress instead.";
 
   // One line a launcher: bind_launcher(module, "name", &name, kTable), the table of its tile configurations only where it has one.
+  bind_launcher(module, "pointwise_conv2d", &pointwise_conv2d, kDenseTiles);
   bind_launcher(module, "depthwise_conv2d", &depthwise_conv2d, kDepthwiseTiles);
   bind_launcher(module, "ghost_conv2d", &ghost_conv2d, kGhostTiles);
   bind_launcher(module, "grouped_conv2d", &grouped_conv2d, kGroupedTiles);

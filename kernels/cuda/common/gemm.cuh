@@ -124,7 +124,8 @@ __device__ __forceinline__ void copy_step(unsigned char* stage, Cursor& cursor) 
   using T = typename Config::T;
   using Share = CopyShare<Config, kRows>;
   constexpr int kPieces = 16 / Config::kAccess, kPiece = Config::kAccess / sizeof(T);
-#pragma unroll
+  constexpr int kTogether = Config::kAccess < 4 ? 2 : kPieces;  // single elements wait in registers
+#pragma unroll kTogether
   for (int piece = 0; piece < kPieces; ++piece) {
     cursor.seek();
 #pragma unroll
