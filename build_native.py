@@ -54,6 +54,8 @@ EXTRA_FLAGS: dict[tuple[str, str], list[str]] = {}
 CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
 """Machine code is made for these, as far as nvcc knows them; and text for what comes after the last."""
 
+OLDEST_CUDA_ARCHITECTURE = 80
+
 NVCC_FLAGS = [
     *["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr"],
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unknown-pragmas",
@@ -221,7 +223,10 @@ def cuda_objects(root: Path, architectures: Sequence[str]) -> Path:
 
 
 def _known_to(nvcc: str) -> list[str]:
-    return subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    """What nvcc can make that the kernels run on: they copy to shared memory asynchronously, as from 8.0 on."""
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout
+    versions = sorted(int(version) for version in re.findall(r"^sm_(\d+)$", listed, re.MULTILINE))
+    return [f"sm_{version}" for version in versions if version >= OLDEST_CUDA_ARCHITECTURE]
 
 
 def _compile_rule(writer: Writer, flags: list[str]) -> None:

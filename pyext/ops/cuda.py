@@ -66,7 +66,7 @@ class Target:
 
     `device_type` is the type of the tensors it takes. `reason(index)` tells why nothing runs on the device of that
     index (None: on any). `describe(index)` is the device. `launch(name, tensors, fields, index)` runs a launcher of
-    `_cuda` on the fields of its argument struct; `tensors` are all whose memory the kernel may touch.
+    `_cuda` on the fields of its argument struct; `tensors` are all whose memory the kernel may touch, the output first.
     `configurations(name)` names the tile configurations of a launcher's table.
     """
 
@@ -240,7 +240,7 @@ def prepare_with(kernel: CudaKernel, problem: Problem, tensors: Tensors, configu
                 assert t is not None
                 tensors[at] = copy(t)
         y = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-        touched = [*constant, y]
+        touched = [y, *constant]
         fields = template.copy()
         fields[at_y] = y.data_ptr()
         for at, source in changing:
