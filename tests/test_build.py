@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from setuptools import Distribution
+from setuptools.errors import CompileError
 
 import kernelpress
 from kernelpress import native
@@ -86,8 +89,8 @@ def toy_tree(tmp_path: Path, monkeypatch) -> Path:
     return tmp_path
 
 
-def import_file(path: Path):
-    spec = importlib.util.spec_from_file_location("_cpu", path)
+def import_file(path: Path, name: str = "_cpu"):
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -226,18 +229,105 @@ def test_no_variant_runs_code_or_lends_symbols_before_it_is_chosen(variant: str)
     assert ".ctors" not in sections
 
 
-def test_cuda_can_be_turned_off(builder, toy_tree: Path, monkeypatch):
-    compiler = toy_tree / "nvcc"
-    compiler.write_text("#!/bin/sh\n")
-    compiler.chmod(0o755)
-    (toy_tree / "kernels/cuda").mkdir()
-    (toy_tree / "kernels/cuda/toy.cu").write_text("")
-    (toy_tree / "pyext/csrc/cuda.cpp").write_text("")
-    monkeypatch.setenv("CUDACXX", str(compiler))
+@pytest.fixture
+def cuda_toy_tree(toy_tree: Path, monkeypatch) -> Path:
+    """The toy with a CUDA kernel as well."""
     monkeypatch.delenv("KERNELPRESS_CUDA", raising=False)
-    assert [module.name for module in builder.native_modules(toy_tree)] == ["kernelpress._cpu", "kernelpress._cuda"]
+    monkeypatch.delenv("KERNELPRESS_CUDA_ARCHS", raising=False)
+    (toy_tree / "kernels/cuda").mkdir()
+    (toy_tree / "kernels/cuda/toy.cu").write_text(
+        "__global__ void twice(float* x) { x[threadIdx.x] *= 2; }\n"
+        "int launch_twice(float* x) { twice<<<1, 32>>>(x); return cudaGetLastError(); }\n"
+    )
+    (toy_tree / "pyext/csrc/cuda.cpp").write_text(
+        """
+        #include <pybind11/pybind11.h>
+        int launch_twice(float*);
+        #define TEXT_(...) #__VA_ARGS__
+        #define TEXT(...) TEXT_(__VA_ARGS__)
+        PYBIND11_MODULE(_cuda, m) {
+          m.def("built_for", [] { return TEXT(KERNELPRESS_CUDA_ARCHITECTURES); });
+          m.def("twice", [] { return launch_twice(nullptr); });
+        }
+        """
+    )
+    return toy_tree
+
+
+def fake_nvcc(folder: Path) -> str:
+    """A compiler that knows some architectures and fails at everything else."""
+    path = folder / "nvcc"
+    path.write_text(
+        "#!/bin/sh\n[ \"$1\" = --list-gpu-code ] && echo 'sm_75 sm_80 sm_90 sm_100' | tr ' ' '\\n' && exit\n"
+        "echo 'no compiler at all' >&2; exit 1\n"
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_cuda_can_be_turned_off(builder, cuda_toy_tree: Path, monkeypatch):
+    monkeypatch.setenv("CUDACXX", fake_nvcc(cuda_toy_tree))
+    names = [module.name for module in builder.native_modules(cuda_toy_tree)]
+    assert names == ["kernelpress._cpu", "kernelpress._cuda"]
     monkeypatch.setenv("KERNELPRESS_CUDA", "0")
-    assert [module.name for module in builder.native_modules(toy_tree)] == ["kernelpress._cpu"]
+    assert [module.name for module in builder.native_modules(cuda_toy_tree)] == ["kernelpress._cpu"]
+
+
+def test_where_cuda_cannot_be_compiled_the_way_without_it_is_told(builder, cuda_toy_tree: Path, monkeypatch, capfd):
+    monkeypatch.setenv("CUDACXX", fake_nvcc(cuda_toy_tree))
+    monkeypatch.setattr(builder, "__file__", str(cuda_toy_tree / "build_native.py"))
+    command = builder.BuildNative(Distribution({"ext_modules": builder.native_modules(cuda_toy_tree)}))
+    command.build_lib = str(cuda_toy_tree / "lib")
+    command.ensure_finalized()
+    with pytest.raises(CompileError, match=r"kernelpress\._cuda: not built; .*KERNELPRESS_CUDA=0 installs kernelpress"):
+        command.build_extension(command.extensions[1])
+    assert "no compiler at all" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("", ["sm_80", "sm_90", "sm_100", "compute_100"]),
+        ("80;90", ["sm_80", "sm_90"]),
+        ("8.0, 9.0a ", ["sm_80", "sm_90a"]),
+        ("90+PTX", ["sm_90", "compute_90"]),
+    ],
+)
+def test_cuda_architectures_can_be_chosen(builder, monkeypatch, wanted: str, expected: list[str]):
+    monkeypatch.setenv("KERNELPRESS_CUDA_ARCHS", wanted)
+    assert builder.cuda_architectures(["sm_80", "sm_90", "sm_100", "sm_103"]) == expected
+
+
+@pytest.mark.parametrize("wanted", ["75", "80;sm_90", "80+", "a", "120"])
+def test_an_architecture_that_nvcc_or_the_kernels_do_not_know_is_refused(builder, cuda_toy_tree, monkeypatch, wanted):
+    monkeypatch.setenv("CUDACXX", fake_nvcc(cuda_toy_tree))
+    monkeypatch.setenv("KERNELPRESS_CUDA_ARCHS", wanted)
+    with pytest.raises(ValueError, match=r"ARCHS: expected some of 80, 90, 100, \+PTX behind any, got "):
+        builder.build(cuda_toy_tree, "cuda")
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc; a CUDA toolkit has one")
+def test_one_module_has_code_for_several_architectures_and_needs_no_gpu_to_be_imported(
+    builder, cuda_toy_tree: Path, monkeypatch
+):
+    monkeypatch.setenv("KERNELPRESS_CUDA_ARCHS", "80;90+PTX")
+    path = builder.build(cuda_toy_tree, "cuda")
+    module = import_file(path, "_cuda")
+    architectures = module.built_for().split(":")
+    assert architectures == ["sm_80", "sm_90", "compute_90"]
+    notes = (builder.cuda_objects(cuda_toy_tree, architectures) / "toy.o.ptxas").read_text()
+    assert re.findall(r"Compiling entry function '\w*twice\w*' for '(\w+)'", notes) == ["sm_80", "sm_90"]
+    exported = subprocess.run(["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True)
+    assert "PyInit__cuda" in exported.stdout
+    assert "cuda" not in exported.stdout.replace("PyInit__cuda", ""), "the static cudart must not be seen from outside"
+    if not torch_sees_a_gpu():
+        assert module.twice() != 0, "no device: an error code"
+
+
+def torch_sees_a_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def test_a_missing_compiler_is_named(builder, toy_tree: Path, monkeypatch):
@@ -252,6 +342,7 @@ def test_a_wheel_builds_from_the_source_archive_without_torch(tmp_path: Path):
     archive = make_source_archive(tmp_path)
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "-q", "-w", str(tmp_path), str(archive)]
     environment = {**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1", "CXXFLAGS": "-O0"}
+    environment["KERNELPRESS_CUDA"] = "0"  # minutes of nvcc; tests/test_cuda_build.py makes the wheel with _cuda
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     if "No matching distribution found for setuptools" in result.stderr:
         pytest.skip("no package index can be reached; an isolated build fetches setuptools, pybind11 and ninja")
@@ -263,7 +354,7 @@ def test_a_wheel_builds_from_the_source_archive_without_torch(tmp_path: Path):
         file.extractall(unpacked)
     for expected in ("kernelpress/__init__.py", "kernelpress/py.typed", "kernelpress/kernels/__init__.py"):
         assert expected in names
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".cu"))]
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".cuh"))]
     check = "import kernelpress; print(kernelpress.__file__)"
     if native.cpu() is not None:
         check += "; from kernelpress import native; print(native.cpu().variants())"
@@ -281,5 +372,7 @@ def make_source_archive(folder: Path) -> Path:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tree, capture_output=True, text=True)
     (archive,) = (tree / "dist").glob("*.tar.gz")
     with tarfile.open(archive) as file:
-        assert any(name.endswith("build_native.py") for name in file.getnames())
+        carried = {name.partition("/")[2] for name in file.getnames()}
+    needed = [path for kind in ("cpp", "h", "cu", "cuh") for path in (ROOT / "kernels").rglob(f"*.{kind}")]
+    assert {"build_native.py", *(str(path.relative_to(ROOT)) for path in needed)} <= carried
     return archive
