@@ -21,6 +21,9 @@
 #include "kernels/cuda/depthwise_tiles.h"
 #include "kernels/cuda/ghost_tiles.h"
 #include "kernels/cuda/grouped_tiles.h"
+#include "kernels/cuda/separable.h"
+#include "kernels/cuda/separable_tiles.h"
+#include "kernels/cuda/sparse_tiles.h"
 
 #ifdef KERNELPRESS_SIMT
 #define KERNELPRESS_MODULE _simt
@@ -173,8 +176,11 @@ PYBIND11_MODULE(KERNELPRESS_MODULE, module) {
   bind_launcher(module, "pointwise_conv2d", &pointwise_conv2d, kDenseTiles);
   bind_launcher(module, "depthwise_conv2d", &depthwise_conv2d, kDepthwiseTiles);
   bind_launcher(module, "ghost_conv2d", &ghost_conv2d, kGhostTiles);
+  bind_launcher(module, "separable_conv2d", &separable_conv2d, kSeparableTiles);
+  bind_launcher(module, "inverted_residual", &inverted_residual, kSeparableTiles);
   bind_launcher(module, "grouped_conv2d", &grouped_conv2d, kGroupedTiles);
   bind_launcher(module, "shuffle_concat", &shuffle_concat, kShuffleTiles);
+  bind_launcher(module, "sparse_conv2d", &sparse_conv2d, kSparseTiles);
 
   module.def("configurations", [](const std::string& launcher) { return configuration_names[launcher]; }, py::arg("launcher"));
   module.def("architectures", &compiled_architectures);

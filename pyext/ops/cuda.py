@@ -131,7 +131,8 @@ class CudaKernel:
     being the distance in elements between neighbouring pixels or rows, 0 for an absent tensor. `dtype` is x's,
     `activation` the option of that name, identity where there is none. `scalars(problem)` gives the floats.
     `workspace(problem, device)` is the size in bytes of memory that the kernel may write while it runs, enough for
-    every configuration; where `has_workspace`, its address follows y's, 0 for no bytes.
+    every configuration; where `has_workspace`, its address follows y's, 0 for no bytes. Where a launch depends on the
+    values of parameters, `specialise(kernel, problem, tensors, device)` gives the kernel for these.
     """
 
     name: str
@@ -143,6 +144,7 @@ class CudaKernel:
     dtypes: tuple[torch.dtype, ...] = FLOATING
     workspace: Callable[[Problem, CudaDevice], int] = _no_workspace
     has_workspace: bool = False
+    specialise: Callable[[CudaKernel, Problem, Tensors, CudaDevice], CudaKernel] | None = None
 
 
 def data_type(dtype: torch.dtype) -> int:
@@ -210,6 +212,8 @@ def _prepare(kernel: CudaKernel, problem: Problem, tensors: Tensors) -> Run:
 
 def prepare_with(kernel: CudaKernel, problem: Problem, tensors: Tensors, configuration: int) -> Run:
     """A prepared call in a given tile configuration: an index of the launcher's table, or `HEURISTIC`."""
+    if kernel.specialise is not None:
+        kernel = kernel.specialise(kernel, problem, tensors, device_of(problem))
     shape, stride, dtype, device = problem.shape, problem.stride, problem.dtype, torch.device(problem.device)
     if 0 in shape:
         return lambda tensors: torch.empty_strided(shape, stride, dtype=dtype, device=device)

@@ -24,11 +24,13 @@ from kernelpress.ops.checks import (
     describe,
     one_floating_dtype,
 )
+from kernelpress.ops.cuda import cuda_implementation
 from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import PIXELS, ROWS
 from kernelpress.ops.library import call, publish
 from kernelpress.ops.registry import Implementation, Operator, Problem, Run, Tensors
 from kernelpress.ops.schema import IntOrPair
+from kernelpress.ops.sparse_cuda import sparse_cuda_kernel
 
 __all__ = ["sparse_conv2d", "sparse_matmul"]
 
@@ -188,7 +190,10 @@ _MATMUL = publish(
         shape=_matmul_shape,
         reference=reference.sparse_matmul,
         macs=lambda shapes, options, shape: math.prod(shape[:-1]) * math.prod(shapes[3]),
-        implementations=(_checked(reference_implementation("sparse_matmul", reference.sparse_matmul)),),
+        implementations=(
+            _checked(cuda_implementation("sparse_matmul", sparse_cuda_kernel("sparse_matmul"))),
+            _checked(reference_implementation("sparse_matmul", reference.sparse_matmul)),
+        ),
         native=None,
         dtypes=_dtypes,
     )
@@ -208,7 +213,10 @@ _CONV2D = publish(
         shape=_conv_shape,
         reference=reference.sparse_conv2d,
         macs=lambda shapes, options, shape: shape[0] * math.prod(shape[2:]) * math.prod(shapes[3]),
-        implementations=(_checked(reference_implementation("sparse_conv2d", reference.sparse_conv2d)),),
+        implementations=(
+            _checked(cuda_implementation("sparse_conv2d", sparse_cuda_kernel("sparse_conv2d"))),
+            _checked(reference_implementation("sparse_conv2d", reference.sparse_conv2d)),
+        ),
         native=None,
         dtypes=_dtypes,
     )
