@@ -61,11 +61,13 @@ def row_stride(shape: Sequence[int], stride: Sequence[int]) -> int | None:
 
 @dataclass(frozen=True)
 class Layout:
-    """A way of lying in memory that a kernel takes: the spacing that a tensor of this shape and stride has (None where
-    it lies otherwise), the strides of a new tensor, and the copy that lies so.
+    """A way of lying in memory that a kernel takes: its channel dimension (the last one of rows), the spacing that a
+    tensor of this shape and stride has (None where it lies otherwise), the strides of a new tensor, and the copy that
+    lies so.
     """
 
     name: str
+    channels: int
     spacing: Callable[[Sequence[int], Sequence[int]], int | None]
     stride: Callable[[Sequence[int]], tuple[int, ...]]
     copy: Callable[[Tensor], Tensor]
@@ -84,12 +86,13 @@ def _by_rank(shape: Sequence[int]) -> Layout:
     return PIXELS if len(shape) == 4 else ROWS
 
 
-PIXELS = Layout("channels_last", pixel_stride, _channels_last_stride, _to_channels_last)
-ROWS = Layout("evenly spaced rows", row_stride, _contiguous_stride, Tensor.contiguous)
+PIXELS = Layout("channels_last", 1, pixel_stride, _channels_last_stride, _to_channels_last)
+ROWS = Layout("evenly spaced rows", -1, row_stride, _contiguous_stride, Tensor.contiguous)
 IMAGES_OR_ROWS = Layout(
     "channels_last or evenly spaced rows",
+    -1,
     lambda shape, stride: _by_rank(shape).spacing(shape, stride),
     lambda shape: _by_rank(shape).stride(shape),
     lambda t: _by_rank(t.shape).copy(t),
 )
-DENSE = Layout("contiguous", _rigid, _contiguous_stride, Tensor.contiguous)
+DENSE = Layout("contiguous", -1, _rigid, _contiguous_stride, Tensor.contiguous)
