@@ -1,0 +1,23 @@
+"""Helpers of the CUDA kernels' tests: an op in a tile configuration chosen by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from kernelpress.ops import cuda, registry
+from kernelpress.ops.checks import TensorSpec
+
+__all__ = ["run_configured"]
+
+
+def run_configured(op: str, tensors: Sequence[Tensor | None], options: dict[str, Any], configuration: str) -> Tensor:
+    """The op on the backend "cuda", in the first tile configuration whose name begins so."""
+    entry, kernel = registry.operator(op), cuda.kernel_of(op)
+    specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
+    problem = registry.problem(entry, specs, entry.options(**options), "cpu", True)
+    names = cuda.target().configurations(kernel.name)
+    index = next(i for i, name in enumerate(names) if name.startswith(configuration))
+    return cuda.prepare_with(kernel, problem, tensors, index)(tensors)

@@ -1,0 +1,113 @@
+"""The CUDA kernels of depthwise convolution, on the host emulator, against the float64 reference."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from emulating import run_configured
+from support import assert_matches, channel_slice, channels_last, cropped
+from torch import Tensor
+
+import kernelpress
+from kernelpress import ops
+from kernelpress.kernels.reference import ACTIVATIONS
+
+pytestmark = pytest.mark.usefixtures("emulated_cuda")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+RING = ("ring of rows, 128", "ring of rows, 64", "ring of rows, 32")
+
+# kernel, stride, input size, channels: ragged against patches of 2 × 4 or 8 outputs, steps and vectors of channels.
+WINDOWS = {
+    "3x3": (3, 1, (13, 19), 24),
+    "3x3 stride 2": (3, 2, (21, 17), 40),
+    "5x5": (5, 1, (9, 18), 16),
+    "5x5 stride 2": (5, 2, (15, 20), 24),
+    "7x7": (7, 1, (11, 9), 16),
+    "7x7 stride 2": (7, 2, (13, 14), 8),
+}
+
+
+def tensors_of(x: Tensor, kernel: tuple[int, int], dtype: torch.dtype, multiplier: int = 1) -> list[Tensor | None]:
+    c_out = x.shape[1] * multiplier
+    weight = torch.randn(c_out, 1, *kernel)
+    return [t.to(dtype) for t in (x, weight, torch.randn(c_out), torch.rand(c_out) + 0.5)] + [None]
+
+
+def check(tensors: list[Tensor | None], options: dict[str, Any], out: Tensor) -> None:
+    assert_matches("depthwise_conv2d", tensors, options, out)
+
+
+@pytest.mark.parametrize("index", range(len(WINDOWS) * len(RING)))
+def test_the_ring_of_every_window_and_configuration(index: int) -> None:
+    kernel, stride, size, channels = list(WINDOWS.values())[index % len(WINDOWS)]
+    dtype = DTYPES[(index + index // len(WINDOWS)) % len(DTYPES)]
+    x = channels_last(2 if index % 2 else 1, channels, *size)
+    tensors = tensors_of(x, (kernel, kernel), dtype)
+    options = {"stride": (stride, stride), "padding": (kernel // 2, kernel // 2), "activation": ACTIVATIONS[index % 8]}
+    out = run_configured("depthwise_conv2d", tensors, options, RING[index // len(WINDOWS)])
+    check(tensors, options, out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_block_walks_down_the_image(dtype: torch.dtype) -> None:
+    tensors = tensors_of(channels_last(700, 1, 9, 3), (3, 3), dtype)
+    options = {"stride": (1, 1), "padding": (1, 1), "activation": "relu"}
+    check(tensors, options, run_configured("depthwise_conv2d", tensors, options, RING[2]))
+
+
+@pytest.mark.parametrize("channels", [1, 3, 6, 12, 20, 36])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_channels_that_fill_no_vector(channels: int, dtype: torch.dtype) -> None:
+    x = channels_last(1, channels, 5, 7)
+    tensors = tensors_of(x, (3, 3), dtype)
+    tensors[4] = channels_last(1, channels, 5, 7).to(dtype)
+    options = {"padding": (1, 1), "activation": "relu6"}
+    with kernelpress.use_backend("cuda"):
+        check(tensors, options, ops.depthwise_conv2d(*tensors, **options))
+
+
+ANY = {
+    "dilation": ((3, 3), {"padding": (2, 1), "dilation": (2, 3)}, 1, 16),
+    "rectangle": ((1, 4), {"stride": (1, 2), "padding": (0, 3)}, 1, 24),
+    "stride 3": ((5, 5), {"stride": (3, 3), "padding": (4, 4)}, 1, 5),
+    "multiplier": ((3, 3), {"padding": (1, 1)}, 3, 8),
+    "pointwise": ((1, 1), {}, 2, 3),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ANY.values(), ids=ANY)
+def test_any_window(case: tuple, dtype: torch.dtype) -> None:
+    kernel, options, multiplier, channels = case
+    tensors = tensors_of(channels_last(2, channels, 8, 9), kernel, dtype, multiplier)
+    with kernelpress.use_backend("cuda"):
+        check(tensors, options, ops.depthwise_conv2d(*tensors, **options))
+
+
+@pytest.mark.parametrize("make", [channel_slice, cropped])
+def test_slices_of_wider_tensors(make: Any) -> None:
+    x, options = make(1, 16, 6, 9).half(), {"padding": (1, 1)}
+    tensors = tensors_of(x, (3, 3), torch.float16)
+    tensors[0], tensors[4] = x, make(1, 16, 6, 9).half()
+    with kernelpress.use_backend("cuda"):
+        check(tensors, options, ops.depthwise_conv2d(*tensors, **options))
+
+
+def test_padding_wider_than_the_image() -> None:
+    tensors = tensors_of(channels_last(1, 8, 1, 2), (7, 7), torch.float16)
+    options = {"padding": (6, 7)}
+    with kernelpress.use_backend("cuda"):
+        check(tensors, options, ops.depthwise_conv2d(*tensors, **options))
+
+
+def test_nan_and_infinity_stay_in_their_channel() -> None:
+    x = channels_last(1, 20, 6, 6)
+    x[0, 1, 0, 0], x[0, 2, 5, 5] = torch.nan, torch.inf
+    weight = torch.rand(20, 1, 3, 3) + 0.1
+    out = ops.depthwise_conv2d(x, weight, padding=1, activation="relu", backend="cuda")
+    expected = ops.depthwise_conv2d(x, weight, padding=1, activation="relu", backend="reference")
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isinf(), expected.isinf())
