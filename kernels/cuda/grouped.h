@@ -13,12 +13,12 @@ namespace kernelpress::cuda {
 
 // y = activation(shuffle(conv(x, weight) · scale + bias) + residual); x, weight, residual and y are of `dtype`.
 //
-// `groups` are groups of the convolution, or several of them merged into one with zeros between (kernelpress/ops/grouped.py does
-// that where they are narrow): group g makes the channels group_out · g … of the convolution, up to c_out, and reads `window`
+// `groups` are groups of the convolution, or several of them merged into one with zeros between (pyext/ops/grouping.py does that
+// where they are narrow): group g makes the channels group_out · g … of the convolution, up to c_out, and reads `window`
 // channels of x. They begin at its own first one, group_in · g, moved down to a multiple of `window_step` (the elements of 16 bytes,
 // or 1) and to where the window ends inside of x. The shuffle is in `shuffle` groups, 1 for none.
 struct GroupedConv2dArgs {
-  const void *x, *weight;      // weight: [groups, group_out, kernel_h, kernel_w, window]
+  const void *x, *weight;      // weight: [c_out, kernel_h, kernel_w, window]
   const float *bias, *scale;   // [c_out], in the order of the convolution's channels
   const void* residual;        // in y's order
   void* y;
