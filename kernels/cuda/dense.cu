@@ -77,8 +77,10 @@ struct DenseProblem {
   int32_t steps, splits;
 };
 
+// `store_offset`: where in shared memory a tile is stored through; 0: where its stages were.
 template <class Config, int kBlocks, bool kScaled>
-__global__ void __launch_bounds__(Config::kThreads, kBlocks) dense_gemm(DenseProblem<typename Config::T> problem, int64_t store_offset) {
+__global__ void __launch_bounds__(Config::kThreads, kBlocks)
+    dense_gemm(DenseProblem<typename Config::T> problem, int64_t store_offset) {
   using Source = Rows<typename Config::T>;
   SIMT_DYN_SMEM(shared);
   Pipeline<Config, Source, Source> pipeline(shared, problem.x, problem.weight);
@@ -98,15 +100,19 @@ __global__ void __launch_bounds__(Config::kThreads, kBlocks) dense_gemm(DensePro
     } else {
       pipeline.run(sums);
     }
-    if (index + gridDim.x < tiles) {
-      block_barrier();
-      tile = grouped_tile(index + gridDim.x, problem.tiles_m, problem.tiles_n);
-      pipeline.start(tile.m * Config::kTileM, tile.n * Config::kTileN, first_k, steps);
-    }
-    if (problem.splits > 1) {
-      store_partials(sums, problem.partials, split, first_row, first_column);
-    } else {
-      store_tile(sums, shared + store_offset, problem.epilogue, ConsecutivePixels{first_row, problem.x.count}, first_column);
+    // Starts the next tile, then stores this one; the other way round where both use the same memory.
+#pragma unroll 1
+    for (int phase = 0; phase < 2; ++phase) {
+      if (phase == 0 || store_offset == 0) block_barrier();
+      if ((phase == 0) == (store_offset != 0)) {
+        if (index + gridDim.x >= tiles) continue;
+        tile = grouped_tile(index + gridDim.x, problem.tiles_m, problem.tiles_n);
+        pipeline.start(tile.m * Config::kTileM, tile.n * Config::kTileN, first_k, steps);
+      } else if (problem.splits > 1) {
+        store_partials(sums, problem.partials, split, first_row, first_column);
+      } else {
+        store_tile(sums, shared + store_offset, problem.epilogue, ConsecutivePixels{first_row, problem.x.count}, first_column);
+      }
     }
   }
 }
@@ -149,7 +155,9 @@ struct DenseLaunch {
         dense::ceil_div(shape.n, t.tile_n),
         static_cast<int32_t>(plan.steps),
         static_cast<int32_t>(plan.splits)};
-    const int64_t shared = dense::shared_bytes(shape, t), store = shared - store_shared_bytes<Config>();
+    static_assert(store_shared_bytes<Config>() == dense::store_bytes(t));
+    const int64_t shared = dense::shared_bytes(shape, t, device);
+    const int64_t store = dense::stores_aside(shape, t, device) ? dense::stages_bytes(shape, t) : 0;
     const Grid grid{dim3(static_cast<unsigned>(dense::blocks(shape, t, device)), 1, static_cast<unsigned>(plan.splits)),
                     dim3(Config::kThreads), static_cast<size_t>(shared), stream};
     const int code = launch(dense_gemm<Config, t.blocks, kScaled>, grid, problem, store);

@@ -67,15 +67,29 @@ constexpr int64_t steps(const GemmShape& s, const DenseTile& t) { return ceil_di
 constexpr int64_t tiles(const GemmShape& s, const DenseTile& t) { return ceil_div(s.m, t.tile_m) * ceil_div(s.n, t.tile_n); }
 constexpr int64_t stage_bytes(const DenseTile& t) { return int64_t{t.tile_m + t.tile_n} * t.step_bytes; }
 
-// Stages, and beside them the memory through which the store goes while the next tile's copies are in flight.
-constexpr int64_t shared_bytes(const GemmShape& s, const DenseTile& t) {
-  const int64_t store = int64_t{t.warps_m * t.warps_n} * 16 * (t.tile_n / t.warps_n + 8) * 4;
-  return stage_bytes(t) * at_most(steps(s, t), t.stages) + store;
+constexpr int64_t stages_bytes(const GemmShape& s, const DenseTile& t) { return stage_bytes(t) * at_most(steps(s, t), t.stages); }
+constexpr int64_t store_bytes(const DenseTile& t) { return int64_t{t.warps_m * t.warps_n} * 16 * (t.tile_n / t.warps_n + 8) * 4; }
+constexpr int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Blocks of so much shared memory that one multiprocessor holds; the driver keeps 1 KiB per block.
+constexpr int64_t resident(const DenseTile& t, int64_t shared_bytes, const Device& device) {
+  return at_most(t.blocks, (device.shared_bytes + 1024) / (shared_bytes + 1024));
 }
 
-// Blocks that one multiprocessor holds; the driver keeps 1 KiB of shared memory per block.
+// A block stores a tile while the copies of its next one are in flight, through memory beside the stages, unless that memory costs
+// a block; then it stores through the stages.
+constexpr bool stores_aside(const GemmShape& s, const DenseTile& t, const Device& device) {
+  const int64_t stages = stages_bytes(s, t), store = store_bytes(t);
+  return resident(t, stages + store, device) == resident(t, larger(stages, store), device);
+}
+
+constexpr int64_t shared_bytes(const GemmShape& s, const DenseTile& t, const Device& device) {
+  const int64_t stages = stages_bytes(s, t), store = store_bytes(t);
+  return stores_aside(s, t, device) ? stages + store : larger(stages, store);
+}
+
 constexpr int64_t resident_blocks(const GemmShape& s, const DenseTile& t, const Device& device) {
-  return at_most(t.blocks, (device.shared_bytes + 1024) / (shared_bytes(s, t) + 1024));
+  return resident(t, shared_bytes(s, t, device), device);
 }
 
 // Blocks of a launch: each takes tile after tile, unless there are too few.

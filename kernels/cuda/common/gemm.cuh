@@ -124,7 +124,7 @@ __device__ __forceinline__ void copy_step(unsigned char* stage, Cursor& cursor) 
   using T = typename Config::T;
   using Share = CopyShare<Config, kRows>;
   constexpr int kPieces = 16 / Config::kAccess, kPiece = Config::kAccess / sizeof(T);
-  constexpr int kTogether = Config::kAccess < 4 ? 2 : kPieces;  // single elements wait in registers
+  [[maybe_unused]] constexpr int kTogether = Config::kAccess < 4 ? 2 : kPieces;  // single elements wait in registers
 #pragma unroll kTogether
   for (int piece = 0; piece < kPieces; ++piece) {
     cursor.seek();
