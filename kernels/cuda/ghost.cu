@@ -3,8 +3,9 @@
 //     y, one pixel:  │ p: primary channels │ cheap: kept channels │ ◀── both written where they belong, nothing is concatenated
 //
 // The fused kernel (ghost_fused.cuh) computes both from a tile of p in shared memory. Where it does not fit or does not pay, p is
-// written into y by a GEMM over windows of x (gemm.cuh), and the depthwise family's kernel reads it there and writes the rest; a
-// residual is then added to p at last, because the depthwise kernel reads it without.
+// written into y by a GEMM over windows of x (gemm.cuh), and the depthwise family's kernel reads it there and writes the rest. It
+// reads p without a residual, and adds its own ahead of the activation: so a residual comes at last, but for cheap channels without
+// activation.
 #include "common/gemm_store.cuh"
 #include "depthwise.h"
 #include "ghost_fused.cuh"
@@ -78,6 +79,8 @@ int launch_primary(const GhostConv2dArgs& a, void* stream) {
   return launch(&ghost_primary<Config>, grid, windows, weights, epilogue);
 }
 
+bool adds_with_cheap(const GhostConv2dArgs& a) { return a.kept > 0 && a.cheap_activation == Activation::identity; }
+
 // p, read from y, to the channels after it.
 Status launch_cheap(const GhostConv2dArgs& a, int64_t element, const Device& device, void* stream) {
   const int64_t offset = a.primary * element;
@@ -85,7 +88,7 @@ Status launch_cheap(const GhostConv2dArgs& a, int64_t element, const Device& dev
   cheap.x = a.y;
   cheap.weight = a.cheap_weight;
   cheap.bias = a.cheap_bias;
-  cheap.residual = a.residual == nullptr ? nullptr : static_cast<const unsigned char*>(a.residual) + offset;
+  if (a.residual != nullptr && adds_with_cheap(a)) cheap.residual = static_cast<const unsigned char*>(a.residual) + offset;
   cheap.y = static_cast<unsigned char*>(a.y) + offset;
   cheap.batch = a.batch;
   cheap.in_h = cheap.out_h = a.out_h;
@@ -105,12 +108,13 @@ template <class T>
 int launch_add(const GhostConv2dArgs& a, void* stream) {
   T* const y = static_cast<T*>(a.y);
   const T* const residual = static_cast<const T*>(a.residual);
+  const int64_t channels = adds_with_cheap(a) ? a.primary : a.primary + a.kept;
   const int64_t pixels = a.batch * a.out_h * a.out_w, bytes = kGhostVector * static_cast<int64_t>(sizeof(T));
-  const bool fours = a.primary % kGhostVector == 0 && a.y_stride % kGhostVector == 0 && a.residual_stride % kGhostVector == 0 &&
+  const bool fours = channels % kGhostVector == 0 && a.y_stride % kGhostVector == 0 && a.residual_stride % kGhostVector == 0 &&
                      is_multiple(y, bytes) && is_multiple(residual, bytes);
-  const int64_t vectors = pixels * (fours ? a.primary / kGhostVector : a.primary);
+  const int64_t vectors = pixels * (fours ? channels / kGhostVector : channels);
   const Grid grid{dim3(blocks_for(vectors, kAddThreads)), dim3(kAddThreads), 0, stream};
-  return launch(fours ? &ghost_add<T, kGhostVector> : &ghost_add<T, 1>, grid, y, residual, pixels, a.primary, a.y_stride,
+  return launch(fours ? &ghost_add<T, kGhostVector> : &ghost_add<T, 1>, grid, y, residual, pixels, channels, a.y_stride,
                 a.residual_stride);
 }
 

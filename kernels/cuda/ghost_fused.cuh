@@ -213,9 +213,13 @@ __device__ __forceinline__ void put_outputs(const T* p, const GhostConv2dArgs& a
   }
 }
 
+// Blocks that one multiprocessor shall hold, as far as registers go.
+template <class Config>
+constexpr int kBlocksTogether = Config::kTileN == 64 ? 2 : sizeof(typename Config::T) == 4 ? 3 : 4;
+
 // One block a tile of pixels and a slice of channels of p; slices of a tile are neighbours and share its pixels of x in the cache.
 template <class Config>
-__global__ void __launch_bounds__(kGhostThreads, Config::kTileN == 64 ? 2 : 4) ghost_fused(const GhostConv2dArgs a, const GhostTile tile) {
+__global__ void __launch_bounds__(kGhostThreads, kBlocksTogether<Config>) ghost_fused(const GhostConv2dArgs a, const GhostTile tile) {
   using T = typename Config::T;
   static_assert(Config::kThreads == kGhostThreads);
   using Products = Pipeline<Config, RectanglePixels<T>, Rows<T>>;
