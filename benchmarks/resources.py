@@ -41,8 +41,8 @@ class Use:
 
     @property
     def template(self) -> str:
-        """The kernel's name without the arguments of its template."""
-        return self.kernel.partition("<")[0]
+        """The kernel's name without its namespace and the arguments of its template."""
+        return self.kernel.partition("<")[0].rpartition("::")[2]
 
 
 def object_folder() -> Path:
