@@ -11,6 +11,7 @@ import torch
 from hypothesis import settings
 
 from kernelpress import native
+from simt.fixtures import emulated_cuda, simt  # noqa: F401 - fixtures
 
 SEED = int(os.environ.get("KERNELPRESS_TEST_SEED", "0"))
 
