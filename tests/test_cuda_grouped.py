@@ -123,7 +123,8 @@ def test_float32_is_refused_where_tf32_is(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("groups", "group_in", "group_out"), [(32, 4, 4), (3, 40, 20), (8, 12, 48), (5, 8, 8), (7, 3, 5), (64, 1, 1), (1, 9, 4)]
+    ("groups", "group_in", "group_out"),
+    [(32, 4, 4), (3, 40, 20), (8, 12, 48), (5, 8, 8), (7, 3, 5), (64, 1, 1), (1, 9, 4)],
 )
 def test_windows_hold_every_group_and_lie_inside_of_x(groups: int, group_in: int, group_out: int) -> None:
     x = torch.randn(2, groups * group_in, dtype=torch.float64)

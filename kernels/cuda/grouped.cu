@@ -11,9 +11,9 @@
 //   whole pixels:     block = pixels; it makes all groups, one after the other, collects them in shared memory in the order of y and
 //                     writes whole lines:  [pixels][c_out] floats next to the stages of the main loop.
 //
-// Memory-bound in every network that we know (16 … 150 operations a byte): x is read once, by whole pixels in lines, y written once;
-// the zeros that merging multiplies stay below what tensor cores have to spare. Zero times infinity or NaN is NaN: a non-finite value
-// of x reaches the outputs of all groups whose windows hold it.
+// Memory-bound on the layers of ShuffleNet and ResNeXt (16 … 150 operations a byte, merged zeros included): x comes from memory
+// once, y goes there once. Zero times infinity or NaN is NaN: a non-finite value of x reaches the outputs of all groups whose
+// windows hold it.
 #include "grouped.h"
 
 #include "common/gemm.cuh"

@@ -39,16 +39,17 @@ constexpr int64_t grouped_shared_bytes(const GroupedTile& tile, int64_t c_out) {
   return tile.whole_pixels ? stages + tile.pixels * grouped_row_pitch(c_out) * 4 : stages;
 }
 
-// Among the tiles of one kind, that which computes the fewest channels beside those of the group, the widest of equals.
-inline int64_t narrowest_fit(int64_t group_out, bool whole_pixels) {
+// Among the tiles of one kind, that which costs a group least: the channels it computes, and its window of x, which every further
+// tile reads again and which counts as much as 16 channels.
+inline int64_t best_fit(int64_t group_out, bool whole_pixels) {
   int64_t best = -1, least = 0;
   for (int64_t index = 0; index < kGroupedTileCount; ++index) {
     const GroupedTile& tile = kGroupedTiles[index];
     if (tile.whole_pixels != whole_pixels) continue;
-    const int64_t computed = grouped_tiles_per_group(tile, group_out) * tile.channels;
-    if (best < 0 || computed <= least) {
+    const int64_t cost = grouped_tiles_per_group(tile, group_out) * (tile.channels + 16);
+    if (best < 0 || cost <= least) {
       best = index;
-      least = computed;
+      least = cost;
     }
   }
   return best;
@@ -58,11 +59,11 @@ inline int64_t narrowest_fit(int64_t group_out, bool whole_pixels) {
 // multiprocessor. The largest tile only where its blocks occupy the device, too.
 inline int64_t choose_grouped_tile(const GroupedConv2dArgs& a, const Device& device) {
   const int64_t pixels = a.batch * a.out_h * a.out_w, element = a.dtype == DataType::float32 ? 4 : 2;
-  const int64_t whole = narrowest_fit(a.group_out, true);
+  const int64_t whole = best_fit(a.group_out, true);
   const bool in_pieces = a.groups > 1 && (a.shuffle > 1 || a.group_out * element % 32 != 0);
   const bool fits = grouped_shared_bytes(kGroupedTiles[whole], a.c_out) <= device.shared_bytes / 2;
   if (in_pieces && fits && pixels >= 2 * kGroupedTiles[whole].pixels * device.multiprocessors) return whole;
-  const int64_t index = narrowest_fit(a.group_out, false);
+  const int64_t index = best_fit(a.group_out, false);
   const GroupedTile& tile = kGroupedTiles[index];
   const int64_t blocks = (pixels + tile.pixels - 1) / tile.pixels * a.groups * grouped_tiles_per_group(tile, a.group_out);
   return tile.pixels > 64 && blocks < 2 * device.multiprocessors ? 1 : index;

@@ -137,7 +137,8 @@ def _grouped_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) 
     _, c_out, out_h, out_w = problem.shape
     return (
         *(batch, in_h, in_w, c_in, out_h, out_w, c_out),
-        *(grouping.groups, grouping.group_in, grouping.group_out, grouping.window, grouping.window_step, options.shuffle),
+        *(grouping.groups, grouping.group_in, grouping.group_out, grouping.window, grouping.window_step),
+        options.shuffle,
         *(spacings[0], spacings[4], y_spacing),
         *(*weight.shape[2:], *options.stride, *options.padding, *options.dilation),
     )

@@ -1,4 +1,4 @@
-"""Groups of a convolution as the CUDA kernel takes them: narrow ones merged, each with a window of input channels to read."""
+"""Groups of a convolution as the CUDA kernel takes them: narrow ones merged, each with its window of input channels."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _MOST_MERGED = 64
 class Grouping(NamedTuple):
     """`groups` merged groups of `group_in` input and `group_out` output channels, the last one of what remains.
 
-    Group `g` reads `window` channels, from `start(g)` on, a multiple of `window_step` channels: what 16 bytes hold, or 1
-    where that does not divide the channels of x. Weights of channels in the window that are no input are zero.
+    Group `g` reads `window` channels, from `start(g)` on, a multiple of `window_step` channels: what 16 bytes hold, or
+    1 where that does not divide the channels of x. Weights of channels in the window that are no input are zero.
     """
 
     groups: int
@@ -40,7 +40,7 @@ class Grouping(NamedTuple):
 def grouping_of(groups: int, group_in: int, group_out: int, element_bytes: int) -> Grouping:
     """The grouping in which tensor cores multiply least, and among such the one of the widest windows.
 
-    A fragment has 16 output channels, so that narrow groups cost no more than two or four of them merged, zeros included.
+    A fragment has 16 output channels: narrow groups cost no more than two or four of them merged, zeros included.
     """
     channels = groups * group_in
     per_vector = 16 // element_bytes
