@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 
@@ -52,10 +53,9 @@ def object_folder() -> Path:
         raise FileNotFoundError(native.load_cuda().absent_because)
     sys.path.insert(0, str(ROOT))
     try:
-        from build_native import cuda_objects
+        folder: Path = import_module("build_native").cuda_objects(ROOT, module.architectures())
     finally:
         sys.path.remove(str(ROOT))
-    folder = cuda_objects(ROOT, module.architectures())
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder.relative_to(ROOT)}: _cuda was not built in this checkout; `make build` does")
     return folder

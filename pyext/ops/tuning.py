@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -59,7 +60,7 @@ def tune(op: str, *args: Any, measure: Callable[[Callable[[], Tensor]], float] |
         except RuntimeError as error:
             refusal = error
             continue
-        times[name] = (measure or milliseconds_on_device)(lambda run=run: run(tensors))
+        times[name] = (measure or milliseconds_on_device)(functools.partial(run, tensors))
     if not times:
         raise RuntimeError(f"{op}: no configuration of {kernel.name} runs this call: {refusal}") from refusal
     best = min(times, key=times.__getitem__)
