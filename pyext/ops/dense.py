@@ -212,7 +212,6 @@ _POINTWISE_KERNEL = NativeKernel(
 )
 
 
-
 def _gemm_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...]:
     x, weight, bias, scale, residual = tensors[:5]
     assert weight is not None
