@@ -23,6 +23,7 @@ from kernelpress.ops.checks import (
     conv_output_size,
 )
 from kernelpress.ops.cpu import cpu_implementation
+from kernelpress.ops.cuda import CudaDevice, CudaKernel, cuda_implementation, float_vector, tf32_reason
 from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import PIXELS
 from kernelpress.ops.library import call, publish
@@ -95,7 +96,33 @@ def _separable_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, 
     )
 
 
-def _separable_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
+def _separable_cuda_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...]:
+    x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual = tensors
+    assert depthwise_weight is not None
+    assert pointwise_weight is not None
+    return (
+        x,
+        packing.depthwise(depthwise_weight, None),
+        float_vector(depthwise_bias),
+        packing.vector(pointwise_weight),
+        float_vector(pointwise_bias),
+        residual,
+    )
+
+
+def _in_vectors(*elements: int, size: int) -> int:
+    """Bytes of so many elements, in whole vectors of 16 bytes."""
+    return -(-math.prod(elements) * size // 16) * 16
+
+
+def _separable_workspace(problem: Problem, device: CudaDevice) -> int:
+    """The depthwise result, for where the kernels run one after the other."""
+    x, *_ = problem.tensors
+    assert x is not None
+    return _in_vectors(problem.shape[0], x.shape[1], *problem.shape[2:], size=x.dtype.itemsize)
+
+
+def _separable_geometry(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
     x, depthwise_weight, *_ = problem.tensors
     assert x is not None
     assert depthwise_weight is not None
@@ -110,8 +137,12 @@ def _separable_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int
         *options.padding,
         *options.dilation,
         reference.ACTIVATIONS.index(options.depthwise_activation),
-        reference.ACTIVATIONS.index(options.activation),
     )
+
+
+def _separable_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
+    activation = reference.ACTIVATIONS.index(problem.options.activation)
+    return (*_separable_geometry(problem, spacings, y_spacing), activation)
 
 
 def _separable_macs(shapes: Sequence[Any], options: Any, shape: Sequence[int]) -> int:
@@ -126,6 +157,16 @@ _SEPARABLE_KERNEL = NativeKernel(
     supports=lambda problem: None,
     operands=_separable_operands,
     sizes=_separable_sizes,
+)
+
+_SEPARABLE_CUDA = CudaKernel(
+    name="separable_conv2d",
+    layouts=(PIXELS, None, None, None, None, PIXELS),
+    supports=tf32_reason,
+    operands=_separable_cuda_operands,
+    sizes=_separable_geometry,
+    workspace=_separable_workspace,
+    has_workspace=True,
 )
 
 _SEPARABLE = publish(
@@ -144,6 +185,7 @@ _SEPARABLE = publish(
         reference=reference.separable_conv2d,
         macs=_separable_macs,
         implementations=(
+            cuda_implementation("separable_conv2d", _SEPARABLE_CUDA),
             cpu_implementation("separable_conv2d", _SEPARABLE_KERNEL),
             reference_implementation("separable_conv2d", reference.separable_conv2d),
         ),
@@ -217,7 +259,22 @@ def _inverted_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, .
     return (x, packing.panels(expand_weight, None), packing.vector(expand_bias), *others)
 
 
-def _inverted_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
+def _inverted_cuda_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...]:
+    x, expand_weight, expand_bias, *rest = tensors
+    _, *others = _separable_cuda_operands((None, *rest), options)
+    return (x, packing.vector(expand_weight), float_vector(expand_bias), *others)
+
+
+def _inverted_workspace(problem: Problem, device: CudaDevice) -> int:
+    """The expanded map and the depthwise result, for where the kernels run one after the other."""
+    x, expand_weight, *_ = problem.tensors
+    assert x is not None
+    assert expand_weight is not None
+    batch, hidden, size = x.shape[0], expand_weight.shape[0], x.dtype.itemsize
+    return sum(_in_vectors(batch, hidden, *pixels, size=size) for pixels in (x.shape[2:], problem.shape[2:]))
+
+
+def _inverted_geometry(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
     x, expand_weight, _, depthwise_weight, *_ = problem.tensors
     assert x is not None
     assert expand_weight is not None
@@ -234,8 +291,12 @@ def _inverted_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int)
         *options.dilation,
         reference.ACTIVATIONS.index(options.expand_activation),
         reference.ACTIVATIONS.index(options.depthwise_activation),
-        reference.ACTIVATIONS.index(options.activation),
     )
+
+
+def _inverted_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
+    activation = reference.ACTIVATIONS.index(problem.options.activation)
+    return (*_inverted_geometry(problem, spacings, y_spacing), activation)
 
 
 def _inverted_macs(shapes: Sequence[Any], options: Any, shape: Sequence[int]) -> int:
@@ -251,6 +312,16 @@ _INVERTED_KERNEL = NativeKernel(
     supports=lambda problem: None,
     operands=_inverted_operands,
     sizes=_inverted_sizes,
+)
+
+_INVERTED_CUDA = CudaKernel(
+    name="inverted_residual",
+    layouts=(PIXELS, None, None, None, None, None, None, PIXELS),
+    supports=tf32_reason,
+    operands=_inverted_cuda_operands,
+    sizes=_inverted_geometry,
+    workspace=_inverted_workspace,
+    has_workspace=True,
 )
 
 _INVERTED = publish(
@@ -279,6 +350,7 @@ _INVERTED = publish(
         reference=reference.inverted_residual,
         macs=_inverted_macs,
         implementations=(
+            cuda_implementation("inverted_residual", _INVERTED_CUDA),
             cpu_implementation("inverted_residual", _INVERTED_KERNEL),
             reference_implementation("inverted_residual", reference.inverted_residual),
         ),
