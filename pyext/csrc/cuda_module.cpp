@@ -21,6 +21,9 @@
 #include "kernels/cuda/depthwise_tiles.h"
 #include "kernels/cuda/ghost_tiles.h"
 #include "kernels/cuda/grouped_tiles.h"
+#include "kernels/cuda/int8.h"
+#include "kernels/cuda/int8_tiles.h"
+#include "kernels/cuda/quantize.h"
 #include "kernels/cuda/separable.h"
 #include "kernels/cuda/separable_tiles.h"
 #include "kernels/cuda/sparse_tiles.h"
@@ -181,6 +184,12 @@ PYBIND11_MODULE(KERNELPRESS_MODULE, module) {
   bind_launcher(module, "grouped_conv2d", &grouped_conv2d, kGroupedTiles);
   bind_launcher(module, "shuffle_concat", &shuffle_concat, kShuffleTiles);
   bind_launcher(module, "sparse_conv2d", &sparse_conv2d, kSparseTiles);
+  bind_launcher(module, "int8_matmul", &int8_matmul, kInt8Tiles);
+  bind_launcher(module, "int8_conv2d", &int8_conv2d, kInt8Tiles);
+  bind_launcher(module, "quantize", &quantize);
+  bind_launcher(module, "dequantize", &dequantize);
+  bind_launcher(module, "int8_add", &int8_add);
+  bind_launcher(module, "quantize_rows", &quantize_rows);
 
   module.def("configurations", [](const std::string& launcher) { return configuration_names[launcher]; }, py::arg("launcher"));
   module.def("architectures", &compiled_architectures);

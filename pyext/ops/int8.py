@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
+from kernelpress.ops import int8_cuda
 from kernelpress.ops.checks import (
     TensorSpec,
     check_activation,
@@ -20,6 +21,7 @@ from kernelpress.ops.checks import (
     conv_output_size,
     describe,
 )
+from kernelpress.ops.cuda import cuda_implementation
 from kernelpress.ops.depthwise import check_depthwise_weight
 from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import PIXELS, ROWS
@@ -144,7 +146,10 @@ _MATMUL = publish(
         shape=_matmul_shape,
         reference=reference.int8_matmul,
         macs=lambda shapes, options, shape: math.prod(shape) * int(shapes[1][1]),
-        implementations=(reference_implementation("int8_matmul", reference.int8_matmul),),
+        implementations=(
+            cuda_implementation("int8_matmul", int8_cuda.MATMUL),
+            reference_implementation("int8_matmul", reference.int8_matmul),
+        ),
         native=None,
         dtypes=_dtypes,
     )
@@ -240,7 +245,10 @@ _CONV2D = publish(
         shape=_conv_shape,
         reference=reference.int8_conv2d,
         macs=lambda shapes, options, shape: math.prod(shape) * math.prod(shapes[1][1:]),
-        implementations=(reference_implementation("int8_conv2d", reference.int8_conv2d),),
+        implementations=(
+            cuda_implementation("int8_conv2d", int8_cuda.CONV2D),
+            reference_implementation("int8_conv2d", reference.int8_conv2d),
+        ),
         native=None,
         dtypes=_dtypes,
     )

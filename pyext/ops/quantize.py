@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
+from kernelpress.ops import int8_cuda
 from kernelpress.ops.checks import TensorSpec, check_activation, check_dtype, describe
+from kernelpress.ops.cuda import cuda_implementation
 from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import IMAGES_OR_ROWS
 from kernelpress.ops.library import call, publish
@@ -85,7 +87,10 @@ _QUANTIZE = publish(
         shape=_affine_shape,
         reference=reference.quantize,
         macs=lambda shapes, options, shape: 0,
-        implementations=(reference_implementation("quantize", reference.quantize),),
+        implementations=(
+            cuda_implementation("quantize", int8_cuda.QUANTIZE),
+            reference_implementation("quantize", reference.quantize),
+        ),
         native=None,
         dtypes=_quantize_dtypes,
     )
@@ -104,7 +109,10 @@ _DEQUANTIZE = publish(
         shape=_affine_shape,
         reference=reference.dequantize,
         macs=lambda shapes, options, shape: 0,
-        implementations=(reference_implementation("dequantize", reference.dequantize),),
+        implementations=(
+            cuda_implementation("dequantize", int8_cuda.DEQUANTIZE),
+            reference_implementation("dequantize", reference.dequantize),
+        ),
         native=None,
         dtypes=_dequantize_dtypes,
     )
@@ -145,7 +153,10 @@ _ADD = publish(
         shape=_add_shape,
         reference=reference.int8_add,
         macs=lambda shapes, options, shape: 0,
-        implementations=(reference_implementation("int8_add", reference.int8_add),),
+        implementations=(
+            cuda_implementation("int8_add", int8_cuda.ADD),
+            reference_implementation("int8_add", reference.int8_add),
+        ),
         native=None,
         dtypes=_add_dtypes,
     )

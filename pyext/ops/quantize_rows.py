@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
+from kernelpress.ops import cuda
 from kernelpress.ops.checks import TensorSpec, check_dtype, describe
 from kernelpress.ops.interception import is_intercepted, is_plain
 from kernelpress.ops.layout import ROWS
 from kernelpress.ops.library import LIBRARY
 from kernelpress.ops.quantization import FLOATS
-from kernelpress.ops.registry import Implementation, Operator, requested_backend, resolve
+from kernelpress.ops.registry import Implementation, Operator, Problem, requested_backend, resolve
 
 __all__ = ["quantize_rows"]
 
@@ -45,6 +46,37 @@ def _by_reference(tensors: Sequence[Any], symmetric: bool) -> Any:
     return values.contiguous(), scale.contiguous(), zero_point.contiguous()
 
 
+def _unsupported(problem: Problem) -> str | None:
+    place = cuda.target()
+    device = torch.device(problem.device)
+    if device.type != place.device_type:
+        return f"x is on {problem.device}"
+    return place.reason(device.index or 0)
+
+
+def _prepare(problem: Problem, tensors: Sequence[Any]) -> Callable[..., Any]:
+    device = torch.device(problem.device)
+    shape, place, symmetric = problem.shape, cuda.target(), problem.options.symmetric
+
+    def compute(tensors: Sequence[Any]) -> Any:
+        x = tensors[0]
+        if ROWS.spacing(x.shape, x.stride()) is None:
+            x = x.contiguous()
+        values = torch.empty(shape, dtype=torch.int8, device=device)
+        scale = torch.empty(shape[:-1], dtype=torch.float32, device=device)
+        zero_point = torch.empty(shape[:-1], dtype=torch.int32, device=device)
+        if values.numel():
+            fields = (
+                *(x.data_ptr(), values.data_ptr(), scale.data_ptr(), zero_point.data_ptr()),
+                *(scale.numel(), shape[-1], ROWS.spacing(x.shape, x.stride())),
+                *(int(symmetric), cuda.data_type(x.dtype), 0, -1),
+            )
+            place.launch("quantize_rows", (values, x, scale, zero_point), fields, device.index or 0)
+        return values, scale, zero_point
+
+    return compute
+
+
 _OPERATOR = Operator(
     name="quantize_rows",
     schema='(Tensor x, *, bool symmetric=False, str backend="auto") -> (Tensor, Tensor, Tensor)',
@@ -55,6 +87,7 @@ _OPERATOR = Operator(
     reference=reference.quantize_rows,
     macs=lambda shapes, options, shape: 0,
     implementations=(
+        Implementation("quantize_rows", "cuda", lambda: cuda.target().reason(None), _unsupported, _prepare),
         Implementation(
             "quantize_rows",
             "reference",

@@ -42,6 +42,32 @@ Epilogue<Out> make_epilogue(const void* scale, const void* bias, const void* res
   return epilogue;
 }
 
+// Vectors of 16 or 8 bytes in one access: as structs of their elements the compiler may take them apart.
+template <class V>
+__device__ __forceinline__ V load_vector(const void* address) {
+  if constexpr (sizeof(V) == 16) {
+    return load_16<V>(address);
+  } else {
+    static_assert(sizeof(V) == 8);
+    const uint2 words = *static_cast<const uint2*>(address);
+    V vector;
+    memcpy(&vector, &words, 8);
+    return vector;
+  }
+}
+
+template <class V>
+__device__ __forceinline__ void store_vector(void* address, const V& vector) {
+  if constexpr (sizeof(V) == 16) {
+    store_16(address, vector);
+  } else {
+    static_assert(sizeof(V) == 8);
+    uint2 words;
+    memcpy(&words, &vector, 8);
+    *static_cast<uint2*>(address) = words;
+  }
+}
+
 namespace detail {
 
 __device__ __forceinline__ float reciprocal(float x) {
@@ -129,18 +155,19 @@ struct SameChannels {
 namespace detail {
 
 template <class Out>
-__device__ __forceinline__ float residual_value(const Epilogue<Out>& epilogue, Out value) {
+__device__ __forceinline__ float plus_residual(const Epilogue<Out>& epilogue, float value, Out residual) {
   if constexpr (std::is_same_v<Out, int8_t>)
-    return (to_float(value) - epilogue.residual_zero_point) * epilogue.residual_scale;
+    return fmaf(to_float(residual) - epilogue.residual_zero_point, epilogue.residual_scale, value);
   else
-    return to_float(value);
+    return value + to_float(residual);
 }
 
 template <class Out>
 __device__ __forceinline__ Out output_value(const Epilogue<Out>& epilogue, float value) {
   if constexpr (std::is_same_v<Out, int8_t>) {
-    const float steps = rintf(value * epilogue.inverse_scale) + epilogue.zero_point;
-    return static_cast<int8_t>(static_cast<int>(fminf(fmaxf(steps, -128.0f), 127.0f)));
+    const float steps = rintf(value * epilogue.inverse_scale);
+    const float shifted = (steps == steps ? steps : 0.0f) + epilogue.zero_point;  // NaN becomes the zero point
+    return static_cast<int8_t>(static_cast<int>(fminf(fmaxf(shifted, -128.0f), 127.0f)));
   } else {
     return from_float<Out>(value);
   }
@@ -152,8 +179,9 @@ __device__ __forceinline__ Out output_value(const Epilogue<Out>& epilogue, float
 template <int kCount, class Out, class ChannelMap = SameChannels>
 __device__ __forceinline__ void finish(const Epilogue<Out>& epilogue, const ChannelTerms<kCount>& terms, const float (&sums)[kCount],
                                        int64_t pixel, int64_t channel, const ChannelMap& map = {}) {
-  constexpr bool kVectors = ChannelMap::kContiguous && kCount * sizeof(Out) % 16 == 0;
-  constexpr int kVector = Element<Out>::kPer16Bytes;
+  constexpr int kVector = kCount < Element<Out>::kPer16Bytes ? kCount : Element<Out>::kPer16Bytes;
+  constexpr bool kVectors = ChannelMap::kContiguous && kCount % kVector == 0 && kVector * sizeof(Out) >= 8;
+  using Values = Vector<Out, kVectors ? kVector : 1>;
   const bool whole = kVectors && epilogue.aligned && channel + kCount <= epilogue.channels && channel % kVector == 0;
   const Out* residual = epilogue.residual == nullptr ? nullptr : epilogue.residual + pixel * epilogue.residual_stride;
   Out* y = epilogue.y + pixel * epilogue.y_stride;
@@ -165,15 +193,15 @@ __device__ __forceinline__ void finish(const Epilogue<Out>& epilogue, const Chan
       if constexpr (kVectors) {
 #pragma unroll
         for (int i = 0; i < kCount; i += kVector) {
-          const Vector16<Out> vector = load_16<Vector16<Out>>(residual + map(channel + i));
+          const Values vector = load_vector<Values>(residual + map(channel + i));
 #pragma unroll
-          for (int j = 0; j < kVector; ++j) values[i + j] += detail::residual_value(epilogue, vector[j]);
+          for (int j = 0; j < kVector; ++j) values[i + j] = detail::plus_residual(epilogue, values[i + j], vector[j]);
         }
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kCount; ++i)
-        if (channel + i < epilogue.channels) values[i] += detail::residual_value(epilogue, residual[map(channel + i)]);
+        if (channel + i < epilogue.channels) values[i] = detail::plus_residual(epilogue, values[i], residual[map(channel + i)]);
     }
   }
   activate(values, epilogue.activation);
@@ -181,10 +209,18 @@ __device__ __forceinline__ void finish(const Epilogue<Out>& epilogue, const Chan
     if constexpr (kVectors) {
 #pragma unroll
       for (int i = 0; i < kCount; i += kVector) {
-        Vector16<Out> vector;
+        Values vector;
+        if constexpr (sizeof(Out) == 2) {
 #pragma unroll
-        for (int j = 0; j < kVector; ++j) vector[j] = detail::output_value(epilogue, values[i + j]);
-        store_16(y + map(channel + i), vector);
+          for (int j = 0; j < kVector; j += 2) {
+            const uint32_t two = pack<Out>(values[i + j], values[i + j + 1]);
+            memcpy(&vector[j], &two, 4);
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < kVector; ++j) vector[j] = detail::output_value(epilogue, values[i + j]);
+        }
+        store_vector(y + map(channel + i), vector);
       }
     }
   } else {

@@ -1,7 +1,7 @@
 // From a block's accumulators to memory: through the epilogue, or as partial sums of a split K.
 //
 // `mma` leaves every thread two columns of each row. A warp therefore passes 16 of its rows at a time through shared memory, as
-// 32-bit words, and takes them back as whole 16-byte vectors of the output:
+// 32-bit words, and takes them back as whole vectors of the output, 16 bytes (int8: 8):
 //
 //     write  lane 4 g + t: columns 2 t, 2 t + 1 of row g  ─▶  [16][kWarpN + 8] words  ─▶  read  16 / sizeof(Out) columns of a row
 #pragma once
@@ -50,7 +50,8 @@ __device__ __forceinline__ void store_tile(const Accumulators<Config>& sums, uns
                                            const Convert& convert = {}) {
   using Sum = typename Config::Accumulator;
   constexpr int kPitch = Config::kWarpN + 8;
-  constexpr int kVector = Element<Out>::kPer16Bytes, kVectors = Config::kWarpN / kVector;
+  constexpr int kVector = Element<Out>::kPer16Bytes < 8 ? Element<Out>::kPer16Bytes : 8;  // 16 of int8 would need too many registers
+  constexpr int kVectors = Config::kWarpN / kVector;
   static_assert(kVector <= Config::kWarpN && 32 % kVectors == 0, "a lane keeps its channels from row to row");
   Sum* const staged = reinterpret_cast<Sum*>(shared) + warp_index() * (16 * kPitch);
   const int lane = lane_index(), group = lane / 4, pair = lane % 4;
@@ -70,7 +71,7 @@ __device__ __forceinline__ void store_tile(const Accumulators<Config>& sums, uns
         for (int half = 0; half < 2; ++half) {
           const int row = group + 8 * half;
           const Vector<Sum, 2> two{{sums.value[chosen][n][2 * half], sums.value[chosen][n][2 * half + 1]}};
-          *reinterpret_cast<Vector<Sum, 2>*>(staged + row * kPitch + detail::staged_column(row, 8 * n + 2 * pair)) = two;
+          store_vector(staged + row * kPitch + detail::staged_column(row, 8 * n + 2 * pair), two);
         }
     }
     warp_barrier();
@@ -82,7 +83,7 @@ __device__ __forceinline__ void store_tile(const Accumulators<Config>& sums, uns
 #pragma unroll
       for (int i = 0; i < kVector; i += 4) {
         const Vector<Sum, 4> four =
-            *reinterpret_cast<const Vector<Sum, 4>*>(staged + row * kPitch + detail::staged_column(row, column + i));
+            load_vector<Vector<Sum, 4>>(staged + row * kPitch + detail::staged_column(row, column + i));
 #pragma unroll
         for (int j = 0; j < 4; ++j) taken[i + j] = four[j];
       }
@@ -118,7 +119,7 @@ __device__ __forceinline__ void store_partials(const Accumulators<Config>& sums,
       for (int n = 0; n < Config::kFragmentsN; ++n) {
         const int64_t column = first_column + warp_column<Config>() + 8 * n + 2 * (lane % 4);
         const Vector<Sum, 2> two{{sums.value[m][n][2 * half], sums.value[m][n][2 * half + 1]}};
-        if (column < partials.pitch) *reinterpret_cast<Vector<Sum, 2>*>(target + column) = two;
+        if (column < partials.pitch) store_vector(target + column, two);
       }
     }
 }
