@@ -66,7 +66,10 @@ GEMM_FAULTS = {
     Fault.MISALIGNED_COPY: "misaligned: cp.async of 16 bytes",
     Fault.TOO_LITTLE_SHARED: "out of bounds: thread .* dynamic shared memory",
 }
-TRANSPOSE_FAULTS = {Fault.TRANSPOSE_NO_BARRIER: "unwritten memory|race in", Fault.TRANSPOSE_GUARD: "unwritten|out of bounds"}
+TRANSPOSE_FAULTS = {
+    Fault.TRANSPOSE_NO_BARRIER: "unwritten memory|race in",
+    Fault.TRANSPOSE_GUARD: "unwritten|out of bounds",
+}
 REDUCTION_FAULTS = {
     Fault.REDUCTION_NO_WARP_BARRIER: "unwritten memory|race in",
     Fault.REDUCTION_UNWRITTEN: "unwritten memory: thread 0 .* warps",
@@ -100,13 +103,20 @@ def library(emulator: Simt) -> ctypes.CDLL:
 
 
 def launch(
-    emulator: Simt, function: Callable[..., int], tensors: dict[str, Tensor], outputs: list[Tensor], run: Run, *sizes: int
+    emulator: Simt,
+    function: Callable[..., int],
+    tensors: dict[str, Tensor],
+    outputs: list[Tensor],
+    run: Run,
+    *sizes: int,
 ) -> None:
     emulator.register(tensors, outputs)
     emulator.module.configure(run.seed, run.order, run.counts_shared)
     addresses = [ctypes.c_void_p(t.data_ptr()) for t in tensors.values()]
     *wide, blocks, fault = sizes
-    code = function(*addresses, *map(ctypes.c_int64, wide), *([ctypes.c_int(blocks)] if blocks else []), ctypes.c_int(fault))
+    code = function(
+        *addresses, *map(ctypes.c_int64, wide), *([ctypes.c_int(blocks)] if blocks else []), ctypes.c_int(fault)
+    )
     emulator.check()
     assert code == 0
 
@@ -205,7 +215,9 @@ def test_too_many_threads_and_too_much_shared_memory_are_refused(emulator: Simt,
     emulator.register({})
     emulator.module.configure(0, "random", False)
     none = ctypes.c_void_p(0)
-    assert library.kernelpress_reduction(none, none, none, none, ctypes.c_int64(0), ctypes.c_int(0), ctypes.c_int(0)) == 0
+    assert (
+        library.kernelpress_reduction(none, none, none, none, ctypes.c_int64(0), ctypes.c_int(0), ctypes.c_int(0)) == 0
+    )
     assert library.kernelpress_refused(ctypes.c_int(1025), ctypes.c_int(0)) == 9
     assert library.kernelpress_refused(ctypes.c_int(32), ctypes.c_int(300 * 1024)) == 1
 

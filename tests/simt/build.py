@@ -161,9 +161,7 @@ def _describe_rules(writer: Writer) -> None:
     writer.rule("compile_kernel", f"{compile_it} && {rename}", depfile="$out.d", deps="gcc", description="compile $in")
     # Renamed into place: a running process may have the old file mapped.
     writer.rule("merge", f"{_cxx()} -nostdlib -r -o $out.new $in && mv $out.new $out", description="merge $out")
-    writer.rule(
-        "link", f"{_cxx()} -shared -Wl,-Bsymbolic -o $out.new $in && mv $out.new $out", description="link $out"
-    )
+    writer.rule("link", f"{_cxx()} -shared -Wl,-Bsymbolic -o $out.new $in && mv $out.new $out", description="link $out")
 
 
 def _object(writer: Writer, part: str, source: str) -> str:
