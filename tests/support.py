@@ -37,8 +37,9 @@ def assert_close(out: Tensor, expected: Tensor, least_norm: float = 0.0) -> None
 
 
 def expected_output(op: str, tensors: Sequence[Tensor | None], **options: Any) -> Tensor:
-    """The reference in float64."""
-    return getattr(reference, op)(*[None if t is None else t.double() for t in tensors], **options)
+    """The reference in float64; integers stay what they are."""
+    exact = [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
+    return getattr(reference, op)(*exact, **options)
 
 
 def assert_matches(op: str, tensors: Sequence[Tensor | None], options: dict[str, Any], *outputs: Tensor) -> None:

@@ -283,6 +283,59 @@ def test_flops_count_stored_blocks_only() -> None:
     assert counter.get_total_flops() == 2 * (15 + 18) * 16 * len(weight.blocks)
 
 
+def example(op: str, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], dict[str, Any]]:
+    """Small arguments that use every tensor of the op."""
+    positions = 6 if op == "sparse_conv2d" else 1
+    row_offsets, columns, blocks = arguments(random_weight(6, positions * 9, (4, 3), 0.6))
+    x, shape = torch.randn(2, 4, 7), (2, 4, 6)
+    options: dict[str, Any] = {"activation": "silu", "out_features": 6}
+    if op == "sparse_conv2d":
+        x, shape = torch.randn(2, 7, 5, 6), (2, 6, 2, 6)
+        options |= {"kernel_size": [3, 2], "stride": [2, 1], "padding": [1, 1], "dilation": [2, 2]}
+        options["out_channels"] = options.pop("out_features")
+    parts = (torch.randn(6), torch.rand(6) + 0.5, torch.randn(shape))
+    floats = [t.to(dtype) for t in (x, blocks, *parts)]
+    return [floats[0], row_offsets, columns, *floats[1:]], options
+
+
+both = pytest.mark.parametrize("op", ["sparse_matmul", "sparse_conv2d"])
+
+
+@both
+@pytest.mark.parametrize("with_gradient", [False, True], ids=["no gradient", "gradient"])
+def test_torch_opcheck_finds_no_fault(op: str, with_gradient: bool) -> None:
+    tensors, options = example(op)
+    tensors = [t.requires_grad_(with_gradient) if t.is_floating_point() else t for t in tensors]
+    torch.library.opcheck(getattr(torch.ops.kernelpress, op).default, tuple(tensors), options)
+    torch.library.opcheck(getattr(torch.ops.kernelpress, op).default, tuple(tensors[:4]), options)
+
+
+@both
+def test_gradients_are_those_of_finite_differences(op: str) -> None:
+    tensors, options = example(op, torch.float64)
+    floats = tuple(t.requires_grad_() for t in tensors if t.is_floating_point())
+
+    def call(x: Tensor, *others: Tensor) -> Tensor:
+        return getattr(torch.ops.kernelpress, op)(x, *tensors[1:3], *others, **options)
+
+    assert torch.autograd.gradcheck(call, floats, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, floats, fast_mode=True)
+
+
+@both
+def test_a_symbolic_batch_has_no_condition(op: str) -> None:
+    tensors, options = example(op)
+
+    class Call(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return getattr(torch.ops.kernelpress, op)(x, *tensors[1:6], **options)
+
+    with torch.no_grad():
+        exported = torch.export.export(Call(), (tensors[0],), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        more = torch.cat([tensors[0]] * 3)
+        assert torch.equal(exported.module()(more), Call()(more))
+
+
 LAYERS = {
     "linear": (lambda: nn.Linear(10, 7), BlockSparseLinear.from_dense, (2, 3, 10)),
     "linear without bias": (lambda: nn.Linear(8, 8, bias=False), BlockSparseLinear.from_dense, (3, 8)),

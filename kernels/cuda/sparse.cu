@@ -212,8 +212,9 @@ int run(const SparseConv2dArgs& args, const Device& device, void* stream) {
       static_cast<uint32_t>(tiles),
       static_cast<uint32_t>(args.segments),
       static_cast<uint32_t>(sparse_group(args, t, tiles, device))};
-  // The widest tile keeps the corners of its windows in registers besides its sums.
-  constexpr int kBlocks = t.tile_m * kTileN == 128 * 64 && std::is_same_v<Source, ListedWindows<T>> ? 2 : t.blocks;
+  // Fewer blocks where registers would not do: the widest tile has the corners of its windows besides its sums.
+  constexpr bool kCrowded = std::is_same_v<Source, ListedWindows<T>> && (t.tile_m > 64 ? kTileN == 64 : t.any_alignment && sizeof(T) == 4);
+  constexpr int kBlocks = kCrowded ? t.blocks - 1 : t.blocks;
   const Grid grid{dim3(static_cast<unsigned>(sparse_blocks(t, kTileN, kBlocks, tiles * args.segments, device))), dim3(Config::kThreads),
                   static_cast<size_t>(sparse_shared_bytes(t, kTileN)), stream};
   return launch(sparse_gemm<Config, Source, kBlocks>, grid, problem);
