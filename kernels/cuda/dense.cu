@@ -39,7 +39,7 @@ struct InputScale {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int64_t row = first_row + warp_row<Config>() + 16 * m + 8 * half + lane_index() / 4;
-        image[m][half] = row < rows ? static_cast<int>(row / positions) : 0;
+        image[m][half] = row < rows ? static_cast<int>(static_cast<uint32_t>(row) / static_cast<uint32_t>(positions)) : 0;
       }
   }
 

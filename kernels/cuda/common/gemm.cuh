@@ -320,16 +320,17 @@ __device__ __forceinline__ void multiply_accumulate(Accumulators<Config>& sums, 
 }
 
 // Which tile a block computes: tiles of C in groups of kGroup rows of tiles, so that blocks running at the same time share their
-// operands in the second-level cache.
+// operands in the second-level cache. There are fewer than 2³¹ tiles.
 struct TileIndex {
   int64_t m, n;
 };
 
 template <int kGroup = 8>
 __device__ __forceinline__ TileIndex grouped_tile(int64_t index, int64_t tiles_m, int64_t tiles_n) {
-  const int64_t group = index / (kGroup * tiles_n), within = index % (kGroup * tiles_n);
-  const int64_t rows = min(tiles_m - group * kGroup, static_cast<int64_t>(kGroup));
-  return {group * kGroup + within % rows, within / rows};
+  const uint32_t in_group = static_cast<uint32_t>(kGroup * tiles_n);
+  const uint32_t group = static_cast<uint32_t>(index) / in_group, within = static_cast<uint32_t>(index) % in_group;
+  const uint32_t rows = min(static_cast<uint32_t>(tiles_m) - group * kGroup, static_cast<uint32_t>(kGroup));
+  return {static_cast<int64_t>(group) * kGroup + within % rows, within / rows};
 }
 
 }  // namespace kernelpress::cuda
