@@ -203,6 +203,7 @@ def test_flops_are_two_per_multiply_accumulate() -> None:
         "separable_conv2d": 2 * (2 * 20 * 3) * (9 + 4),
         "inverted_residual": 2 * (2 * 20) * (3 * 6 + 6 * 9 + 6 * 3),
         "separable_stem": 2 * (2 * 9) * (4 * 2 * 9 + 4 * 9 + 4 * 3),
+        "ghost_conv2d": 2 * (2 * 2 * 2) * (4 * 3 * 6 + 7 * 15),
         "grouped_conv2d": 2 * (2 * 12 * 2 * 3) * 2 * 6,
         "channel_shuffle": 0,
         "shuffle_concat": 0,
