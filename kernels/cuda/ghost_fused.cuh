@@ -215,7 +215,7 @@ __device__ __forceinline__ void put_outputs(const T* p, const GhostConv2dArgs& a
 
 // Blocks that one multiprocessor shall hold, as far as registers go.
 template <class Config>
-constexpr int kBlocksTogether = Config::kTileN == 64 ? 2 : sizeof(typename Config::T) == 4 ? 3 : 4;
+constexpr int kBlocksTogether = Config::kTileN == 64 ? 2 : Config::kTileM * Config::kTileN > 64 * 32 ? 3 : 4;
 
 // One block a tile of pixels and a slice of channels of p; slices of a tile are neighbours and share its pixels of x in the cache.
 template <class Config>
