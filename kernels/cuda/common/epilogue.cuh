@@ -220,7 +220,7 @@ __device__ __forceinline__ void finish(const Epilogue<Out>& epilogue, const Chan
 #pragma unroll
           for (int j = 0; j < kVector; ++j) vector[j] = detail::output_value(epilogue, values[i + j]);
         }
-        store_vector(y + map(channel + i), vector);
+        store_global(y + map(channel + i), vector);
       }
     }
   } else {

@@ -216,6 +216,31 @@ __device__ __forceinline__ void prefetch_l2(const void* address) {
 
 namespace kernelpress::cuda {
 
+// A vector of 16 or 8 bytes to global memory in one instruction, which an assignment of structs does not promise: the compiler may
+// take it apart into stores of its elements.
+template <class V>
+__device__ __forceinline__ void store_global(void* address, const V& value) {
+  static_assert(sizeof(V) == 16 || sizeof(V) == 8);
+#ifdef KERNELPRESS_SIMT
+  if constexpr (sizeof(V) == 16) {
+    store_16(address, value);
+  } else {
+    uint2 words;
+    memcpy(&words, &value, 8);
+    *static_cast<uint2*>(address) = words;
+  }
+#else
+  uint32_t words[sizeof(V) / 4];
+  memcpy(words, &value, sizeof(V));
+  if constexpr (sizeof(V) == 16) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  } else {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(words[0]), "r"(words[1]) : "memory");
+  }
+#endif
+}
+
 // The sum over the warp, in every lane; the order of additions is fixed.
 template <class T>
 __device__ __forceinline__ T reduce_add(T value) {
