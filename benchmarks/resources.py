@@ -70,7 +70,7 @@ def read(folder: Path) -> list[Use]:
         if (family := notes.name.partition(".")[0]) in sources
         for use in parse(notes.read_text(encoding="utf-8"), family)
     ]
-    return sorted(found, key=lambda use: (use.family, use.kernel, use.architecture))
+    return sorted(found, key=lambda use: (use.family, use.template, use.kernel, use.architecture))
 
 
 def parse(notes: str, family: str) -> list[Use]:
