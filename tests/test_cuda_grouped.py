@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -81,16 +83,20 @@ def test_slices_of_wider_tensors(tile: str) -> None:
 
 @pytest.mark.parametrize(
     ("size", "shuffle", "blocks"),
-    [((5, 5), 3, 3), ((120, 116), 3, 218), ((120, 116), 1, 3 * 218)],
+    [((5, 5), 3, 3), ((17, 17), 3, 5), ((17, 17), 1, 3 * 5)],
     ids=["small map: a tile a block", "large map: whole pixels", "no shuffle: a tile a block"],
 )
 def test_the_heuristic_takes_whole_pixels_where_they_occupy_the_device(
     emulated_cuda: Simt, size: tuple[int, int], shuffle: int, blocks: int
 ) -> None:
+    def launch(name: str, tensors: Sequence[Tensor], fields: Sequence[int | float], index: int) -> None:
+        emulated_cuda.run(name, tensors, fields, device=1)  # of two multiprocessors
+
     x, weight = channels_last(1, 24, *size).half(), torch.randn(48, 8, 1, 1).half()
     options = {"groups": 3, "shuffle": shuffle}
     emulated_cuda.clear_statistics()
-    out = ops.grouped_conv2d(x, weight, **options, backend="cuda")
+    with cuda.launching_on(replace(cuda.target(), launch=launch)):
+        out = ops.grouped_conv2d(x, weight, **options, backend="cuda")
     assert_matches("grouped_conv2d", [x, weight, None, None, None], options, out)
     assert emulated_cuda.statistics()["blocks"] == blocks
 
@@ -166,6 +172,10 @@ def test_shuffles_move_every_value(name: str, how: str) -> None:
     shape = (2, 17, 23) if name == "more than a block" else (1 + index % 2, 5, 7)
     a, b = (channels_last(shape[0], c, *shape[1:]).to(DTYPES[index % 3]) for c in (c_a, max(c_b, 1)))
     op, tensors = ("shuffle_concat", (a, b)) if c_b else ("channel_shuffle", (a,))
+    if how == "pairs of lanes" and not (groups == 2 and c_b in (c_a, 0)):
+        with pytest.raises(RuntimeError, match="shuffle_concat"):
+            run_configured(op, tensors, {"groups": groups}, how)
+        return
     for _ in ORDERS:
         out = run_configured(op, tensors, {"groups": groups}, how)
         assert torch.equal(out, getattr(reference, op)(*tensors, groups=groups))
@@ -186,10 +196,19 @@ def test_pixels_too_wide_for_shared_memory_are_gathered() -> None:
     assert torch.equal(ops.channel_shuffle(x, groups=7, backend="cuda"), reference.channel_shuffle(x, groups=7))
 
 
-def test_ops_reach_the_kernels_through_the_layers() -> None:
-    unit = kernelpress.layers.ShuffleUnitV2(16, 16).eval().half()
+def test_whole_pixels_too_wide_for_shared_memory_are_refused() -> None:
+    tensors = [channels_last(1, 32, 2, 2), torch.randn(1024, 16, 1, 1), None, None, None]
+    options = {"groups": 2, "shuffle": 2}
+    with pytest.raises(RuntimeError, match=r"grouped_conv2d.*64 whole pixels"):
+        run_configured("grouped_conv2d", tensors, options, "64 whole pixels")
+
+
+def test_layers_reach_the_kernels() -> None:
     x = channels_last(1, 16, 4, 4).half()
-    with torch.no_grad():
-        passing, y = x.chunk(2, 1)
-        expected = expected_output("shuffle_concat", (passing, unit.branch2(y)))
-        assert_close(unit(x), expected)
+    layer = kernelpress.layers.GroupedConv2d(16, 24, 1, groups=2, shuffle=2, activation="relu").half()
+    with torch.no_grad(), kernelpress.use_backend("cuda"):
+        expected = expected_output(
+            "grouped_conv2d", (x, layer.weight, layer.bias), groups=2, shuffle=2, activation="relu"
+        )
+        assert_close(layer(x), expected)
+        assert torch.equal(kernelpress.layers.ChannelShuffle(4)(x), torch.nn.ChannelShuffle(4)(x))

@@ -211,8 +211,10 @@ template <class T>
 Status launch_grouped(const GroupedConv2dArgs& a, const Device& device, void* stream) {
   const int64_t depth = a.geometry.kernel_h * a.geometry.kernel_w * a.window;
   const bool aligned = a.window_step > 1 && is_aligned(a.x) && is_aligned<T>(a.x_stride) && is_aligned(a.weight) && is_aligned<T>(a.window);
-  int64_t index = a.configuration >= 0 && a.configuration < kGroupedTileCount ? a.configuration : choose_grouped_tile(a, device);
-  if (!aligned || grouped_shared_bytes(kGroupedTiles[index], a.c_out) > device.shared_bytes) index = 1;
+  if (a.configuration >= kGroupedTileCount) return {1, "grouped_conv2d", "none"};
+  int64_t index = a.configuration >= 0 ? a.configuration : choose_grouped_tile(a, device);
+  if (grouped_shared_bytes(kGroupedTiles[index], a.c_out) > device.shared_bytes) return {1, "grouped_conv2d", kGroupedTiles[index].name};
+  if (!aligned) index = kGroupedCopiedByValue;
   const GroupedTile& tile = kGroupedTiles[index];
   GroupedProblem<T> problem{};
   problem.args = a;
@@ -222,7 +224,7 @@ Status launch_grouped(const GroupedConv2dArgs& a, const Device& device, void* st
   problem.steps = static_cast<int32_t>((depth * static_cast<int64_t>(sizeof(T)) + kGroupedStepBytes - 1) / kGroupedStepBytes);
   const ShuffledChannels channels{static_cast<int32_t>(a.shuffle), static_cast<int32_t>(a.c_out / a.shuffle)};
   GroupedLaunch<T> ready{problem, channels, stream};
-  Status status{0, "grouped_conv2d", aligned ? tile.name : "64 pixels x 32 channels, value by value"};
+  Status status{0, "grouped_conv2d", aligned ? tile.name : "64 pixels x 32 channels, copied value by value"};
   if (!aligned) {
     status.code = ready.template one_tile<GroupedConfig<T, 64, 32, sizeof(T)>>();
     return status;

@@ -160,9 +160,9 @@ Status launch_shuffle(const ShuffleConcatArgs& args, const Device& device, void*
   const bool aligned = is_aligned(args.a) && is_aligned(args.b) && is_aligned(args.y) && is_aligned<Bits>(args.a_stride) &&
                        is_aligned<Bits>(args.b_stride) && is_aligned<Bits>(args.y_stride) && args.channels_a % kVector == 0 &&
                        args.channels_b % kVector == 0;
-  const bool halves = args.channels_b == 0 ? args.channels_a % (2 * kVector) == 0 : args.channels_a == args.channels_b;
-  const int64_t index = choose_shuffle(args, sizeof(Bits), aligned && halves && args.groups == 2, device);
+  const int64_t index = choose_shuffle(args, sizeof(Bits), aligned, device);
   const int64_t channels = args.channels_a + args.channels_b;
+  if (index < 0) return {1, "shuffle_concat", args.configuration < kShuffleTileCount ? kShuffleTiles[args.configuration].name : "none"};
   Status status{0, "shuffle_concat", kShuffleTiles[index].name};
   if (index == kShufflePairs) {
     if (args.channels_b == 0) {

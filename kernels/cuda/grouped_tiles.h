@@ -24,6 +24,7 @@ inline constexpr GroupedTile kGroupedTiles[] = {
     {"64 whole pixels, 32 channels at a time", 64, 32, true},
 };
 inline constexpr int kGroupedTileCount = sizeof kGroupedTiles / sizeof kGroupedTiles[0];
+inline constexpr int64_t kGroupedCopiedByValue = 1;  // whatever was chosen, where 16-byte copies of x are not aligned
 inline constexpr int kGroupedStages = 4, kGroupedStepBytes = 64;
 
 constexpr int64_t grouped_tiles_per_group(const GroupedTile& tile, int64_t group_out) {
@@ -81,6 +82,7 @@ inline constexpr ShuffleTile kShuffleTiles[] = {
     {"through shared memory", 256},
     {"value by value", 256},
 };
+inline constexpr int kShuffleTileCount = sizeof kShuffleTiles / sizeof kShuffleTiles[0];
 inline constexpr int64_t kShufflePairs = 0, kShuffleStaged = 1, kShuffleGathered = 2;
 inline constexpr int64_t kShuffleStageBytes = 16 * 1024;  // what a block likes to hold: eight blocks on a multiprocessor
 
@@ -88,12 +90,24 @@ constexpr int64_t shuffle_row_bytes(const ShuffleConcatArgs& a, int64_t element)
   return ((a.channels_a + a.channels_b) * element + 15) / 16 * 16;
 }
 
-// The quickest kernel that can run: `aligned` tells whether pairs of lanes can.
+// Whether y alternates between two equal halves, each of whole 16-byte vectors.
+constexpr bool shuffle_alternates(const ShuffleConcatArgs& a, int64_t element) {
+  const int64_t half = a.channels_b == 0 ? a.channels_a / 2 : a.channels_a;
+  return a.groups == 2 && half * element % 16 == 0 && 2 * half == a.channels_a + a.channels_b;
+}
+
+// The configuration asked for, or the quickest; -1 for one that cannot run. `aligned`: pairs of lanes need addresses and strides
+// of 16 bytes, and leave others to the next kernel.
 inline int64_t choose_shuffle(const ShuffleConcatArgs& a, int64_t element, bool aligned, const Device& device) {
-  const bool fits = shuffle_row_bytes(a, element) <= device.shared_bytes;
-  const int64_t best = aligned ? kShufflePairs : fits ? kShuffleStaged : kShuffleGathered;
-  if (a.configuration == kShuffleGathered || (a.configuration == kShuffleStaged && fits)) return a.configuration;
-  return best;
+  const bool alternates = shuffle_alternates(a, element), fits = shuffle_row_bytes(a, element) <= device.shared_bytes;
+  const int64_t next = fits ? kShuffleStaged : kShuffleGathered;
+  switch (a.configuration) {
+    case -1: return alternates && aligned ? kShufflePairs : next;
+    case kShufflePairs: return !alternates ? -1 : aligned ? kShufflePairs : next;
+    case kShuffleStaged: return fits ? kShuffleStaged : -1;
+    case kShuffleGathered: return kShuffleGathered;
+    default: return -1;
+  }
 }
 
 }  // namespace kernelpress::cuda

@@ -7,10 +7,10 @@ from types import ModuleType
 
 import pytest
 import torch
+from simt.build import load, readable
 from torch import Tensor
 
 from kernelpress.ops import cuda
-from simt.build import load, readable
 
 __all__ = ["ORDERS", "Simt", "emulated_cuda", "simt"]
 
@@ -51,7 +51,7 @@ class Simt:
         try:
             getattr(self.module, name)(*arguments, 0, device)
         except RuntimeError:
-            self.check()
+            self.check_report()
             raise
         self.check()
 
@@ -81,7 +81,13 @@ class Simt:
 
     def check(self) -> None:
         """Raises AssertionError where the last launch has a report or left outputs unwritten."""
-        report = readable(self.module.take_report(), str(self.module.__file__)) or self.module.unwritten_outputs()
+        self.check_report()
+        unwritten = self.module.unwritten_outputs()
+        assert not unwritten, unwritten
+
+    def check_report(self) -> None:
+        """Raises AssertionError where the last launch has a report."""
+        report = readable(self.module.take_report(), str(self.module.__file__))
         assert not report, report
 
 
