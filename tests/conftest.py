@@ -9,9 +9,9 @@ import numpy
 import pytest
 import torch
 from hypothesis import settings
+from simt.fixtures import emulated_cuda, simt  # noqa: F401 - fixtures
 
 from kernelpress import native
-from simt.fixtures import emulated_cuda, simt  # noqa: F401 - fixtures
 
 SEED = int(os.environ.get("KERNELPRESS_TEST_SEED", "0"))
 

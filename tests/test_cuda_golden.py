@@ -106,7 +106,7 @@ def test_ldmatrix_deals_out_rows(run: Runner, count: int, suffix: str) -> None:
 
 
 def fragments(a: Words, b: Words, d: Words) -> Words:
-    """The registers of all lanes, from A [16][8 words], B [8][8 words] (column by column) and D [16][8]; see ptx.cuh."""
+    """The registers of all lanes, from A [16][8 words], B [8][8 words] by columns, and D [16][8]; see ptx.cuh."""
     lanes = np.arange(32)
     group, pair = lanes // 4, lanes % 4
     a_registers = [a[group, pair], a[group + 8, pair], a[group, 4 + pair], a[group + 8, 4 + pair]]

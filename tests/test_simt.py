@@ -11,7 +11,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from simt.build import load
-from simt.fixtures import ORDERS, Simt
+from simt.fixtures import Simt
 from torch import Tensor
 
 
@@ -36,6 +36,8 @@ class Fault(IntEnum):
     TOO_LITTLE_SHARED = auto()
     TRANSPOSE_NO_BARRIER = auto()
     TRANSPOSE_GUARD = auto()
+    TRANSPOSE_TWO_WRITERS = auto()
+    TRANSPOSE_READS_OUTPUT = auto()
     REDUCTION_NO_WARP_BARRIER = auto()
     REDUCTION_UNWRITTEN = auto()
     REDUCTION_PARTIAL_WARP = auto()
@@ -43,6 +45,7 @@ class Fault(IntEnum):
     REDUCTION_NO_FENCE = auto()
     REDUCTION_LOCAL_INDEX = auto()
     SLOW_TRANSPOSE = auto()
+    SAME_VALUE = auto()
     UNSWIZZLED = auto()
 
 
@@ -69,6 +72,8 @@ GEMM_FAULTS = {
 TRANSPOSE_FAULTS = {
     Fault.TRANSPOSE_NO_BARRIER: "unwritten memory|race in",
     Fault.TRANSPOSE_GUARD: "unwritten|out of bounds",
+    Fault.TRANSPOSE_TWO_WRITERS: "race in global memory: .* with another value",
+    Fault.TRANSPOSE_READS_OUTPUT: "race in global memory|unwritten memory",
 }
 REDUCTION_FAULTS = {
     Fault.REDUCTION_NO_WARP_BARRIER: "unwritten memory|race in",
@@ -163,8 +168,13 @@ def test_a_seeded_fault_is_caught(emulator: Simt, library: ctypes.CDLL, fault: F
     kernel_of(fault)(emulator, library, run, Fault.HEALTHY)
 
 
+def test_the_same_value_from_two_threads_is_no_race(emulator: Simt, library: ctypes.CDLL) -> None:
+    for run in RUNS:
+        transpose(emulator, library, run, Fault.SAME_VALUE)
+
+
 def test_the_table_of_faults_is_that_of_the_kernels() -> None:
-    assert len(FAULTS) == len(Fault) - 3  # but the healthy one and the slow ones
+    assert len(FAULTS) == len(Fault) - 4  # but the healthy one, the slow ones and the same value
     assert len(FAULTS) >= 15
 
 

@@ -30,7 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = f"build/simt/{sys.implementation.cache_tag}"
 EMULATOR = "tests/simt"
 
-MACHINE = [f"{EMULATOR}/{stem}.cpp" for stem in ("scheduler", "memory", "instructions", "hooks", "conflicts", "module")]
+MEMORY = ("memory", "shared_memory", "global_memory", "conflicts")
+MACHINE = [f"{EMULATOR}/{stem}.cpp" for stem in ("scheduler", *MEMORY, "instructions", "hooks", "module")]
 SELF_TEST = [f"{EMULATOR}/self_module.cpp", f"{EMULATOR}/faults.cu", f"{EMULATOR}/golden.cu"]
 
 FLAGS = [

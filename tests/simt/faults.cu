@@ -33,6 +33,8 @@ enum Fault : int {
   kTooLittleShared,        // the launch asks for less than it uses
   kTransposeNoBarrier,     // transpose: reads the tile before it is whole
   kTransposeGuard,         // … and takes rows for columns at ragged edges
+  kTransposeTwoWriters,    // … and several threads write other values to one element
+  kTransposeReadsOutput,   // … and reads what another thread wrote
   kReductionNoWarpBarrier, // reduction: lane 0 reads what others write
   kReductionUnwritten,     // … and sums slots of warps that there are not
   kReductionPartialWarp,   // … with a shuffle in a branch of some lanes
@@ -40,6 +42,7 @@ enum Fault : int {
   kReductionNoFence,       // … or before the partial sums are seen
   kReductionLocalIndex,    // … with an index beyond a local array
   kSlowTranspose,          // no wrong result: a column of the tile lies in one bank
+  kSameValue,              // … several threads write the same value to one element
   kUnswizzled,             // … rows of the gemm's tiles as they come
 };
 
@@ -128,7 +131,8 @@ __global__ void __launch_bounds__(128) gemm(const GemmProblem p) {
   for (int i = 0; i < 2; ++i) {
     for (int j = 0; j < 4; ++j) {
       for (int e = 0; e < 4; ++e) {
-        const int64_t row = first_row + warp_row + 16 * i + group + e / 2 * 8, column = first_column + warp_column + 8 * j + 2 * pair + e % 2;
+        const int64_t row = first_row + warp_row + 16 * i + group + e / 2 * 8;
+        const int64_t column = first_column + warp_column + 8 * j + 2 * pair + e % 2;
         if (row < p.m + (p.fault == kStoreGuardOffByOne ? 1 : 0) && column < p.n) p.c[row * p.n + column] = sums[i][j][e];
       }
     }
@@ -150,6 +154,9 @@ __device__ __forceinline__ void transpose_tile(const float* x, float* y, int64_t
     const int64_t row = row_start + threadIdx.x, column = column_start + i;
     const bool inside = fault == kTransposeGuard ? row < columns && column < rows : row < rows && column < columns;
     if (inside) y[column * rows + row] = tile[threadIdx.x][i];
+    if (inside && fault == kTransposeTwoWriters) y[column * rows] = tile[threadIdx.x][i];
+    if (inside && fault == kTransposeReadsOutput) y[column * rows + row] = y[column * rows + (row ^ 1)];
+    if (inside && fault == kSameValue && row_start == 0) y[column * rows] = tile[0][i];
   }
 }
 
@@ -176,7 +183,8 @@ __global__ void __launch_bounds__(96) reduction(const ReductionProblem p) {
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   float own[4] = {};
   int at = 0;
-  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += static_cast<int64_t>(gridDim.x) * blockDim.x) {
+  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < p.count; i += step) {
     own[p.fault == kReductionLocalIndex ? at : at % 4] += p.x[i];
     ++at;
   }

@@ -29,7 +29,8 @@ void load_matrix(Warp& warp, int matrix, bool transposed) {
   for (int i = 0; i < 8; ++i) {
     const Operands& operands = warp.lanes[8 * matrix + i];
     rows[i] = static_cast<const unsigned char*>(operands.first);
-    if (!is_shared(rows[i])) fail("ldmatrix: the row of lane " + std::to_string(8 * matrix + i) + " is not in shared memory", operands.caller);
+    if (!is_shared(rows[i]))
+      fail("ldmatrix: the row of lane " + std::to_string(8 * matrix + i) + " is not in shared memory", operands.caller);
     require_aligned(rows[i], "ldmatrix", operands.caller);
     offsets[i] = static_cast<uint32_t>(shared_offset(rows[i]));
   }
@@ -157,7 +158,8 @@ void carry_out_exchange(Warp& warp) {
                  : kKind == Exchange::up         ? lane - operand
                                                  : operand & (kLanes - 1);
     if (source < 0 || source >= kLanes) source = lane;
-    if (!(warp.members >> source & 1u)) fail(std::string(warp.operation) + ": lane " + std::to_string(source) + " does not exist", operands.caller);
+    if (!(warp.members >> source & 1u))
+      fail(std::string(warp.operation) + ": lane " + std::to_string(source) + " does not exist", operands.caller);
     std::memcpy(operands.result, values[source], static_cast<size_t>(operands.number >> 16));
   }
 }

@@ -112,13 +112,14 @@ std::string name_of(const Thread& thread);
 inline int lane_of(const Thread& thread) { return thread.index % kLanes; }
 inline Warp& warp_of(const Thread& thread) { return machine.warps[static_cast<size_t>(thread.index / kLanes)]; }
 
-// memory.cpp
+// memory.cpp, shared_memory.cpp, global_memory.cpp
 enum class Access { read, write, atomic };
 void check_access(const void* address, size_t bytes, Access access, const void* caller);
 void check_access_by(const Thread& thread, const void* address, size_t bytes, Access access, const void* caller);
 void begin_launch_memory();
 void begin_block_memory();
 void settle_writes();
+uint32_t next_time();
 void begin_copy(void* shared, const void* global, int bytes, bool valid, const void* caller);
 void land_copy(const Thread& thread, Copy& copy);
 void acquire_blocks(const void* address);

@@ -323,7 +323,7 @@ void block_barrier(Site site) {
   simt::set_waiting(self);
   if (++machine.at_barrier == machine.thread_count) {
     machine.at_barrier = 0;
-    machine.last_barrier = ++machine.time;
+    machine.last_barrier = simt::next_time();
     for (int i = 0; i < machine.warp_count; ++i) {
       if (machine.counts_shared) simt::count_shared_conflicts(i);
       simt::set_runnable(i, machine.warps[static_cast<size_t>(i)].members);
@@ -334,7 +334,7 @@ void block_barrier(Site site) {
 }
 
 void warp_barrier(Site site) {
-  simt::join("warp_barrier", site, {}, [](simt::Warp& warp) { warp.last_barrier = ++simt::machine.time; });
+  simt::join("warp_barrier", site, {}, [](simt::Warp& warp) { warp.last_barrier = simt::next_time(); });
 }
 
 }  // namespace kernelpress::cuda
