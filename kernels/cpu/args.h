@@ -77,6 +77,26 @@ struct SeparableStemArgs {
   Activation stem_activation, depthwise_activation, activation;
 };
 
+// Layers one behind the other; the first may be any of them, a dense convolution only the first. `residual` is the last layer's.
+enum class LayerKind : int64_t { conv, depthwise, pointwise };
+
+struct ChainLayer {
+  LayerKind kind;
+  const float *weight, *bias;
+  int64_t in_h, in_w, c_in, out_h, out_w, c_out;
+  Window window;
+  Activation activation;
+};
+
+struct ChainArgs {
+  static constexpr int kAddresses = 3, kMostLayers = 12;
+  const float *x, *residual;
+  float* y;
+  int64_t batch, x_stride_n, x_stride_c, x_stride_h, x_stride_w, residual_stride, y_stride;
+  int64_t count;
+  ChainLayer layers[kMostLayers];
+};
+
 struct GlobalAvgPool2dArgs {
   static constexpr int kAddresses = 2;
   const float* x;
@@ -102,6 +122,7 @@ struct KernelTable {
   void (*separable_conv2d)(const SeparableConv2dArgs&);
   void (*inverted_residual)(const InvertedResidualArgs&);
   void (*separable_stem)(const SeparableStemArgs&);
+  void (*chain)(const ChainArgs&);
   void (*global_avg_pool2d)(const GlobalAvgPool2dArgs&);
   void (*max_pool2d)(const MaxPool2dArgs&);
   // Runs `iterations` rounds of independent register-only FMAs; returns the floating-point operations done.

@@ -15,6 +15,7 @@ void depthwise_conv2d(const DepthwiseConv2dArgs&);
 void separable_conv2d(const SeparableConv2dArgs&);
 void inverted_residual(const InvertedResidualArgs&);
 void separable_stem(const SeparableStemArgs&);
+void chain(const ChainArgs&);
 void global_avg_pool2d(const GlobalAvgPool2dArgs&);
 void max_pool2d(const MaxPool2dArgs&);
 
@@ -55,6 +56,7 @@ const KernelTable KP_TABLE(KERNELPRESS_ISA) = {
     KERNELPRESS_ISA::separable_conv2d,
     KERNELPRESS_ISA::inverted_residual,
     KERNELPRESS_ISA::separable_stem,
+    KERNELPRESS_ISA::chain,
     KERNELPRESS_ISA::global_avg_pool2d,
     KERNELPRESS_ISA::max_pool2d,
     KERNELPRESS_ISA::fma_burst,

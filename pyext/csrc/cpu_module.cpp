@@ -83,6 +83,23 @@ void run_words(const KernelTable& kernels, const void* words) {
   (kernels.*kKernel)(args);
 }
 
+template <class Args>
+auto append_to_chain(ChainBuilder& chain, const Args& args, int) -> decltype(chain.append(args)) {
+  return chain.append(args);
+}
+
+template <class Args>
+bool append_to_chain(ChainBuilder&, const Args&, long) {
+  return false;
+}
+
+template <class Args>
+bool join_words(ChainBuilder& chain, const void* words) {
+  Args args;
+  std::memcpy(static_cast<void*>(&args), words, sizeof args);
+  return append_to_chain(chain, args, 0);
+}
+
 template <class Args, void (*KernelTable::*kKernel)(const Args&)>
 void bind_kernel(py::module_& module, py::class_<Plan>& plan, const char* name) {
   module.def(name, [name](const py::args& values) {
@@ -91,7 +108,7 @@ void bind_kernel(py::module_& module, py::class_<Plan>& plan, const char* name) 
     run_words<Args, kKernel>(*table, words.data());
   });
   plan.def(name, [name](Plan& self, const py::args& values) {
-    self.append(run_words<Args, kKernel>, *table, words_of<Args>(name, values), Args::kAddresses);
+    self.append(run_words<Args, kKernel>, join_words<Args>, *table, words_of<Args>(name, values), Args::kAddresses);
   });
 }
 
@@ -130,6 +147,10 @@ PYBIND11_MODULE(_cpu, module) {
   plan.def(py::init<>())
       .def("external", &Plan::external, py::arg("address"), py::arg("bytes"))
       .def("run", &Plan::run, py::arg("first"), py::arg("last"), py::arg("addresses"), py::call_guard<py::gil_scoped_release>())
+      .def("copy", [](const Plan& self) { return Plan(self); })
+      .def(
+          "join", [](Plan& self, int64_t first, int64_t last) { return self.join(first, last, run_words<ChainArgs, &KernelTable::chain>); },
+          py::arg("first"), py::arg("last"))
       .def("__len__", &Plan::size);
 
   bind_kernel<Conv2dArgs, &KernelTable::conv2d>(module, plan, "conv2d");

@@ -1,5 +1,6 @@
 // A flat list of prepared kernel calls. Addresses that lie in an external buffer are patched at every run; all others are fixed, and
-// so is the instruction set that each call was appended with, because its weights were packed for it.
+// so is the instruction set that each call was appended with, because its weights were packed for it. Neighbouring layers can be
+// joined to a chain, which is a call of its own.
 #pragma once
 
 #include <cstdint>
@@ -8,12 +9,14 @@
 #include <vector>
 
 #include "kernels/cpu/args.h"
+#include "kernels/cpu/chain_layers.h"
 
 namespace kernelpress {
 
 class Plan {
  public:
   using Run = void (*)(const KernelTable& kernels, const void* arguments);
+  using Join = bool (*)(ChainBuilder& chain, const void* arguments);
 
   // Declares a buffer whose address is given anew at each run; returns its index.
   int64_t external(int64_t address, int64_t bytes) {
@@ -22,7 +25,7 @@ class Plan {
   }
 
   // Appends a call of `kernels` with an argument block of eight-byte words, the first `addresses` of which are addresses.
-  void append(Run run, const KernelTable& kernels, std::vector<int64_t> words, int addresses) {
+  void append(Run run, Join join, const KernelTable& kernels, std::vector<int64_t> words, int addresses) {
     const int64_t step = static_cast<int64_t>(steps_.size());
     for (int field = 0; field < addresses; ++field) {
       for (size_t buffer = 0; buffer < externals_.size(); ++buffer) {
@@ -33,17 +36,39 @@ class Plan {
         }
       }
     }
-    steps_.push_back({run, &kernels, std::move(words)});
+    steps_.push_back({run, join, &kernels, std::move(words), addresses});
+  }
+
+  // Joins steps [first, last), each of which reads what the one before writes and nobody else does. Returns false, with the plan as it
+  // was, where they are no layers that a chain can hold.
+  bool join(int64_t first, int64_t last, Run run_chain) {
+    check_range(first, last);
+    ChainBuilder builder;
+    for (int64_t step = first; step < last; ++step) {
+      if (steps_[step].kernels != steps_[first].kernels || !steps_[step].join(builder, words_as_appended(step).data())) return false;
+    }
+    if (last - first < 2) return false;
+    const Plan before = *this;
+    steps_.clear(), patches_.clear();
+    for (int64_t step = 0; step < before.size(); ++step) {
+      if (step > first && step < last) continue;
+      const Step& old = before.steps_[step];
+      if (step != first) {
+        append(old.run, old.join, *old.kernels, before.words_as_appended(step), old.addresses);
+        continue;
+      }
+      const auto* words = reinterpret_cast<const int64_t*>(&builder.chain());
+      const auto cannot_join = [](ChainBuilder&, const void*) { return false; };
+      append(run_chain, cannot_join, *old.kernels, {words, words + sizeof(ChainArgs) / sizeof(int64_t)}, ChainArgs::kAddresses);
+    }
+    return true;
   }
 
   int64_t size() const { return static_cast<int64_t>(steps_.size()); }
 
   // Runs steps [first, last) with the external buffers at `addresses`.
   void run(int64_t first, int64_t last, const std::vector<int64_t>& addresses) {
-    if (first < 0 || last > size() || first > last) {
-      throw std::out_of_range("steps: expected 0 <= first <= last <= " + std::to_string(size()) + ", got " + std::to_string(first) +
-                              " and " + std::to_string(last));
-    }
+    check_range(first, last);
     if (addresses.size() != externals_.size()) {
       throw std::invalid_argument("addresses: expected one for each of " + std::to_string(externals_.size()) +
                                   " external buffers, got " + std::to_string(addresses.size()));
@@ -55,6 +80,22 @@ class Plan {
   }
 
  private:
+  void check_range(int64_t first, int64_t last) const {
+    if (first < 0 || last > size() || first > last) {
+      throw std::out_of_range("steps: expected 0 <= first <= last <= " + std::to_string(size()) + ", got " + std::to_string(first) +
+                              " and " + std::to_string(last));
+    }
+  }
+
+  // The words of a step before any run patched them.
+  std::vector<int64_t> words_as_appended(int64_t step) const {
+    std::vector<int64_t> words = steps_[step].words;
+    for (const Patch& patch : patches_) {
+      if (patch.step == step) words[patch.field] = externals_[patch.buffer].address + patch.offset;
+    }
+    return words;
+  }
+
   struct External {
     int64_t address, bytes;
   };
@@ -65,8 +106,10 @@ class Plan {
   };
   struct Step {
     Run run;
+    Join join;
     const KernelTable* kernels;
     std::vector<int64_t> words;
+    int addresses;
   };
   std::vector<External> externals_;
   std::vector<Patch> patches_;

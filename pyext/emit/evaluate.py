@@ -16,7 +16,16 @@ from kernelpress.emit.candidates import Candidate, constant, original
 from kernelpress.measure.latency import time_alternately
 from kernelpress.ops.step import native_steps
 
-__all__ = ["Cost", "Evaluation", "Example", "evaluate", "example_values", "relative_error", "runnable"]
+__all__ = [
+    "Cost",
+    "Evaluation",
+    "Example",
+    "empty_inner_caches",
+    "evaluate",
+    "example_values",
+    "relative_error",
+    "runnable",
+]
 
 Cost = Callable[[Candidate], float]
 """Milliseconds of a candidate, given instead of measured."""
@@ -159,7 +168,7 @@ def _evaluate_batch(
             calls.setdefault(key, _timed(graph_module, candidate, inputs))
     if calls:
         timings = time_alternately(
-            calls, budget_seconds=SECONDS_PER_CANDIDATE, rounds=ROUNDS, before_sample=_empty_inner_caches
+            calls, budget_seconds=SECONDS_PER_CANDIDATE, rounds=ROUNDS, before_sample=empty_inner_caches
         )
         for key, timing in timings.items():
             # Few samples, and a busy machine only ever adds to them: the fast ones tell what the layer costs.
@@ -172,7 +181,7 @@ def _evaluate_batch(
     ]
 
 
-def _empty_inner_caches() -> None:
+def empty_inner_caches() -> None:
     """In a model a layer finds its weights, and most of its input, beyond the caches of the cores: so here."""
     torch.empty(EVICTED_BYTES, dtype=torch.uint8).zero_()
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from torch.utils import _pytree as pytree
 
 from kernelpress import native
 from kernelpress.emit.arena import ArenaLayout, Lifetime, lay_out
+from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.emitted import EmittedModel
-from kernelpress.emit.lower import NativeStep, Place, Program, TorchStep, View, lower, views_of
+from kernelpress.emit.lower import Buffer, NativeStep, Place, Program, TorchStep, View, lower, views_of
+from kernelpress.emit.streaming import choose_chains, private_bytes
 from kernelpress.ops import registry
 from kernelpress.ops.memory import ALIGNMENT, advise_huge_pages
 
@@ -24,10 +27,16 @@ _NO_STEPS: Any = ()
 Bases = list[Tensor | None]
 """The memory of every buffer during one run."""
 
+Chain = tuple[int, int]
+"""Positions of the first and the last step that run as one."""
 
-def capture(model: EmittedModel, *example_inputs: Any) -> Plan:
+
+def capture(model: EmittedModel, *example_inputs: Any, stream: bool = True) -> Plan:
     """Prepares `model` for inputs of exactly the shapes, dtypes and structure of `example_inputs`; their values do not
     matter.
+
+    Layers with large maps between them are timed as a chain that streams them by rows, and run so where that is faster
+    (times are remembered on disk); `stream=False` runs every layer by itself.
 
     The plan reads the model's weights as they are now. Raises `TypeError` for a model that was not emitted,
     `ValueError` for one that is not on the CPU.
@@ -48,7 +57,8 @@ def capture(model: EmittedModel, *example_inputs: Any) -> Plan:
     model.body.graph.eliminate_dead_code()
     out_spec = model.body._out_spec
     assert out_spec is not None
-    return Plan(model, lower(model.body, inputs), spec, out_spec)
+    cache = TimingCache(torch.device("cpu")) if stream else None
+    return Plan(model, lower(model.body, inputs), spec, out_spec, cache)
 
 
 def _own_copy(x: Tensor) -> Tensor:
@@ -66,23 +76,37 @@ class Plan:
     """
 
     def __init__(
-        self, model: EmittedModel, program: Program, in_spec: pytree.TreeSpec, out_spec: pytree.TreeSpec
+        self,
+        model: EmittedModel,
+        program: Program,
+        in_spec: pytree.TreeSpec,
+        out_spec: pytree.TreeSpec,
+        cache: TimingCache | None = None,
     ) -> None:
         self.model = model
         self._program = program
         self._in_spec, self._out_spec = in_spec, out_spec
         self._lock = threading.Lock()
-        self._lifetimes = _lifetimes(program)
-        self._layout = lay_out(list(self._lifetimes.values()))
-        self._memory, self._static = _allocate(program, self._lifetimes, self._layout)
         self._outputs = [i for i, buffer in enumerate(program.buffers) if buffer.place is Place.OUTPUT]
         self._inputs = [(i, view) for i, view in enumerate(program.inputs) if isinstance(view, View)]
         self._plain = [(i, value) for i, value in enumerate(program.inputs) if not isinstance(value, View)]
-        self._result = [_getter(leaf, self._static, program) for leaf in pytree.tree_leaves(program.output)]
         self._native_steps = sum(isinstance(step, NativeStep) for step in program.steps)
-        self._builder = _NativeBuilder(program, self._static)
+        self._arrange([])
+        chains = self._builder.faster_chains(cache) if cache is not None else []
+        if chains:
+            self._arrange(chains)
         self._run = self._compile()
         self._direct = self._compile_direct()
+
+    def _arrange(self, chains: list[Chain]) -> None:
+        """Lays out the arena for steps of which some are joined, and appends them to a native plan."""
+        self._chains = chains
+        self._lifetimes = _lifetimes(self._program, chains)
+        self._layout = lay_out(list(self._lifetimes.values()))
+        self._memory, self._static = _allocate(self._program, self._lifetimes, self._layout)
+        self._builder = _NativeBuilder(self._program, self._static, chains)
+        leaves = pytree.tree_leaves(self._program.output)
+        self._result = [_getter(leaf, self._static, self._program) for leaf in leaves]
 
     @property
     def arena_bytes(self) -> int:
@@ -106,6 +130,11 @@ class Plan:
             f"native {step.op}" if isinstance(step, NativeStep) else f"torch {step.name}"
             for step in self._program.steps
         ]
+
+    @property
+    def chains(self) -> list[list[str]]:
+        """The native steps that run as one, streamed by rows."""
+        return [self.steps[first : last + 1] for first, last in self._chains]
 
     @property
     def native_steps(self) -> int:
@@ -144,19 +173,17 @@ class Plan:
 
     def _compile(self) -> Callable[[Bases], None]:
         """One function that runs all steps: native stretches and torch calls in turn."""
+        builder, steps = self._builder, self._program.steps
         stretches: list[Callable[[Bases], None]] = []
-        builder = self._builder
-        start = 0
-        for step in self._program.steps:
-            if isinstance(step, NativeStep):
-                builder.append(step)
-                continue
-            if len(builder) > start:
-                stretches.append(builder.stretch(start, len(builder)))
-            start = len(builder)
-            stretches.append(_torch_call(step, self._static, self._program))
-        if len(builder) > start:
-            stretches.append(builder.stretch(start, len(builder)))
+        torch_steps = [i for i, step in enumerate(steps) if isinstance(step, TorchStep)]
+        for after, before in zip([-1, *torch_steps], [*torch_steps, len(steps)], strict=True):
+            first, last = builder.between(after, before)
+            if last > first:
+                stretches.append(builder.stretch(first, last))
+            if before < len(steps):
+                step = steps[before]
+                assert isinstance(step, TorchStep)
+                stretches.append(_torch_call(step, self._static, self._program))
 
         def run(bases: Bases) -> None:
             for stretch in stretches:
@@ -204,23 +231,36 @@ class Plan:
 
 
 class _NativeBuilder:
-    """Appends native steps to a `_cpu.Plan`, and keeps alive what they point to."""
+    """Appends native steps to a `_cpu.Plan`, joined where a chain says so, and keeps alive what they point to."""
 
-    def __init__(self, program: Program, static: Bases) -> None:
+    def __init__(self, program: Program, static: Bases, chains: Sequence[Chain]) -> None:
         self._program = program
-        has_native = any(isinstance(step, NativeStep) for step in program.steps)
-        self._plan: Any = native.cpu().Plan() if has_native else _NO_STEPS
-        self._stand_ins: Bases = list(static)
+        native_steps = {i: step for i, step in enumerate(program.steps) if isinstance(step, NativeStep)}
+        self._plan: Any = native.cpu().Plan() if native_steps else _NO_STEPS
         self._held: list[tuple[Tensor, ...]] = []
+        self._positions: list[int] = []
         self.external: list[int] = []
+        used = {view.buffer for step in native_steps.values() for view in views_of((step.args, step.out))}
+        stand_ins = [
+            _like(buffer) if base is None and index in used else base
+            for index, (base, buffer) in enumerate(zip(static, program.buffers, strict=True))
+        ]
         for index, buffer in enumerate(program.buffers):
+            stand_in = stand_ins[index]
             is_moving = buffer.place in (Place.INPUT, Place.OUTPUT, Place.TORCH)
-            if is_moving and buffer.nbytes and self._is_native_operand(index):
-                base = buffer.base
-                stand_in = torch.empty_strided(base.shape, base.stride, dtype=base.dtype)
-                self._stand_ins[index] = stand_in
+            if stand_in is not None and is_moving and buffer.nbytes:
                 self._plan.external(stand_in.data_ptr(), buffer.nbytes)
                 self.external.append(index)
+        self._stand_ins = stand_ins
+        for position, step in native_steps.items():
+            if 0 not in step.out.shape:
+                self._append(step)
+                self._positions.append(position)
+        for chain in reversed(chains):
+            first, last = bisect_left(self._positions, chain[0]), bisect_right(self._positions, chain[1])
+            if not self._plan.join(first, last):
+                raise RuntimeError(f"steps {chain[0]} to {chain[1]}: expected layers that can be streamed by rows")
+            self._positions[first:last] = self._positions[first : first + 1]
 
     @property
     def run(self) -> Callable[[int, int, list[int]], None]:
@@ -228,22 +268,29 @@ class _NativeBuilder:
         run: Callable[[int, int, list[int]], None] = self._plan.run
         return run
 
-    def _is_native_operand(self, index: int) -> bool:
-        steps = [step for step in self._program.steps if isinstance(step, NativeStep)]
-        return any(view.buffer == index for step in steps for view in views_of((step.args, step.out)))
-
     def __len__(self) -> int:
         return len(self._plan)
 
-    def append(self, step: NativeStep) -> None:
-        """Adds the step; one without elements has nothing to do."""
-        if 0 in step.out.shape:
-            return
+    def _append(self, step: NativeStep) -> None:
         args = [_tensor(a, self._stand_ins, self._program) if isinstance(a, View) else a for a in step.args]
         out = _tensor(step.out, self._stand_ins, self._program)
         call = registry.native_call(step.op, args, step.kwargs, out)
         getattr(self._plan, call.name)(*call.arguments)
         self._held.append(call.tensors)
+
+    def faster_chains(self, cache: TimingCache) -> list[Chain]:
+        """The steps that take less time joined, by timing; for a plan in which none are."""
+        links = private_bytes(self._program, self._positions)
+        if not any(links):
+            return []
+        steps = [step for i in self._positions if isinstance(step := self._program.steps[i], NativeStep)]
+        addresses = [base.data_ptr() for i in self.external if (base := self._stand_ins[i]) is not None]
+        found = choose_chains(self._plan, addresses, steps, links, cache)
+        return [(self._positions[first], self._positions[last - 1]) for first, last in found]
+
+    def between(self, after: int, before: int) -> tuple[int, int]:
+        """The native plan's steps that stand between two positions of the program."""
+        return bisect_right(self._positions, after), bisect_left(self._positions, before)
 
     def stretch(self, first: int, last: int) -> Callable[[Bases], None]:
         """A function that runs steps `first` … `last - 1` with the buffers of the moment."""
@@ -256,14 +303,25 @@ class _NativeBuilder:
         return run
 
 
-def _lifetimes(program: Program) -> dict[int, Lifetime]:
-    """Lifetime of every buffer in the arena, by buffer."""
+def _like(buffer: Buffer) -> Tensor:
+    """Memory of the form of a buffer's base, which nothing need ever touch."""
+    return torch.empty_strided(buffer.base.shape, buffer.base.stride, dtype=buffer.base.dtype)
+
+
+def _lifetimes(program: Program, chains: Sequence[Chain]) -> dict[int, Lifetime]:
+    """Lifetime of every buffer in the arena, by buffer.
+
+    What a chain reads and writes is alive all through it; what lies between its steps is never whole and needs no room.
+    """
     spans: dict[int, tuple[int, int]] = {}
     for i, step in enumerate(program.steps):
+        begin, end = next((chain for chain in chains if chain[0] <= i <= chain[1]), (i, i))
+        passed_on = {view.buffer for view in step.results} if i < end else set()
+        received = {view.buffer for s in program.steps[begin:i] for view in s.results}
         for view in views_of((step.args, step.kwargs, step.results)):
-            if program.buffers[view.buffer].place is Place.ARENA:
-                first, _ = spans.get(view.buffer, (i, i))
-                spans[view.buffer] = (first, i)
+            if program.buffers[view.buffer].place is Place.ARENA and view.buffer not in passed_on | received:
+                first, last = spans.get(view.buffer, (begin, end))
+                spans[view.buffer] = (min(first, begin), max(last, end))
     return {index: Lifetime(first, last, program.buffers[index].nbytes) for index, (first, last) in spans.items()}
 
 

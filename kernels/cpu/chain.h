@@ -1,0 +1,13 @@
+// Layers streamed by rows: dense convolution (first only), depthwise convolution and 1×1 convolution in any order, each fed by the one
+// before, so that no intermediate map leaves the cache.
+#pragma once
+
+#include "args.h"
+#include "simd.h"
+
+namespace kernelpress::KERNELPRESS_ISA {
+
+// The chain's output, the intermediates of each task held in about `floats` of scratch.
+void run_chain(const ChainArgs& args, int64_t floats);
+
+}  // namespace kernelpress::KERNELPRESS_ISA

@@ -1,0 +1,92 @@
+// Argument blocks of other kernels as layers of a chain.
+#pragma once
+
+#include "args.h"
+
+namespace kernelpress {
+
+struct Images {
+  int64_t h, w;
+};
+
+// Builds a chain from calls in the order they run. An `append` that returns false leaves a chain that must not be used.
+class ChainBuilder {
+ public:
+  const ChainArgs& chain() const { return chain_; }
+
+  bool append(const Conv2dArgs& a) {
+    return chain_.count == 0 && start(a.x, a.batch, a.x_stride_n, a.x_stride_c, a.x_stride_h, a.x_stride_w) &&
+           add({LayerKind::conv, a.weight, a.bias, a.in_h, a.in_w, a.c_in, a.out_h, a.out_w, a.c_out, a.window, a.activation}) &&
+           end(a.y, a.y_stride, a.residual, a.residual_stride);
+  }
+  bool append(const PointwiseConv2dArgs& a) {
+    const Images at{out_h(), out_w()};
+    return chain_.count > 0 && !a.input_scale && at.h * at.w == a.positions && follow(a.x, a.batch, at, a.c_in, a.x_stride) &&
+           add(pointwise(a.weight, a.bias, at, a.c_in, a.c_out, a.activation)) && end(a.y, a.y_stride, a.residual, a.residual_stride);
+  }
+  bool append(const DepthwiseConv2dArgs& a) {
+    const Images in{a.in_h, a.in_w}, out{a.out_h, a.out_w};
+    return a.multiplier == 1 && follow(a.x, a.batch, in, a.channels, a.x_stride) &&
+           add(depthwise(a.weight, a.bias, in, out, a.channels, a.window, a.activation)) && end(a.y, a.y_stride, a.residual, a.residual_stride);
+  }
+  bool append(const SeparableConv2dArgs& a) {
+    const Images in{a.in_h, a.in_w}, out{a.out_h, a.out_w};
+    return follow(a.x, a.batch, in, a.channels, a.x_stride) &&
+           add(depthwise(a.depthwise_weight, a.depthwise_bias, in, out, a.channels, a.window, a.depthwise_activation)) &&
+           add(pointwise(a.pointwise_weight, a.pointwise_bias, out, a.channels, a.c_out, a.activation)) &&
+           end(a.y, a.y_stride, a.residual, a.residual_stride);
+  }
+  bool append(const InvertedResidualArgs& a) {
+    const Images in{a.in_h, a.in_w}, out{a.out_h, a.out_w};
+    return follow(a.x, a.batch, in, a.c_in, a.x_stride) &&
+           add(pointwise(a.expand_weight, a.expand_bias, in, a.c_in, a.hidden, a.expand_activation)) &&
+           add(depthwise(a.depthwise_weight, a.depthwise_bias, in, out, a.hidden, a.window, a.depthwise_activation)) &&
+           add(pointwise(a.project_weight, a.project_bias, out, a.hidden, a.c_out, a.activation)) &&
+           end(a.y, a.y_stride, a.residual, a.residual_stride);
+  }
+  bool append(const SeparableStemArgs& a) {
+    const Images mid{a.mid_h, a.mid_w}, out{a.out_h, a.out_w};
+    return chain_.count == 0 && start(a.x, a.batch, a.x_stride_n, a.x_stride_c, a.x_stride_h, a.x_stride_w) &&
+           add({LayerKind::conv, a.stem_weight, a.stem_bias, a.in_h, a.in_w, a.c_in, a.mid_h, a.mid_w, a.hidden, a.stem_window, a.stem_activation}) &&
+           add(depthwise(a.depthwise_weight, a.depthwise_bias, mid, out, a.hidden, a.window, a.depthwise_activation)) &&
+           add(pointwise(a.pointwise_weight, a.pointwise_bias, out, a.hidden, a.c_out, a.activation)) && end(a.y, a.y_stride, nullptr, 0);
+  }
+
+ private:
+  int64_t out_h() const { return chain_.count ? chain_.layers[chain_.count - 1].out_h : 0; }
+  int64_t out_w() const { return chain_.count ? chain_.layers[chain_.count - 1].out_w : 0; }
+
+  static ChainLayer pointwise(const float* weight, const float* bias, Images at, int64_t c_in, int64_t c_out, Activation activation) {
+    return {LayerKind::pointwise, weight, bias, at.h, at.w, c_in, at.h, at.w, c_out, {1, 1, 1, 1, 0, 0, 1, 1}, activation};
+  }
+  static ChainLayer depthwise(const float* weight, const float* bias, Images in, Images out, int64_t channels, const Window& window,
+                              Activation activation) {
+    return {LayerKind::depthwise, weight, bias, in.h, in.w, channels, out.h, out.w, channels, window, activation};
+  }
+
+  bool start(const float* x, int64_t batch, int64_t stride_n, int64_t stride_c, int64_t stride_h, int64_t stride_w) {
+    chain_.x = x, chain_.batch = batch;
+    chain_.x_stride_n = stride_n, chain_.x_stride_c = stride_c, chain_.x_stride_h = stride_h, chain_.x_stride_w = stride_w;
+    return true;
+  }
+  // A layer on channels_last images: the chain's first, or one that reads just what the layer before it writes.
+  bool follow(const float* x, int64_t batch, Images in, int64_t c_in, int64_t stride) {
+    if (chain_.count == 0) return start(x, batch, in.h * in.w * stride, 1, in.w * stride, stride);
+    const ChainLayer& before = chain_.layers[chain_.count - 1];
+    return x == chain_.y && stride == chain_.y_stride && !chain_.residual && batch == chain_.batch && in.h == before.out_h &&
+           in.w == before.out_w && c_in == before.c_out;
+  }
+  bool add(const ChainLayer& layer) {
+    if (chain_.count == ChainArgs::kMostLayers) return false;
+    chain_.layers[chain_.count++] = layer;
+    return true;
+  }
+  bool end(float* y, int64_t stride, const float* residual, int64_t residual_stride) {
+    chain_.y = y, chain_.y_stride = stride, chain_.residual = residual, chain_.residual_stride = residual_stride;
+    return true;
+  }
+
+  ChainArgs chain_{};
+};
+
+}  // namespace kernelpress
