@@ -40,12 +40,15 @@ PIPELINE = {r"LDGSTS\.E\.BYPASS\..*\b128", r"LDSM\.16\.M88\.4", STORE_16}
 INSTRUCTIONS: dict[str, set[str]] = {
     "dense": TENSOR_16 | TENSOR_TF32 | PIPELINE,
     "depthwise": GLOBAL_16,
+    "depthwise_int8": {r"IDP\.4A\.S8\.S8"},
     "ghost": TENSOR_16 | PIPELINE,
     "grouped": TENSOR_16 | PIPELINE,
     "grouped_shuffle": GLOBAL_16,
     "int8": TENSOR_INT8 | PIPELINE,
     "int8_conv": TENSOR_INT8 | PIPELINE,
+    "quantize": GLOBAL_16,
     "separable": TENSOR_16,
+    "separable_inverted": TENSOR_16,
     "sparse": TENSOR_16 | TENSOR_INT8 | PIPELINE,
 }
 """File → patterns of instructions that its machine code must contain."""

@@ -84,7 +84,7 @@ def _register_kernels(operator: Operator) -> None:
 
 
 def _register_autograd(operator: Operator) -> None:
-    """Where no gradient is wanted and the kernel of a device would be next, the autograd kernel does its work at once."""
+    """Where no gradient is wanted and a device's kernel would be next, the autograd kernel does its work at once."""
     overload = getattr(torch.ops.kernelpress, operator.name).default
     differentiable = gradient.differentiable(operator)
 
