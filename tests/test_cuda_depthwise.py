@@ -12,6 +12,7 @@ from torch import Tensor
 
 import kernelpress
 from kernelpress import ops
+from kernelpress.kernels import reference
 from kernelpress.kernels.reference import ACTIVATIONS
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
@@ -111,3 +112,34 @@ def test_nan_and_infinity_stay_in_their_channel() -> None:
     expected = ops.depthwise_conv2d(x, weight, padding=1, activation="relu", backend="reference")
     assert torch.equal(out.isnan(), expected.isnan())
     assert torch.equal(out.isinf(), expected.isinf())
+
+
+INT8: dict[str, tuple[int, tuple[int, int], int, dict[str, Any]]] = {
+    "int8 out": (
+        32,
+        (3, 3),
+        1,
+        {"padding": (1, 1), "output_scale": 41.0, "output_zero_point": 7, "activation": "relu"},
+    ),
+    "half out": (16, (5, 5), 1, {"stride": (2, 2), "padding": (2, 2), "output_dtype": torch.float16}),
+    "float out": (16, (7, 7), 1, {"padding": (3, 3), "activation": "relu6"}),
+    "ragged channels": (19, (3, 3), 1, {"padding": (1, 1), "output_dtype": torch.bfloat16}),
+    "multiplier": (6, (2, 3), 3, {"padding": (0, 2), "dilation": (2, 1), "output_scale": 20.0}),
+}
+
+
+@pytest.mark.parametrize("case", INT8.values(), ids=INT8)
+def test_int8_to_the_last_bit(case: tuple[int, tuple[int, int], int, dict[str, Any]]) -> None:
+    channels, kernel, multiplier, options = case
+    c_out = channels * multiplier
+    tensors: list[Tensor | None] = [
+        torch.randint(-128, 128, (2, channels, 9, 11)).to(torch.int8).contiguous(memory_format=torch.channels_last),
+        torch.randint(-127, 128, (c_out, 1, *kernel)).to(torch.int8),
+        torch.rand(c_out) * 0.1 + 0.01,
+        torch.randn(c_out) * 10,
+    ]
+    options = {**options, "input_scale": 0.5, "input_zero_point": -3}
+    out = ops.int8_depthwise_conv2d(*tensors, **options, backend="cuda")
+    expected = reference.int8_depthwise_conv2d(*tensors, **options)
+    assert out.dtype == expected.dtype
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)

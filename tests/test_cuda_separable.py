@@ -32,7 +32,9 @@ TF32 = 2e-3
 """Largest relative error of float32 in TF32, whose mantissa has 10 bits."""
 
 
-def close(op: str, tensors: list[Tensor | None], options: dict[str, Any], out: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def close(
+    op: str, tensors: list[Tensor | None], options: dict[str, Any], out: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if out.dtype == torch.float32:
         monkeypatch.setitem(RELATIVE_ERROR, torch.float32, TF32)
     assert_matches(op, tensors, options, out)
@@ -63,7 +65,11 @@ def test_separable_of_every_window_and_configuration(index: int, monkeypatch: py
     kernel, size, options = list(WINDOWS.values())[index % len(WINDOWS)]
     dtype = DTYPES[(index + index // len(WINDOWS)) % len(DTYPES)]
     tensors = separable_tensors(channels_last(1, 72, *size).to(dtype), 40 if index % 2 else 72, kernel)
-    options = {**options, "depthwise_activation": ACTIVATIONS[index % 8], "activation": ACTIVATIONS[(3 * index + 1) % 8]}
+    options = {
+        **options,
+        "depthwise_activation": ACTIVATIONS[index % 8],
+        "activation": ACTIVATIONS[(3 * index + 1) % 8],
+    }
     out = run_configured("separable_conv2d", tensors, options, TILES[index // len(WINDOWS)])
     close("separable_conv2d", tensors, options, out, monkeypatch)
 
@@ -100,7 +106,13 @@ def test_slices_and_more_channels_than_a_block_has(dtype: torch.dtype, monkeypat
     tensors = separable_tensors(wide[:, 16:40], 80, (3, 3))
     tensors[-1] = channels_last(1, 96, 8, 9).to(dtype)[:, 16:]
     options = {"padding": (1, 1), "activation": "relu"}
-    close("separable_conv2d", tensors, options, run_configured("separable_conv2d", tensors, options, TILES[0]), monkeypatch)
+    close(
+        "separable_conv2d",
+        tensors,
+        options,
+        run_configured("separable_conv2d", tensors, options, TILES[0]),
+        monkeypatch,
+    )
 
 
 @pytest.mark.parametrize("op", ["separable_conv2d", "inverted_residual"])

@@ -18,6 +18,7 @@
 #include "cuda_runtime_seam.h"
 #include "kernels/cuda/dense.h"
 #include "kernels/cuda/dense_tiles.h"
+#include "kernels/cuda/depthwise_int8.h"
 #include "kernels/cuda/depthwise_tiles.h"
 #include "kernels/cuda/ghost_tiles.h"
 #include "kernels/cuda/grouped_tiles.h"
@@ -185,6 +186,7 @@ PYBIND11_MODULE(KERNELPRESS_MODULE, module) {
   bind_launcher(module, "shuffle_concat", &shuffle_concat, kShuffleTiles);
   bind_launcher(module, "sparse_conv2d", &sparse_conv2d, kSparseTiles);
   bind_launcher(module, "int8_matmul", &int8_matmul, kInt8Tiles);
+  bind_launcher(module, "int8_depthwise_conv2d", &int8_depthwise_conv2d);
   bind_launcher(module, "int8_conv2d", &int8_conv2d, kInt8Tiles);
   bind_launcher(module, "quantize", &quantize);
   bind_launcher(module, "dequantize", &dequantize);

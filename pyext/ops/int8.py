@@ -264,7 +264,10 @@ _DEPTHWISE = publish(
         shape=_depthwise_shape,
         reference=reference.int8_depthwise_conv2d,
         macs=lambda shapes, options, shape: math.prod(shape) * math.prod(shapes[1][2:]),
-        implementations=(reference_implementation("int8_depthwise_conv2d", reference.int8_depthwise_conv2d),),
+        implementations=(
+            cuda_implementation("int8_depthwise_conv2d", int8_cuda.DEPTHWISE),
+            reference_implementation("int8_depthwise_conv2d", reference.int8_depthwise_conv2d),
+        ),
         native=None,
         dtypes=_dtypes,
     )

@@ -16,7 +16,7 @@ from kernelpress.ops.cuda import FLOATING, CudaDevice, CudaKernel, data_type, de
 from kernelpress.ops.layout import IMAGES_OR_ROWS, PIXELS, ROWS
 from kernelpress.ops.registry import Problem, Tensors
 
-__all__ = ["ADD", "CONV2D", "DEQUANTIZE", "MATMUL", "QUANTIZE"]
+__all__ = ["ADD", "CONV2D", "DEPTHWISE", "DEQUANTIZE", "MATMUL", "QUANTIZE"]
 
 _LARGEST_TILE = (256, 128)
 _LEAST_SPLIT_BYTES = 512
@@ -177,6 +177,42 @@ CONV2D = CudaKernel(
     dtypes=(torch.int8,),
     workspace=_workspace,
     has_workspace=True,
+)
+
+
+def _depthwise_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...]:
+    x, weight, weight_scale, bias, residual = tensors
+    assert weight is not None
+    assert weight_scale is not None
+    return (
+        x,
+        packing.depthwise(weight, None),
+        _scale(weight_scale, options.input_scale),
+        float_vector(bias),
+        residual,
+    )
+
+
+def _depthwise_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
+    x, weight = _specs(problem, 2)
+    options = problem.options
+    batch, channels, in_h, in_w = x.shape
+    return (
+        *(batch, in_h, in_w, channels, weight.shape[0] // channels, *problem.shape[2:]),
+        *(spacings[0], spacings[4], y_spacing),
+        *(*weight.shape[2:], *options.stride, *options.padding, *options.dilation),
+        *(options.input_zero_point, data_type(problem.dtype)),
+    )
+
+
+DEPTHWISE = CudaKernel(
+    name="int8_depthwise_conv2d",
+    layouts=(PIXELS, None, None, None, PIXELS),
+    supports=lambda problem: None,
+    operands=_depthwise_operands,
+    sizes=_depthwise_sizes,
+    scalars=_scalars,
+    dtypes=(torch.int8,),
 )
 
 

@@ -1,0 +1,91 @@
+// int8 depthwise convolution, channels_last: any window and multiplier.
+//
+//   y[n,p,q,c] = epilogue(Σ_rs w[r,s,c] · (x[n, p·S-P+r·D, q·S-P+s·D, c/m] − zero_point))
+//
+//   one thread: 4 neighbouring outputs of a row × 16 channels, straight from global memory; its neighbours have the next 16 channels
+//
+// A tap outside of the image adds nothing, as the zero point that stands there would. Bound by its integer multiplications (one a tap and
+// output, at half the rate of FMA) and by the loads of overlapping windows from the first-level cache.
+#include "depthwise_int8.h"
+
+#include "common/epilogue.cuh"
+#include "common/numeric.cuh"
+#include "common/ptx.cuh"
+#include "common/simt.cuh"
+
+namespace kernelpress::cuda {
+namespace {
+
+constexpr int kThreads = 128, kColumns = 4;
+
+template <class Out, int kVector>
+__global__ void __launch_bounds__(kThreads) depthwise_int8(const Int8DepthwiseConv2dArgs a, const Epilogue<Out> epilogue) {
+  using Group = Vector<int8_t, kVector>;
+  const Window& w = a.window;
+  const int zero_point = static_cast<int>(a.input_zero_point);
+  const int64_t c_out = a.channels * a.multiplier, groups = c_out / kVector, wide = (a.out_w + kColumns - 1) / kColumns;
+  int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (index >= groups * wide * a.out_h * a.batch) return;
+  const int64_t channel = index % groups * kVector;
+  index /= groups;
+  const int64_t q0 = index % wide * kColumns;
+  index /= wide;
+  const int64_t p = index % a.out_h, image = index / a.out_h;
+  const int8_t* x = static_cast<const int8_t*>(a.x) + image * a.in_h * a.in_w * a.x_stride + (kVector > 1 ? channel : channel / a.multiplier);
+  const int8_t* weight = static_cast<const int8_t*>(a.weight) + channel;
+
+  int sums[kColumns][kVector] = {};
+  for (int64_t r = 0; r < w.kernel_h; ++r) {
+    const int64_t h = p * w.stride_h - w.pad_h + r * w.dilation_h;
+    if (h < 0 || h >= a.in_h) continue;
+    for (int64_t s = 0; s < w.kernel_w; ++s) {
+      const Group taps = *reinterpret_cast<const Group*>(weight + (r * w.kernel_w + s) * c_out);
+#pragma unroll
+      for (int q = 0; q < kColumns; ++q) {
+        const int64_t column = (q0 + q) * w.stride_w - w.pad_w + s * w.dilation_w;
+        if (column < 0 || column >= a.in_w) continue;
+        const Group values = *reinterpret_cast<const Group*>(x + (h * a.in_w + column) * a.x_stride);
+#pragma unroll
+        for (int c = 0; c < kVector; ++c) sums[q][c] += (values[c] - zero_point) * taps[c];
+      }
+    }
+  }
+  const ChannelTerms<kVector> terms = channel_terms<kVector>(epilogue, channel);
+#pragma unroll
+  for (int q = 0; q < kColumns; ++q) {
+    if (q0 + q >= a.out_w) break;
+    float values[kVector];
+#pragma unroll
+    for (int c = 0; c < kVector; ++c) values[c] = static_cast<float>(sums[q][c]);
+    finish(epilogue, terms, values, (image * a.out_h + p) * a.out_w + q0 + q, channel);
+  }
+}
+
+template <class Out>
+Status launch_depthwise(const Int8DepthwiseConv2dArgs& a, void* stream) {
+  constexpr int kVector = 16;
+  auto epilogue = make_epilogue<Out>(a.scale, a.bias, a.residual, a.y, a.residual_stride, a.y_stride, a.channels * a.multiplier,
+                                     a.activation);
+  epilogue.inverse_scale = static_cast<float>(1.0 / a.output_scale);
+  epilogue.zero_point = static_cast<float>(a.output_zero_point);
+  epilogue.residual_scale = static_cast<float>(a.residual_scale);
+  epilogue.residual_zero_point = static_cast<float>(a.residual_zero_point);
+  const bool aligned = a.multiplier == 1 && a.channels % kVector == 0 && is_aligned(a.x) && is_aligned(a.weight) && a.x_stride % kVector == 0;
+  const int64_t items = a.channels * a.multiplier / (aligned ? kVector : 1) * ((a.out_w + kColumns - 1) / kColumns) * a.out_h * a.batch;
+  const Grid grid{dim3(static_cast<unsigned>((items + kThreads - 1) / kThreads)), dim3(kThreads), 0, stream};
+  return {aligned ? launch(depthwise_int8<Out, kVector>, grid, a, epilogue) : launch(depthwise_int8<Out, 1>, grid, a, epilogue),
+          "int8_depthwise_conv2d", aligned ? "any window, 16 channels a thread" : "any window, 1 channel a thread"};
+}
+
+}  // namespace
+
+Status int8_depthwise_conv2d(const Int8DepthwiseConv2dArgs& a, const Device&, void* stream) {
+  switch (a.output) {
+    case DataType::int8: return launch_depthwise<int8_t>(a, stream);
+    case DataType::float16: return launch_depthwise<Half>(a, stream);
+    case DataType::bfloat16: return launch_depthwise<BFloat16>(a, stream);
+    default: return launch_depthwise<float>(a, stream);
+  }
+}
+
+}  // namespace kernelpress::cuda
