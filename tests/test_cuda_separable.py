@@ -1,4 +1,4 @@
-"""The fused CUDA kernels of separable convolution and the inverted residual, on the host emulator, against the float64 reference."""
+"""The fused separable CUDA kernels on the host emulator, against the float64 reference."""
 
 from __future__ import annotations
 
