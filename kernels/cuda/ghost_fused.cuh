@@ -142,12 +142,25 @@ __device__ __forceinline__ void put_primary(typename Config::T* p, const Accumul
 template <class T>
 using Four = Vector<T, kGhostVector>;
 
+// Through one word: nvcc would take the members of a structure in global memory one by one.
+template <class T>
+__device__ __forceinline__ void load_four(const T* address, float (&values)[kGhostVector]) {
+  Four<T> four;
+  if constexpr (sizeof(four) == 16) {
+    four = load_16<Four<T>>(address);
+  } else {
+    const uint64_t word = *reinterpret_cast<const uint64_t*>(address);
+    memcpy(&four, &word, sizeof four);
+  }
+  to_float(four, values);
+}
+
 // Writes four channels, with the residual's added.
 template <class T>
 __device__ __forceinline__ void put_four(T* y, const T* residual, float (&values)[kGhostVector]) {
   if (residual != nullptr) {
     float others[kGhostVector];
-    to_float(*reinterpret_cast<const Four<T>*>(residual), others);
+    load_four(residual, others);
 #pragma unroll
     for (int c = 0; c < kGhostVector; ++c) values[c] += others[c];
   }
@@ -165,7 +178,7 @@ __device__ __forceinline__ void put_outputs(const T* p, const GhostConv2dArgs& a
   float weights[kTaps * kTaps][kGhostVector], bias[kGhostVector];
 #pragma unroll
   for (int tap = 0; tap < kTaps * kTaps; ++tap)
-    to_float(*reinterpret_cast<const Four<T>*>(static_cast<const T*>(a.cheap_weight) + tap * primary + channel), weights[tap]);
+    load_four(static_cast<const T*>(a.cheap_weight) + tap * primary + channel, weights[tap]);
 #pragma unroll
   for (int c = 0; c < kGhostVector; ++c) bias[c] = a.cheap_bias == nullptr ? 0.0f : a.cheap_bias[channel + c];
   const int strips_w = tile.tile_w / kGhostStrip, strips = tile.tile_h * strips_w;
