@@ -19,7 +19,7 @@ namespace {
 constexpr int kThreads = 128, kColumns = 4;
 
 template <class Out, int kVector>
-__global__ void __launch_bounds__(kThreads) depthwise_int8(const Int8DepthwiseConv2dArgs a, const Epilogue<Out> epilogue) {
+__global__ void __launch_bounds__(kThreads, 3) depthwise_int8(const Int8DepthwiseConv2dArgs a, const Epilogue<Out> epilogue) {
   using Group = Vector<int8_t, kVector>;
   const Window& w = a.window;
   const int zero_point = static_cast<int>(a.input_zero_point);
