@@ -130,6 +130,7 @@ void conv_rows(const Conv2dArgs& a, int64_t image, int64_t begin, int64_t end, i
     const int64_t rows = minimum(step, end - p0);
     load_band(a, Band(a, rows), image, p0, pixels);
     const TileOutput out{a.y, a.y_stride, a.bias, a.residual, a.residual_stride, ActivationFunction(a.activation)};
+    Lookahead nothing;
     for (int64_t j = first_panel; j < last_panel; ++j) {
       const int64_t columns = minimum(kPanel, a.c_out - j * kPanel);
       const float* panel = a.weight + j * panel_size;
@@ -139,10 +140,10 @@ void conv_rows(const Conv2dArgs& a, int64_t image, int64_t begin, int64_t end, i
         const TileOutput place = out.at((image * a.out_h + p0 + i) * a.out_w, j * kPanel);
         if (2 * a.out_w <= kTileRows && i + 1 < rows) {
           in.half_offset = a.window.stride_h * row_floats;
-          tile_function(2 * a.out_w, columns)(in, panel, place, columns, half_of_next(panel, next, in.depth(), t));
+          tile_function(2 * a.out_w, columns)(in, panel, place, columns, fetched_by(t, panel, next, in.depth(), nothing));
           i += 2;
         } else {
-          multiply(in, panel, t == 0 ? next : panel, place, a.out_w, columns);
+          multiply(in, panel, t == 0 ? next : panel, place, a.out_w, columns, nothing);
           i += 1;
         }
       }

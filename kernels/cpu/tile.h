@@ -142,32 +142,47 @@ KP_INLINE TileFunction tile_function(int64_t rows, int64_t columns) {
   return columns > kLanes ? tile_with<2>(rows, Rows{}) : tile_with<1>(rows, Rows{});
 }
 
-// What the t-th tile over a panel fetches ahead: one half of the next panel each, then nothing that is not there already.
-KP_INLINE const float* half_of_next(const float* panel, const float* next, int64_t depth, int64_t t) {
-  return t < 2 ? next + t * depth * kLanes : panel;
+// Memory that will be read after the tiles at hand, in the order it is to be fetched.
+struct Lookahead {
+  const float* at = nullptr;
+  const float* end = nullptr;
+
+  // The next `depth` lines of it; `otherwise` where none are left.
+  KP_INLINE const float* take(int64_t depth, const float* otherwise) {
+    if (at >= end) return otherwise;
+    const float* lines = at;
+    at += depth * kLanes;
+    return lines;
+  }
+};
+
+// What the t-th tile over a panel fetches ahead: one half of the next panel each, then what comes later; else nothing that is not there.
+KP_INLINE const float* fetched_by(int64_t t, const float* panel, const float* next, int64_t depth, Lookahead& later) {
+  return t < 2 && next != panel ? next + t * depth * kLanes : later.take(depth, panel);
 }
 
-// rows × columns of output from one panel; rows are cut into tiles of nearly equal height. `next` is the panel to come.
-inline void multiply(const TileInput& in, const float* panel, const float* next, const TileOutput& out, int64_t rows, int64_t columns) {
+// rows × columns of output from one panel; rows are cut into tiles of nearly equal height. `next` is the panel to come, or the same.
+inline void multiply(const TileInput& in, const float* panel, const float* next, const TileOutput& out, int64_t rows, int64_t columns,
+                     Lookahead& later) {
   const int64_t tiles = ceil_div(rows, kTileRows), height = rows / tiles, higher = rows % tiles;
   TileInput part = in;
   for (int64_t t = 0, begin = 0; t < tiles; ++t) {
     const int64_t count = height + (t < higher);
     part.a = in.a + begin * in.row_stride;
     part.half_offset = count / 2 * in.row_stride;
-    tile_function(count, columns)(part, panel, out.at(begin, 0), columns, half_of_next(panel, next, in.depth(), t));
+    tile_function(count, columns)(part, panel, out.at(begin, 0), columns, fetched_by(t, panel, next, in.depth(), later));
     begin += count;
   }
 }
 
 // The same over all panels in [first_panel, last_panel) of a weight with c_out columns.
 inline void multiply_panels(const TileInput& in, const float* weight, const TileOutput& out, int64_t rows, int64_t c_out,
-                            int64_t first_panel, int64_t last_panel) {
+                            int64_t first_panel, int64_t last_panel, Lookahead later = {}) {
   const int64_t panel_size = in.depth() * kPanel;
   for (int64_t j = first_panel; j < last_panel; ++j) {
     const float* panel = weight + j * panel_size;
     const float* next = j + 1 < last_panel ? panel + panel_size : panel;
-    multiply(in, panel, next, out.at(0, j * kPanel), rows, minimum(kPanel, c_out - j * kPanel));
+    multiply(in, panel, next, out.at(0, j * kPanel), rows, minimum(kPanel, c_out - j * kPanel), later);
   }
 }
 
