@@ -84,18 +84,27 @@ __global__ void __launch_bounds__(Config::kThreads, kBlocks)
   using Source = Rows<typename Config::T>;
   SIMT_DYN_SMEM(shared);
   Pipeline<Config, Source, Source> pipeline(shared, problem.x, problem.weight);
-  const int64_t tiles = problem.tiles_m * problem.tiles_n, split = blockIdx.z;
+  const uint32_t tiles = static_cast<uint32_t>(problem.tiles_m * problem.tiles_n);
+  const int64_t split = blockIdx.z;
   const int64_t first_k = split * problem.steps * Config::kStep;
   const int64_t left = (problem.x.depth - first_k + Config::kStep - 1) / Config::kStep;
   const int steps = static_cast<int>(min(left, static_cast<int64_t>(problem.steps)));
-  TileIndex tile = grouped_tile(blockIdx.x, problem.tiles_m, problem.tiles_n);
-  pipeline.start(tile.m * Config::kTileM, tile.n * Config::kTileN, first_k, steps);
+  // A tile's place is computed again where it is needed: registers are short while it is multiplied.
+  const auto place = [&](uint32_t index) {
+    const TileIndex tile = grouped_tile(index, problem.tiles_m, problem.tiles_n);
+    return TileIndex{tile.m * Config::kTileM, tile.n * Config::kTileN};
+  };
+  const auto start = [&](uint32_t index) {
+    const TileIndex first = place(index);
+    pipeline.start(first.m, first.n, first_k, steps);
+  };
+  start(blockIdx.x);
 #pragma unroll 1
-  for (int64_t index = blockIdx.x; index < tiles; index += gridDim.x) {
-    const int64_t first_row = tile.m * Config::kTileM, first_column = tile.n * Config::kTileN;
+  for (uint32_t index = blockIdx.x; index < tiles; index += gridDim.x) {
     Accumulators<Config> sums;
     sums.clear();
     if constexpr (kScaled) {
+      const int64_t first_row = place(index).m;
       pipeline.run(sums, InputScale<Config>(problem.input_scale, problem.x.depth, problem.positions, first_row, problem.x.count));
     } else {
       pipeline.run(sums);
@@ -105,13 +114,14 @@ __global__ void __launch_bounds__(Config::kThreads, kBlocks)
     for (int phase = 0; phase < 2; ++phase) {
       if (phase == 0 || store_offset == 0) block_barrier();
       if ((phase == 0) == (store_offset != 0)) {
-        if (index + gridDim.x >= tiles) continue;
-        tile = grouped_tile(index + gridDim.x, problem.tiles_m, problem.tiles_n);
-        pipeline.start(tile.m * Config::kTileM, tile.n * Config::kTileN, first_k, steps);
-      } else if (problem.splits > 1) {
-        store_partials(sums, problem.partials, split, first_row, first_column);
+        if (index + gridDim.x < tiles) start(index + gridDim.x);
+        continue;
+      }
+      const TileIndex first = place(index);
+      if (problem.splits > 1) {
+        store_partials(sums, problem.partials, split, first.m, first.n);
       } else {
-        store_tile(sums, shared + store_offset, problem.epilogue, ConsecutivePixels{first_row, problem.x.count}, first_column);
+        store_tile(sums, shared + store_offset, problem.epilogue, ConsecutivePixels{first.m, problem.x.count}, first.n);
       }
     }
   }

@@ -15,7 +15,7 @@
 
 namespace kernelpress::cuda {
 
-// Rows of `depth` elements, `stride` elements apart.
+// Rows of `depth` elements, fewer than 2³¹, `stride` elements apart.
 template <class T>
 struct Rows {
   static constexpr bool kResident = false;
@@ -42,14 +42,13 @@ struct Rows {
       return valid;
     }
     __device__ __forceinline__ void advance(int n) { k_ += n; }
-    __device__ __forceinline__ void jump(int64_t k) { k_ = k + Share::chunk() * kChunk; }
+    __device__ __forceinline__ void jump(int64_t k) { k_ = static_cast<int>(k) + Share::chunk() * kChunk; }
     __device__ __forceinline__ T padding() const { return T{}; }
 
    private:
     const Rows& rows_;
     const T* row_;
-    int64_t k_;
-    int left_;
+    int k_, left_;
   };
 };
 

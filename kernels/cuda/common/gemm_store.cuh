@@ -119,7 +119,7 @@ __device__ __forceinline__ void store_partials(const Accumulators<Config>& sums,
       for (int n = 0; n < Config::kFragmentsN; ++n) {
         const int64_t column = first_column + warp_column<Config>() + 8 * n + 2 * (lane % 4);
         const Vector<Sum, 2> two{{sums.value[m][n][2 * half], sums.value[m][n][2 * half + 1]}};
-        if (column < partials.pitch) store_global(target + column, two);
+        if (column < partials.pitch) store_vector(target + column, two);
       }
     }
 }
