@@ -20,7 +20,7 @@ inline constexpr DenseTile kDenseTiles[] = {
     {"128x128, 4 warps, 3 stages of 128 bytes", 128, 128, 128, 2, 2, 3, 2, false},
     {"128x64, 4 warps, 3 stages of 128 bytes", 128, 64, 128, 2, 2, 3, 3, false},
     {"64x64, 4 warps, 3 stages of 128 bytes", 64, 64, 128, 2, 2, 3, 4, false},
-    {"128x32, 4 warps, 3 stages of 128 bytes", 128, 32, 128, 4, 1, 3, 4, false},
+    {"128x32, 4 warps, 3 stages of 128 bytes", 128, 32, 128, 4, 1, 3, 3, false},
     {"16x64, 4 warps, 4 stages of 128 bytes", 16, 64, 128, 1, 4, 4, 4, false},
     {"64x64 of any alignment, 4 warps, 3 stages of 128 bytes", 64, 64, 128, 2, 2, 3, 2, true},
 };
