@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from emulating import run_configured
+from simt.fixtures import ORDERS, Simt
 from torch import Tensor
 
 import kernelpress
 from kernelpress import ops
 from kernelpress.kernels import reference
+from kernelpress.ops import cuda
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
-TILES = ("256x128", "128x128", "128x64", "64x64,", "128x32", "16x64", "64x64 of any alignment")
+WINDOW_TILES = ("128x128", "128x64", "64x64,", "128x32", "16x64", "64x64 of any alignment")
+TILES = (*WINDOW_TILES, "256x128")
 OUTPUTS: tuple[dict[str, Any], ...] = (
     {"output_scale": 37.0, "output_zero_point": -11},
     {"output_dtype": torch.float16},
@@ -109,6 +113,43 @@ def test_few_tiles_split_k(number: int) -> None:
         assert_same("int8_matmul", tensors, options, ops.int8_matmul(*tensors, **options))
 
 
+@pytest.fixture
+def two_multiprocessors(simt: Simt) -> Iterator[None]:
+    """The emulator's other device, on which a block takes several tiles."""
+    launches = 0
+
+    def launch(name: str, tensors: Sequence[Tensor], fields: Sequence[int | float], index: int) -> None:
+        nonlocal launches
+        order = ORDERS[launches % len(ORDERS)]
+        simt.run(name, tensors, fields, seed=launches, order=order, outputs=tensors[:1], device=1)
+        launches += 1
+
+    def describe(index: int) -> cuda.CudaDevice:
+        return cuda.CudaDevice(**simt.module.device(1))
+
+    with cuda.launching_on(cuda.Target("cpu", lambda index: None, describe, launch, simt.module.configurations)):
+        yield
+
+
+@pytest.mark.usefixtures("two_multiprocessors")
+@pytest.mark.parametrize("tile", TILES)
+def test_blocks_take_tile_after_tile(tile: str) -> None:
+    number = TILES.index(tile)
+    rows, c_out = {"256x128": (600, 200), "128x128": (300, 270)}.get(tile, (290, 140))
+    tensors, options = matmul(rows, 160, c_out, number)
+    assert_same("int8_matmul", tensors, options, run_configured("int8_matmul", tensors, options, tile))
+    tensors, options = matmul(rows, 16, c_out, number + 1)
+    assert_same("int8_matmul", tensors, options, run_configured("int8_matmul", tensors, options, tile))
+
+
+@pytest.mark.usefixtures("two_multiprocessors")
+@pytest.mark.parametrize("tile", ["128x128", "128x32", "64x64 of any alignment"])
+def test_blocks_take_windows_after_windows(tile: str) -> None:
+    tensors: list[Tensor | None] = [int8_image(2, 16, 17, 19), int8(70, 16, 3, 3), torch.rand(70), None, None]
+    options = {"padding": (1, 1), "input_zero_point": -77, "output_scale": 2e2}
+    assert_same("int8_conv2d", tensors, options, run_configured("int8_conv2d", tensors, options, tile))
+
+
 def test_the_largest_sums_do_not_overflow() -> None:
     x, weight = torch.full((2, 65536), -128, dtype=torch.int8), torch.full((3, 65536), -128, dtype=torch.int8)
     weight[1] = 127
@@ -156,7 +197,7 @@ def convolution(name: str, number: int) -> tuple[list[Tensor | None], dict[str, 
     return tensors, options
 
 
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile", WINDOW_TILES)
 @pytest.mark.parametrize("name", ["ResNet's 3x3", "stride 2"])
 def test_every_tile_convolves_exactly(name: str, tile: str) -> None:
     tensors, options = convolution(name, TILES.index(tile) + len(name))

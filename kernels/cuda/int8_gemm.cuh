@@ -130,22 +130,21 @@ __global__ void __launch_bounds__(Config::kThreads, kBlocks) int8_gemm(Int8Probl
   Pipeline<Config, Source, Rows<int8_t>> pipeline(shared, problem.x, problem.weight);
   const int split = static_cast<int>(blockIdx.z), first_step = split * problem.steps_per_split;
   const int steps = min(problem.steps - first_step, problem.steps_per_split);
-  SIMT_SHARED(int64_t, place, [2]);  // of the tile: it would take registers from the main loop
+  int row_tile, column_tile;
   const auto start = [&](int index) {
     const TileIndex tile = grouped_tile(index, problem.tiles_m, problem.tiles_n);
-    if (threadIdx.x == 0) {
-      place[0] = tile.m * Config::kTileM;
-      place[1] = tile.n * Config::kTileN;
-    }
+    row_tile = static_cast<int>(tile.m);
+    column_tile = static_cast<int>(tile.n);
     pipeline.start(tile.m * Config::kTileM, tile.n * Config::kTileN, static_cast<int64_t>(first_step) * Config::kStep, steps);
   };
   start(static_cast<int>(blockIdx.x));
 #pragma unroll 1
   for (int index = static_cast<int>(blockIdx.x); index < problem.tiles; index += static_cast<int>(gridDim.x)) {
+    const int64_t first_row = static_cast<int64_t>(row_tile) * Config::kTileM;
+    const int64_t first_column = static_cast<int64_t>(column_tile) * Config::kTileN;
     Accumulators<Config> sums;
     sums.clear();
     pipeline.run(sums);
-    const int64_t first_row = place[0], first_column = place[1];
     if (split == 0 && problem.corrections != nullptr) int8::correct(sums, problem.corrections, first_column, problem.output.channels);
     const int next = index + static_cast<int>(gridDim.x);
     const bool starts_ahead = kStartsAhead<Config> && store_offset != 0;
@@ -171,6 +170,10 @@ inline int int8_access(const void* x, int64_t x_stride, int64_t c_in) {
   const uint64_t all = reinterpret_cast<uintptr_t>(x) | static_cast<uint64_t>(x_stride) | static_cast<uint64_t>(c_in);
   return all % 16 == 0 ? 16 : all % 4 == 0 ? 4 : 1;
 }
+
+// How many of kInt8Tiles there are for a source.
+template <class Source>
+inline constexpr int kTileCount = std::is_same_v<Source, Rows<int8_t>> ? kInt8TileCount : kInt8WindowTileCount;
 
 template <class Source>
 struct Int8Launch {
@@ -199,16 +202,14 @@ struct Int8Launch {
   template <int... kTile>
   int run_aligned(std::integer_sequence<int, kTile...>) {
     int code = 0;
-    ((plan.tile == kTile && (code = run<kTile, 16>(), true)) || ...);
+    ((plan.tile == kTile && (code = run<kTile, kInt8Tiles[kTile].any_alignment ? 4 : 16>(), true)) || ...);
     return code;
   }
 
   int operator()(int access) {
     problem.steps_per_split = static_cast<int32_t>(plan.steps);
     problem.splits = static_cast<int32_t>(plan.splits);
-    const int code = plan.tile < kInt8AnyAlignment ? run_aligned(std::make_integer_sequence<int, kInt8AnyAlignment>{})
-                     : access >= 4                 ? run<kInt8AnyAlignment, 4>()
-                                                   : run<kInt8AnyAlignment, 1>();
+    const int code = access < 4 ? run<kInt8AnyAlignment, 1>() : run_aligned(std::make_integer_sequence<int, kTileCount<Source>>{});
     if (code != 0 || plan.splits == 1) return code;
     return with_output_type(problem.output.dtype, [this](auto out) {
       using Out = decltype(out);
@@ -224,8 +225,8 @@ Status launch_int8(const char* kernel, const Args& args, const Source& source, i
                    const Device& device, void* stream) {
   const GemmShape shape{rows, args.c_out, depth};
   const int access = int8_access(args.x, args.x_stride, args.c_in);
-  int tile = args.configuration >= 0 ? static_cast<int>(args.configuration) : choose_int8_tile(shape, device);
-  if (access < 16 || tile > kInt8AnyAlignment) tile = kInt8AnyAlignment;
+  int tile = args.configuration >= 0 ? static_cast<int>(args.configuration) : choose_int8_tile(shape, kTileCount<Source>, device);
+  if (access < 16 || tile >= kTileCount<Source>) tile = kInt8AnyAlignment;
   const DensePlan plan = plan_int8(shape, tile, device, args.workspace_bytes);
   Int8Launch<Source> launch_product{device, stream, shape, plan,
                                     {source,
