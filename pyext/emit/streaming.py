@@ -3,6 +3,7 @@ cache."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -37,8 +38,8 @@ def private_bytes(program: Program, positions: Sequence[int]) -> list[int]:
     """
     users: dict[int, list[int]] = {}
     for position, step in enumerate(program.steps):
-        for buffer in {view.buffer for view in views_of((step.args, step.kwargs, step.results))}:
-            users.setdefault(buffer, []).append(position)
+        for index in {view.buffer for view in views_of((step.args, step.kwargs, step.results))}:
+            users.setdefault(index, []).append(position)
     found = []
     for position, following in itertools.pairwise(positions):
         (out,) = program.steps[position].results
@@ -89,8 +90,8 @@ def _best(
         chain = plan.copy()
         chain.join(first, last)
         name = _name(steps[first:last])
-        calls[f"chain {name}"] = lambda run=chain.run, i=first: run(i, i + 1, addresses)
-        calls[f"steps {name}"] = lambda run=plan.run, i=first, j=last: run(i, j, addresses)
+        calls[f"chain {name}"] = functools.partial(chain.run, first, first + 1, addresses)
+        calls[f"steps {name}"] = functools.partial(plan.run, first, last, addresses)
     _time(calls, cache)
     gains = {}
     for first, last in ranges:

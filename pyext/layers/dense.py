@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,15 @@ from kernelpress.ops.schema import IntOrPair
 __all__ = ["Conv2d", "Linear", "PointwiseConv2d", "explicit_padding"]
 
 
-def explicit_padding(layer: nn.Conv2d, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+class _Windowed(Protocol):
+    """What `torch.nn.Conv2d` and the layers beside it know of their window."""
+
+    kernel_size: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: str | tuple[int, ...]
+
+
+def explicit_padding(layer: _Windowed, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """The input and the symmetric padding that `padding="same"` or `"valid"` stand for.
 
     An even kernel needs one more row or column at the end; the input is padded with it, as PyTorch does.

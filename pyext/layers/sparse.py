@@ -265,17 +265,10 @@ class BlockSparseConv2d(_BlockSparse):
 
     def to_dense(self) -> nn.Conv2d:
         """The `torch.nn.Conv2d` with this weight and bias; it leaves out the activation."""
-        dense = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            bias=self.bias is not None,
-            device=self.blocks.device,
-            dtype=self.blocks.dtype,
-        )
+        same = ("kernel_size", "stride", "padding", "dilation")
+        like: dict[str, Any] = {name: getattr(self, name) for name in same}
+        like.update(bias=self.bias is not None, device=self.blocks.device, dtype=self.blocks.dtype)
+        dense = nn.Conv2d(self.in_channels, self.out_channels, **like)
         return _fill(dense, self, conv_weight(self.weight.to_dense(), self.in_channels, self.kernel_size))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

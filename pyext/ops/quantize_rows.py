@@ -60,15 +60,16 @@ def _prepare(problem: Problem, tensors: Sequence[Any]) -> Callable[..., Any]:
 
     def compute(tensors: Sequence[Any]) -> Any:
         x = tensors[0]
-        if ROWS.spacing(x.shape, x.stride()) is None:
-            x = x.contiguous()
+        spacing = ROWS.spacing(x.shape, x.stride())
+        if spacing is None:
+            x, spacing = x.contiguous(), shape[-1]
         values = torch.empty(shape, dtype=torch.int8, device=device)
         scale = torch.empty(shape[:-1], dtype=torch.float32, device=device)
         zero_point = torch.empty(shape[:-1], dtype=torch.int32, device=device)
         if values.numel():
             fields = (
                 *(x.data_ptr(), values.data_ptr(), scale.data_ptr(), zero_point.data_ptr()),
-                *(scale.numel(), shape[-1], ROWS.spacing(x.shape, x.stride())),
+                *(scale.numel(), shape[-1], spacing),
                 *(int(symmetric), cuda.data_type(x.dtype), 0, -1),
             )
             place.launch("quantize_rows", (values, x, scale, zero_point), fields, device.index or 0)

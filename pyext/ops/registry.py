@@ -144,7 +144,7 @@ class Operator:
     options: Any
     out: Layout
     shape: Callable[[tuple[TensorSpec | None, ...], Any], tuple[int, ...]]
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Any]
     macs: Callable[[Sequence[Any], Any, Sequence[int]], int]
     implementations: tuple[Implementation, ...]
     native: NativeKernel | None

@@ -59,5 +59,8 @@ def make_schedule(row_offsets: Tensor, longest: int) -> Schedule:
             splits.append((row, slots, parts, 0))
             slots += parts
     items.sort(key=lambda item: -item[2])
-    as_tensor = [torch.tensor(entries, dtype=torch.int32).view(-1, 4) for entries in (items, splits)]
-    return Schedule(*as_tensor, slots)
+    return Schedule(_rows_of_four(items), _rows_of_four(splits), slots)
+
+
+def _rows_of_four(entries: list[tuple[int, int, int, int]]) -> Tensor:
+    return torch.tensor(entries, dtype=torch.int32).view(-1, 4)
