@@ -30,7 +30,7 @@ struct Strided {
       constexpr int kPart = Element<T>::kPer16Bytes < kVector ? Element<T>::kPer16Bytes : kVector;
 #pragma unroll
       for (int i = 0; i < kVector; i += kPart) {
-        const auto part = *reinterpret_cast<const Vector<T, kPart>*>(from + i);
+        const auto part = load_vector<Vector<T, kPart>>(from + i);
 #pragma unroll
         for (int j = 0; j < kPart; ++j) values[i + j] = to_float(part[j]);
       }
@@ -80,7 +80,7 @@ struct Sum {
 };
 
 template <class Load, class Out>
-__global__ void __launch_bounds__(kThreads) elementwise(Load load, int64_t rows, int64_t channels, Epilogue<Out> epilogue) {
+__global__ void __launch_bounds__(kThreads, 3) elementwise(Load load, int64_t rows, int64_t channels, Epilogue<Out> epilogue) {
   const int64_t vectors = (channels + kVector - 1) / kVector;
   const int64_t first = static_cast<int64_t>(blockIdx.x) * (kThreads * kSteps) + threadIdx.x;
   float values[kSteps][kVector];
@@ -213,7 +213,7 @@ __global__ void __launch_bounds__(kThreads) quantize_rows_kernel(Strided<T> x, Q
 #pragma unroll
     for (int i = 0; i < kVector; ++i) result[i] = static_cast<int8_t>(static_cast<int>(saturated(rounded(values[i]) + zero_point)));
     if (whole_vectors) {
-      *reinterpret_cast<Vector<int8_t, kVector>*>(y + at * kVector) = result;
+      store_vector(y + at * kVector, result);
     } else {
 #pragma unroll
       for (int i = 0; i < kVector; ++i)
