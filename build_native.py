@@ -1,8 +1,10 @@
 """Compiles the native modules with ninja: every CPU kernel once per instruction set, every CUDA kernel for all
 architectures into one object, the bindings once.
 
-Needs no torch and no GPU. Objects stay in `build/native/`, so a second build compiles only what changed.
-`KERNELPRESS_CUDA=0` leaves `_cuda` out, `KERNELPRESS_CUDA_ARCHS="80;90"` compiles it for other architectures.
+Needs no torch and no GPU; without ninja `build_plain` takes its place, without pybind11 the copy that torch carries.
+`python build_native.py cuda` compiles one module into the checkout and needs nothing but Python and the compilers.
+Objects stay in `build/native/`, so a second build compiles only what changed. `KERNELPRESS_CUDA=0` leaves `_cuda` out,
+`KERNELPRESS_CUDA_ARCHS="80;90"` compiles it for other architectures.
 """
 
 from __future__ import annotations
@@ -17,16 +19,27 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-import ninja
-import pybind11
-from ninja.ninja_syntax import Writer
-from setuptools import Extension
-from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+try:
+    from setuptools import Extension
+    from setuptools.command.build_ext import build_ext
+    from setuptools.errors import CompileError
+except ImportError:  # `build` alone needs none of it
+    build_ext = object
 
-__all__ = ["BuildNative", "build", "cpu_variants", "cuda_architectures", "cuda_objects", "find_nvcc", "native_modules"]
+__all__ = [
+    "BuildNative",
+    "build",
+    "build_in_place",
+    "cpu_variants",
+    "cuda_architectures",
+    "cuda_objects",
+    "find_nvcc",
+    "native_modules",
+]
 
 BUILD_FOLDER = "build/native"
 
@@ -100,9 +113,7 @@ class BuildNative(build_ext):
         except subprocess.CalledProcessError as error:
             without = "; KERNELPRESS_CUDA=0 installs kernelpress without it" if kind == "cuda" else ""
             raise CompileError(f"{ext.name}: not built; the compiler's message is above{without}") from error
-        # Renamed into place: a running process may have the old file mapped.
-        shutil.copy2(built, target.with_suffix(".new"))
-        os.replace(target.with_suffix(".new"), target)
+        _put(built, target)
 
 
 def build(root: Path, kind: str) -> Path:
@@ -114,18 +125,42 @@ def build(root: Path, kind: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     target = f"{BUILD_FOLDER}/_{kind}{sysconfig.get_config_var('EXT_SUFFIX')}"
     script = folder / f"{kind}.ninja"
-    jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-    with _locked(folder), script.open("w") as file:
-        writer = Writer(file)
-        writer.variable("builddir", BUILD_FOLDER)
-        (_describe_cpu if kind == "cpu" else _describe_cuda)(writer, root, target)
-        file.flush()
-        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(script.relative_to(root)), *jobs, target]
-        subprocess.run(command, cwd=root, check=True)
+    describe = _describe_cpu if kind == "cpu" else _describe_cuda
+    jobs = os.environ.get("MAX_JOBS")
+    with _locked(folder):
+        if find_spec("ninja") is None:
+            from build_plain import Plan
+
+            plan = Plan()
+            describe(plan, root, target)
+            plan.run(root, int(jobs or os.cpu_count() or 1))
+            return root / target
+        import ninja
+        from ninja.ninja_syntax import Writer
+
+        with script.open("w") as file:
+            writer = Writer(file)
+            writer.variable("builddir", BUILD_FOLDER)
+            describe(writer, root, target)
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-f", str(script.relative_to(root))]
+        subprocess.run([*command, *(["-j", jobs] if jobs else []), target], cwd=root, check=True)
     return root / target
 
 
-def _describe_cpu(writer: Writer, root: Path, target: str) -> None:
+def build_in_place(root: Path, kind: str) -> Path:
+    """`build`, and the module put where the package of this checkout has it; returns its path."""
+    built = build(root, kind)
+    return _put(built, root / "pyext" / built.name)
+
+
+def _put(built: Path, target: Path) -> Path:
+    """Copies a module; renamed into place, as a running process may have the old file mapped."""
+    shutil.copy2(built, target.with_suffix(".new"))
+    os.replace(target.with_suffix(".new"), target)
+    return target
+
+
+def _describe_cpu(writer: Any, root: Path, target: str) -> None:
     """Ninja rules of `_cpu`: kernels × variants, bindings, one link."""
     bindings, kernels = _sources(root, "cpu", "cpp")
     writer.variable("cxx", _cxx())
@@ -159,7 +194,7 @@ def _describe_cpu(writer: Writer, root: Path, target: str) -> None:
     writer.build(target, "link", objects)
 
 
-def _describe_cuda(writer: Writer, root: Path, target: str) -> None:
+def _describe_cuda(writer: Any, root: Path, target: str) -> None:
     """Ninja rules of `_cuda`: all by nvcc, which knows where its headers are; cudart linked statically.
 
     What ptxas tells of every kernel's registers and spills stays beside its object, in `<object>.ptxas`.
@@ -229,12 +264,12 @@ def _known_to(nvcc: str) -> list[str]:
     return [f"sm_{version}" for version in versions if version >= OLDEST_CUDA_ARCHITECTURE]
 
 
-def _compile_rule(writer: Writer, flags: list[str]) -> None:
+def _compile_rule(writer: Any, flags: list[str]) -> None:
     command = " ".join(["$cxx", *flags, "$extra -MMD -MF $out.d -c $in -o $out"])
     writer.rule("compile", command, depfile="$out.d", deps="gcc", description="$in $variant")
 
 
-def _object(writer: Writer, rule: str, source: str, target: str, extra: list[str]) -> list[str]:
+def _object(writer: Any, rule: str, source: str, target: str, extra: list[str]) -> list[str]:
     variables = {"extra": " ".join(extra), "variant": target.partition("/")[0]}
     return writer.build(f"{BUILD_FOLDER}/{target}", rule, source, variables=variables)
 
@@ -256,7 +291,20 @@ def _python_flags() -> list[str]:
         raise RuntimeError(
             f"Python.h: not found in {headers}; install this Python's headers (python3-dev, python3-devel)"
         )
-    return [f"-isystem {headers}", f"-isystem {pybind11.get_include()}"]
+    return [f"-isystem {headers}", f"-isystem {_pybind11_headers()}"]
+
+
+def _pybind11_headers() -> str:
+    """pybind11's own headers, or those of the torch that is installed, found without importing it."""
+    if find_spec("pybind11") is not None:
+        import pybind11
+
+        return str(pybind11.get_include())
+    torch = find_spec("torch")
+    for folder in (torch.submodule_search_locations or []) if torch is not None else []:
+        if (Path(folder) / "include/pybind11/pybind11.h").exists():
+            return str(Path(folder) / "include")
+    raise RuntimeError("pybind11: needed to build; `pip install pybind11`, or a torch that carries its headers")
 
 
 def _cxx() -> str:
@@ -278,3 +326,8 @@ def _locked(folder: Path) -> Iterator[None]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+if __name__ == "__main__":
+    for wanted in sys.argv[1:]:
+        print(build_in_place(Path(__file__).resolve().parent, wanted))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from kernelpress.emit.archive import load, save
 from kernelpress.emit.cache import cache_folder
 from kernelpress.emit.candidates import Candidate
+from kernelpress.emit.cuda_plan import CudaPlan
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.pipeline import emit
 from kernelpress.emit.plan import Plan, capture
@@ -13,6 +14,7 @@ from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
 __all__ = [
     "Candidate",
     "CandidateRecord",
+    "CudaPlan",
     "EmissionRecord",
     "EmittedModel",
     "PlaceRecord",

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+from typing import Any
 
 import torch
 
@@ -20,7 +21,8 @@ __all__ = ["TimingCache", "cache_folder", "device_key"]
 def device_key(device: torch.device) -> str:
     """What a time depends on besides the layer: the processor, its threads, the kernels' variant, the versions."""
     if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
+        module = native.cuda()
+        where = f"{torch.cuda.get_device_name(device)}, {_build(module) if module else 'no native kernels'}"
     else:
         where = f"{_processor()}, {torch.get_num_threads()} threads, {_kernel_variant()}"
     return f"{where}, torch {torch.__version__}, kernelpress {kernelpress.__version__}"
@@ -37,10 +39,13 @@ def _processor() -> str:
 def _kernel_variant() -> str:
     """The instruction set of the native kernels, and which build of them it is."""
     module = native.cpu()
-    if module is None:
-        return "no native kernels"
+    return "no native kernels" if module is None else f"{module.variant()} {_build(module)}"
+
+
+def _build(module: Any) -> str:
+    """Which build of a native module it is."""
     build = os.stat(module.__file__)
-    return f"{module.variant()} {build.st_size:x}{build.st_mtime_ns:x}"
+    return f"{build.st_size:x}{build.st_mtime_ns:x}"
 
 
 class TimingCache:

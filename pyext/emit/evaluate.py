@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch.fx import GraphModule, Interpreter, Node, map_arg
 
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.candidates import Candidate, constant, original
-from kernelpress.measure.latency import time_alternately
+from kernelpress.measure.device_clock import time_graphs
+from kernelpress.measure.latency import Timing, time_alternately
 from kernelpress.ops.step import native_steps
 
 __all__ = [
@@ -167,10 +168,7 @@ def _evaluate_batch(
         if refusal is None and cost is None and cache.get(key) is None:
             calls.setdefault(key, _timed(graph_module, candidate, inputs))
     if calls:
-        timings = time_alternately(
-            calls, budget_seconds=SECONDS_PER_CANDIDATE, rounds=ROUNDS, before_sample=empty_inner_caches
-        )
-        for key, timing in timings.items():
+        for key, timing in _timings(calls, _device(inputs.values())).items():
             # Few samples, and a busy machine only ever adds to them: the fast ones tell what the layer costs.
             cache.put(key, timing.p10)
     return [
@@ -179,6 +177,20 @@ def _evaluate_batch(
         )
         for candidate, key, (error, refusal) in zip(batch, keys, checked, strict=True)
     ]
+
+
+def _timings(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Timing]:
+    """The candidates' times as layers of a plan: from caches that hold nothing of theirs, and on CUDA devices as graphs
+    by the device's clock."""
+    if device.type == "cuda":
+        return time_graphs(calls, device, budget_seconds=SECONDS_PER_CANDIDATE, rounds=ROUNDS)
+    return time_alternately(
+        calls, budget_seconds=SECONDS_PER_CANDIDATE, rounds=ROUNDS, before_sample=empty_inner_caches
+    )
+
+
+def _device(values: Iterable[Any]) -> torch.device:
+    return next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu"))
 
 
 def empty_inner_caches() -> None:

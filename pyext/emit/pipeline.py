@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,7 +26,8 @@ from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.plan import capture
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
-from kernelpress.measure.latency import time_alternately
+from kernelpress.measure.device_clock import time_graphs
+from kernelpress.measure.latency import Timing, time_alternately
 from kernelpress.trace import module_of, trace
 
 __all__ = ["emit"]
@@ -101,14 +103,25 @@ def _arrangements(
 
 
 def _fastest(models: Sequence[EmittedModel], inputs: tuple[Any, ...]) -> EmittedModel:
-    """The model that takes the least time as a whole: captured on the CPU, as it is elsewhere."""
+    """The model that takes the least time as a whole, captured."""
     if len(models) == 1:
         return models[0]
-    on_cpu = all(t.device.type == "cpu" for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))
-    runs = [capture(model, *inputs) if on_cpu else model for model in models]
-    calls = {str(i): (lambda run=run: run(*inputs)) for i, run in enumerate(runs)}
-    timings = time_alternately(calls, budget_seconds=MODEL_SECONDS, rounds=MODEL_ROUNDS)
+    device = _device_of(inputs)
+    runs = [capture(model, *inputs) if device.type == "cpu" else model for model in models]
+    timings = _time_models({str(i): functools.partial(run, *inputs) for i, run in enumerate(runs)}, device)
     return models[min(range(len(models)), key=lambda i: timings[str(i)].median)]
+
+
+def _time_models(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Timing]:
+    """Times of whole models; on CUDA devices as graphs by the device's clock."""
+    if device.type == "cuda":
+        return time_graphs(calls, device, budget_seconds=MODEL_SECONDS, rounds=MODEL_ROUNDS, flush_cache=False)
+    return time_alternately(calls, budget_seconds=MODEL_SECONDS, rounds=MODEL_ROUNDS)
+
+
+def _device_of(inputs: tuple[Any, ...]) -> torch.device:
+    tensors = (t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor))
+    return next((t.device for t in tensors), torch.device("cpu"))
 
 
 def _device_and_dtype(traced: GraphModule, inputs: Sequence[Any]) -> tuple[torch.device, torch.dtype]:
@@ -184,14 +197,9 @@ def _faster_of(
         return originals["contiguous"], replace(record, kept_original=True, reason=reason)
     if not is_measured:
         return body, record
-
-    def call(module: GraphModule) -> Callable[[], object]:
-        return lambda: module(*inputs)
-
-    timings = time_alternately(
-        {"emitted": call(body)} | {name: call(module) for name, module in originals.items()},
-        budget_seconds=MODEL_SECONDS,
-        rounds=MODEL_ROUNDS,
+    modules = {"emitted": body} | originals
+    timings = _time_models(
+        {name: functools.partial(module, *inputs) for name, module in modules.items()}, _device_of(inputs)
     )
     milliseconds = {name: timing.median for name, timing in timings.items()}
     fastest = min(originals, key=milliseconds.__getitem__)

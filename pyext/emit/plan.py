@@ -14,13 +14,17 @@ from torch.utils import _pytree as pytree
 from kernelpress import native
 from kernelpress.emit.arena import ArenaLayout, Lifetime, lay_out
 from kernelpress.emit.cache import TimingCache
+from kernelpress.emit.cuda_plan import CudaPlan
 from kernelpress.emit.emitted import EmittedModel
+from kernelpress.emit.inputs import check_tensor, own_copy
 from kernelpress.emit.lower import Buffer, NativeStep, Place, Program, TorchStep, View, lower, views_of
 from kernelpress.emit.streaming import choose_chains, private_bytes
 from kernelpress.ops import registry
 from kernelpress.ops.memory import ALIGNMENT, advise_huge_pages
 
 __all__ = ["Plan", "capture"]
+
+CPU = torch.device("cpu")
 
 _NO_STEPS: Any = ()
 
@@ -31,15 +35,16 @@ Chain = tuple[int, int]
 """Positions of the first and the last step that run as one."""
 
 
-def capture(model: EmittedModel, *example_inputs: Any, stream: bool = True) -> Plan:
+def capture(model: EmittedModel, *example_inputs: Any, stream: bool = True) -> Plan | CudaPlan:
     """Prepares `model` for inputs of exactly the shapes, dtypes and structure of `example_inputs`; their values do not
-    matter.
+    matter. On a CUDA device the plan is a CUDA graph.
 
     Layers with large maps between them are timed as a chain that streams them by rows, and run so where that is faster
     (times are remembered on disk); `stream=False` runs every layer by itself.
 
     The plan reads the model's weights as they are now. Raises `TypeError` for a model that was not emitted,
-    `ValueError` for one that is not on the CPU.
+    `ValueError` for one that is neither on the CPU nor, with its inputs, on one CUDA device, `RuntimeError` for one
+    that cannot be a CUDA graph.
     """
     if not isinstance(model, EmittedModel):
         kind = type(model).__name__
@@ -53,17 +58,27 @@ def capture(model: EmittedModel, *example_inputs: Any, stream: bool = True) -> P
     expected = model.body._in_spec
     if spec != expected:
         raise ValueError(f"example_inputs: expected the structure {expected} of the model's inputs, got {spec}")
-    inputs = [_own_copy(x) if isinstance(x, Tensor) else x for x in flat]
+    inputs = [own_copy(x) if isinstance(x, Tensor) else x for x in flat]
     model.body.graph.eliminate_dead_code()
     out_spec = model.body._out_spec
     assert out_spec is not None
+    device = _cuda_device(model, inputs)
+    if device is not None:
+        return CudaPlan(model, inputs, spec, out_spec, device)
     cache = TimingCache(torch.device("cpu")) if stream else None
     return Plan(model, lower(model.body, inputs), spec, out_spec, cache)
 
 
-def _own_copy(x: Tensor) -> Tensor:
-    """`x` in memory of its own, dense, in the memory format it has."""
-    return torch.empty_like(x.detach(), memory_format=torch.preserve_format).copy_(x.detach())
+def _cuda_device(model: EmittedModel, inputs: Sequence[Any]) -> torch.device | None:
+    """The CUDA device of the model and all its inputs, None if everything is elsewhere. Raises `ValueError` if they are
+    on several devices."""
+    named = {f"example_inputs[{i}]": x.device for i, x in enumerate(inputs) if isinstance(x, Tensor)}
+    named |= {f"model.{name}": t.device for name, t in model.body.named_parameters()}
+    device = next((device for device in named.values() if device.type == "cuda"), None)
+    for name, other in named.items():
+        if device is not None and other != device:
+            raise ValueError(f"{name}: expected the device {device}, as of the others, got {other}")
+    return device
 
 
 class Plan:
@@ -387,12 +402,4 @@ def _in_layout(tensor: Tensor, view: View) -> Tensor:
 
 def _bind(given: Any, view: View, position: int) -> Tensor:
     """The caller's tensor for input `position`, checked, in the captured layout."""
-    if not isinstance(given, Tensor):
-        raise ValueError(f"inputs[{position}]: expected a Tensor, got {type(given).__name__}")
-    if tuple(given.shape) != view.shape:
-        raise ValueError(f"inputs[{position}]: expected shape {list(view.shape)} as captured, got {list(given.shape)}")
-    if given.dtype != view.dtype:
-        raise ValueError(f"inputs[{position}]: expected dtype {view.dtype} as captured, got {given.dtype}")
-    if given.device.type != "cpu":
-        raise ValueError(f"inputs[{position}]: expected a tensor on the CPU, got {given.device}")
-    return _in_layout(given.detach(), view)
+    return _in_layout(check_tensor(given, position, view.shape, view.dtype, CPU), view)

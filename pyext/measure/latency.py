@@ -6,13 +6,13 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Timing", "threads_set_to", "time_alternately"]
+__all__ = ["Timing", "garbage_collection_paused", "threads_set_to", "time_alternately", "timing_of"]
 
 SAMPLE_SECONDS = 50e-6
 """A sample lasts at least this long: shorter calls are repeated inside one, so that the clock costs under 1 %."""
@@ -56,7 +56,8 @@ def _sample(call: Callable[[], object], repeats: int) -> float:
 
 
 @contextmanager
-def _garbage_collection_paused() -> Iterator[None]:
+def garbage_collection_paused() -> Iterator[None]:
+    """Run the block without the garbage collector, after a collection."""
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -112,9 +113,8 @@ def time_alternately(
 
     calls_per_sample: dict[str, int] = {}
     samples_per_round: dict[str, int] = {}
-    medians: dict[str, list[float]] = {name: [] for name in candidates}
-    best: dict[str, list[float]] = {}
-    with torch.no_grad(), _garbage_collection_paused():
+    measured: dict[str, list[list[float]]] = {name: [] for name in candidates}
+    with torch.no_grad(), garbage_collection_paused():
         for name, call in candidates.items():
             seconds = min(_sample(call, 1) for _ in range(warmup)) * 1e-3
             calls = max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9)))
@@ -130,23 +130,22 @@ def time_alternately(
                     if before_sample is not None:
                         before_sample()
                     samples.append(_sample(call, calls_per_sample[name]))
-                samples.sort()
-                median = statistics.median(samples)
-                if not medians[name] or median < min(medians[name]):
-                    best[name] = samples
-                medians[name].append(median)
+                measured[name].append(samples)
+    return {name: timing_of(measured[name], warmup, calls_per_sample[name]) for name in candidates}
 
-    return {
-        name: Timing(
-            median=statistics.median(best[name]),
-            p10=_quantile(best[name], 0.1),
-            p90=_quantile(best[name], 0.9),
-            rounds=tuple(medians[name]),
-            warmup=warmup,
-            calls=rounds * samples_per_round[name] * calls_per_sample[name],
-        )
-        for name in candidates
-    }
+
+def timing_of(rounds: Sequence[Sequence[float]], warmup: int, calls_per_sample: int = 1) -> Timing:
+    """The `Timing` of samples in milliseconds, round by round; a sample is the mean of `calls_per_sample` calls."""
+    medians = tuple(statistics.median(samples) for samples in rounds)
+    best = sorted(rounds[medians.index(min(medians))])
+    return Timing(
+        median=min(medians),
+        p10=_quantile(best, 0.1),
+        p90=_quantile(best, 0.9),
+        rounds=medians,
+        warmup=warmup,
+        calls=sum(map(len, rounds)) * calls_per_sample,
+    )
 
 
 def _quantile(ordered: list[float], fraction: float) -> float:

@@ -1,0 +1,155 @@
+"""Plans on a CUDA device: an emitted model at fixed shapes as one CUDA graph over memory of its own."""
+
+from __future__ import annotations
+
+import operator
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from kernelpress.cuda_graph import record
+from kernelpress.emit.emitted import EmittedModel
+from kernelpress.emit.inputs import check_tensor
+from kernelpress.ops import registry
+from kernelpress.ops.checks import TensorSpec
+from kernelpress.ops.registry import Run
+
+__all__ = ["CudaPlan"]
+
+
+class CudaPlan:
+    """A model captured on a CUDA device: call it with inputs of the captured shapes and dtypes, in any memory format.
+
+    A call copies the inputs to where the graph reads them, runs it on the current stream, and copies the outputs: they
+    are new tensors at each call and do not require grad. Intermediate tensors lie in a pool that belongs to this plan,
+    so calls wait for one another, whichever threads and streams they come from; plans of their own run at the same
+    time. Raises `ValueError` for inputs of another shape, dtype, device or structure.
+    """
+
+    def __init__(
+        self,
+        model: EmittedModel,
+        inputs: Sequence[Any],
+        in_spec: pytree.TreeSpec,
+        out_spec: pytree.TreeSpec,
+        device: torch.device,
+    ) -> None:
+        """`inputs`: the flat inputs, whose tensors on `device` become the plan's own.
+
+        Raises `RuntimeError` where an operation of the model cannot be part of a CUDA graph.
+        """
+        self.model = model
+        self.device = device
+        self._in_spec, self._out_spec = in_spec, out_spec
+        self._inputs = list(inputs)
+        self._tensors = [(i, x) for i, x in enumerate(inputs) if isinstance(x, Tensor)]
+        self._plain = [(i, x) for i, x in enumerate(inputs) if not isinstance(x, Tensor)]
+        # The graph reads the weights where they are, even if the model gets others.
+        self._constants = [t.detach() for t in [*model.body.parameters(), *model.body.buffers()]]
+        self._layers = _Layers(model.body)
+        try:
+            self._recording = record(lambda: self._layers.run(*self._inputs, enable_io_processing=False), device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            last = self._layers.running
+            raise RuntimeError(f"model: cannot be captured as a CUDA graph, at {last}: {reason}") from error
+        self._results = pytree.tree_leaves(self._recording.outputs)
+        self._lock = threading.Lock()
+        self._done = torch.cuda.Event()
+        # Memory must not go back to the allocator while the last call still runs on it.
+        weakref.finalize(self, self._done.synchronize).atexit = False
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the graph's own pool."""
+        return self._recording.pool_bytes
+
+    @property
+    def steps(self) -> list[str]:
+        """What runs, in order: `native depthwise_conv2d`, `torch conv2d[cudnn]`, `torch aten.cat.default`."""
+        return list(self._layers.steps.values())
+
+    @property
+    def native_steps(self) -> int:
+        """How many of the steps are kernels of ours."""
+        return sum(step.startswith("native ") for step in self.steps)
+
+    def __len__(self) -> int:
+        return len(self._layers.steps)
+
+    def __repr__(self) -> str:
+        native, others = self.native_steps, len(self) - self.native_steps
+        return f"CudaPlan({native} native steps, {others} torch steps, pool of {self.arena_bytes} bytes)"
+
+    def __call__(self, *inputs: Any) -> Any:
+        """The model's outputs for `inputs`, in the structure that the model returns; the device may still work."""
+        flat, spec = pytree.tree_flatten((inputs, {}))
+        if spec != self._in_spec:
+            raise ValueError(f"inputs: expected the structure {self._in_spec}, got {spec}")
+        for position, value in self._plain:
+            if flat[position] != value:
+                raise ValueError(f"inputs[{position}]: expected {value!r} as captured, got {flat[position]!r}")
+        given = [check_tensor(flat[i], i, tuple(own.shape), own.dtype, self.device) for i, own in self._tensors]
+        with torch.no_grad(), self._lock, torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(self._done)
+            for (_, own), tensor in zip(self._tensors, given, strict=True):
+                own.copy_(tensor, non_blocking=True)
+            self._recording.replay()
+            leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._results]
+            self._done.record(stream)
+        return pytree.tree_unflatten(leaves, self._out_spec)
+
+
+class _Layers(Interpreter):
+    """Runs an emitted graph with its layers prepared once: what they packed stays as long as this object does.
+
+    `steps` names what runs by node, `running` the node of the moment.
+    """
+
+    def __init__(self, body: torch.fx.GraphModule) -> None:
+        super().__init__(body)
+        self.steps: dict[Node, str] = {}
+        self.running = "the inputs"
+        self._runs: dict[Node, Run] = {}
+        self._known = {entry.name for entry in registry.operators()}
+
+    def run_node(self, n: Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        self.running = n.name
+        name = getattr(n.target, "_opname", None)
+        if getattr(n.target, "namespace", None) == "kernelpress" and name in self._known:
+            return self._run_layer(n, name)
+        result = super().run_node(n)
+        if n not in self.steps and n.target is not operator.getitem and not self._is_view(n, result):
+            self.steps[n] = f"torch {n.target}"
+        return result
+
+    def _run_layer(self, n: Node, name: str) -> Tensor:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        entry = registry.operator(name)
+        tensors, options, backend = registry.bind(entry, args, kwargs)
+        if n not in self._runs:
+            specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
+            problem = registry.problem(entry, specs, options, registry.common_device(entry, tensors))
+            chosen = registry.implementation(entry, problem, registry.requested_backend(backend))
+            self._runs[n] = chosen.prepare(problem, tensors)
+            self.steps[n] = f"native {name}" if chosen.backend == "cuda" else f"torch {name}[{chosen.backend}]"
+        return self._runs[n](tensors)
+
+    def _is_view(self, n: Node, result: Any) -> bool:
+        """Whether a result is the memory of an argument: nothing then runs."""
+        sources = [self.env[source] for source in n.all_input_nodes if source in self.env]
+        held = {t.untyped_storage()._cdata for t in pytree.tree_leaves(sources) if isinstance(t, Tensor)}
+        made = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+        in_place = str(n.target).partition(".")[2].partition(".")[0].endswith("_")
+        return bool(made) and not in_place and all(t.untyped_storage()._cdata in held for t in made)
