@@ -45,12 +45,12 @@ def slice_of_wider(t: Tensor, channels: int) -> Tensor:
     return wide.narrow(dim, channels // 2, t.shape[dim]).copy_(t)
 
 
-def residual_for(op: str, tensors: list[Tensor | None], options: dict[str, Any]) -> Tensor:
+def residual_for(op: str, tensors: list[Any], options: dict[str, Any]) -> Tensor:
     plain = ops.allocate(op, tensors, options)
     return plain.copy_(int8(*plain.shape) if plain.dtype == torch.int8 else torch.randn(plain.shape) * 50)
 
 
-def assert_same(op: str, tensors: list[Tensor | None], options: dict[str, Any], out: Tensor) -> None:
+def assert_same(op: str, tensors: list[Any], options: dict[str, Any], out: Tensor) -> None:
     """Every bit: the reference says where each number is rounded. Curved activations may differ in the last place."""
     expected = getattr(reference, op)(*tensors, **options)
     assert out.dtype == expected.dtype
@@ -64,13 +64,13 @@ def assert_same(op: str, tensors: list[Tensor | None], options: dict[str, Any], 
         torch.testing.assert_close(out, expected, rtol=1e-2 if out.dtype == torch.bfloat16 else 2e-3, atol=1e-3)
 
 
-def matmul(rows: int, c_in: int, c_out: int, number: int) -> tuple[list[Tensor | None], dict[str, Any]]:
+def matmul(rows: int, c_in: int, c_out: int, number: int) -> tuple[list[Any], dict[str, Any]]:
     """Arguments whose options change with the number."""
     options: dict[str, Any] = {
         "activation": ("identity", "relu", "hardswish", "relu6")[number % 4],
         **OUTPUTS[number % 4],
     }
-    tensors: list[Tensor | None] = [
+    tensors: list[Any] = [
         int8(rows, c_in),
         int8(c_out, c_in),
         torch.rand(c_out) + 0.01,
@@ -145,8 +145,8 @@ def test_blocks_take_tile_after_tile(tile: str) -> None:
 @pytest.mark.usefixtures("two_multiprocessors")
 @pytest.mark.parametrize("tile", ["128x128", "128x32", "64x64 of any alignment"])
 def test_blocks_take_windows_after_windows(tile: str) -> None:
-    tensors: list[Tensor | None] = [int8_image(2, 16, 17, 19), int8(70, 16, 3, 3), torch.rand(70), None, None]
-    options = {"padding": (1, 1), "input_zero_point": -77, "output_scale": 2e2}
+    tensors: list[Any] = [int8_image(2, 16, 17, 19), int8(70, 16, 3, 3), torch.rand(70), None, None]
+    options: dict[str, Any] = {"padding": (1, 1), "input_zero_point": -77, "output_scale": 2e2}
     assert_same("int8_conv2d", tensors, options, run_configured("int8_conv2d", tensors, options, tile))
 
 
@@ -154,7 +154,7 @@ def test_the_largest_sums_do_not_overflow() -> None:
     x, weight = torch.full((2, 65536), -128, dtype=torch.int8), torch.full((3, 65536), -128, dtype=torch.int8)
     weight[1] = 127
     for zero_point in (0, 127):
-        options = {"input_zero_point": zero_point}
+        options: dict[str, Any] = {"input_zero_point": zero_point}
         with kernelpress.use_backend("cuda"):
             out = ops.int8_matmul(x, weight, torch.ones(3), **options)
         assert_same("int8_matmul", [x, weight, torch.ones(3)], options, out)
@@ -173,7 +173,7 @@ CONVOLUTIONS: dict[str, tuple[int, int, tuple[int, int], tuple[int, int], dict[s
 }
 
 
-def convolution(name: str, number: int) -> tuple[list[Tensor | None], dict[str, Any]]:
+def convolution(name: str, number: int) -> tuple[list[Any], dict[str, Any]]:
     c_in, c_out, kernel, size, geometry = CONVOLUTIONS[name]
     options: dict[str, Any] = {
         "activation": ("relu", "identity", "relu6")[number % 3],
@@ -181,7 +181,7 @@ def convolution(name: str, number: int) -> tuple[list[Tensor | None], dict[str, 
         **OUTPUTS[number % 4],
     }
     options |= {"input_scale": 0.1, "input_zero_point": (-128, 127, 0, 3)[number % 4]}
-    tensors: list[Tensor | None] = [
+    tensors: list[Any] = [
         int8_image(2, c_in, *size),
         int8(c_out, c_in, *kernel),
         torch.rand(c_out) + 0.01,
@@ -213,8 +213,8 @@ def test_convolutions(name: str, number: int) -> None:
 
 
 def test_deep_convolutions_split_k() -> None:
-    tensors: list[Tensor | None] = [int8_image(1, 256, 4, 4), int8(24, 256, 3, 3), torch.rand(24), torch.randn(24)]
-    options = {"padding": (1, 1), "input_zero_point": 90, "output_scale": 5e3}
+    tensors: list[Any] = [int8_image(1, 256, 4, 4), int8(24, 256, 3, 3), torch.rand(24), torch.randn(24)]
+    options: dict[str, Any] = {"padding": (1, 1), "input_zero_point": 90, "output_scale": 5e3}
     with kernelpress.use_backend("cuda"):
         assert_same("int8_conv2d", tensors, options, ops.int8_conv2d(*tensors, **options))
 
@@ -237,8 +237,9 @@ def test_slices_of_wider_tensors(extra: int) -> None:
 
 def test_a_row_scale_of_nan_stays_in_its_row() -> None:
     scale = torch.tensor([1.0, torch.nan, 2.0])
-    tensors: list[Tensor | None] = [int8(3, 16), int8(8, 16), torch.rand(8), None, None, scale]
-    for output in ({}, {"output_scale": 9.0, "output_zero_point": 4}):
+    tensors: list[Any] = [int8(3, 16), int8(8, 16), torch.rand(8), None, None, scale]
+    outputs: tuple[dict[str, Any], ...] = ({}, {"output_scale": 9.0, "output_zero_point": 4})
+    for output in outputs:
         with kernelpress.use_backend("cuda"):
             out = ops.int8_matmul(*tensors, **output)
         assert_same("int8_matmul", tensors, output, out)
@@ -266,7 +267,7 @@ def test_quantize_and_dequantize(shape: tuple[int, ...], dtype: torch.dtype) -> 
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_add(shape: tuple[int, ...], number: int) -> None:
-    tensors: list[Tensor | None] = [int8(*shape), slice_of_wider(int8(*shape), (3, 16)[number % 2])]
+    tensors: list[Any] = [int8(*shape), slice_of_wider(int8(*shape), (3, 16)[number % 2])]
     options: dict[str, Any] = {"input_scale": 0.1, "input_zero_point": 3, "other_scale": 0.7, "other_zero_point": -9}
     options |= {"activation": ("relu", "identity", "relu6", "silu")[number], **OUTPUTS[number]}
     if "output_scale" in options:

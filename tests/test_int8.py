@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -306,7 +306,11 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "uneven padding": (lambda: Int8Conv2d(8, 8, 2, padding="same"), ValueError, "padding: expected pixels"),
     "padding mode": (lambda: Int8Conv2d(8, 8, 3, padding_mode="reflect"), ValueError, "padding_mode: expected 'zeros'"),
     "layer output": (lambda: Int8Linear(8, 8, output_dtype=torch.int8), TypeError, "output_dtype: expected"),
-    "module": (lambda: Int8Conv2d.from_float(nn.Linear(2, 2), 1.0), TypeError, r"module: expected torch\.nn\.Conv2d"),
+    "module": (
+        lambda: Int8Conv2d.from_float(cast(Any, nn.Linear(2, 2)), 1.0),
+        TypeError,
+        r"module: expected torch\.nn\.Conv2d",
+    ),
     "int8 rows": (lambda: Int8Linear(7, 5, input_scale=None)(R), TypeError, "x: expected a floating dtype"),
 }
 
@@ -322,6 +326,7 @@ def test_a_bias_that_requires_grad_is_no_obstacle() -> None:
     bias = torch.randn(5, requires_grad=True)
     assert not ops.int8_matmul(R, int8(5, 7), S[:5], bias, output_scale=1.0).requires_grad
     ops.int8_matmul(R, int8(5, 7), S[:5], bias).sum().backward()
+    assert bias.grad is not None
     assert torch.equal(bias.grad, torch.full((5,), 2.0))
 
 
