@@ -65,12 +65,13 @@ X86_VARIANTS = {
 EXTRA_FLAGS: dict[tuple[str, str], list[str]] = {}
 
 CUDA_ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-"""Machine code is made for these, as far as nvcc knows them; and text for what comes after the last."""
+"""Machine code is made for these, as far as nvcc knows them; and text of the first, for all others from there on."""
 
 OLDEST_CUDA_ARCHITECTURE = 80
 
+# Source lines for a profiler quadruple the module: NVCC_APPEND_FLAGS=-lineinfo, which nvcc reads itself, has them.
 NVCC_FLAGS = [
-    *["-std=c++17", "-O3", "-lineinfo", "--expt-relaxed-constexpr"],
+    *["-std=c++17", "-O3", "--expt-relaxed-constexpr"],
     "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unknown-pragmas",
     *["-I.", "-Ikernels/cuda"],
 ]
@@ -205,7 +206,9 @@ def _describe_cuda(writer: Any, root: Path, target: str) -> None:
         raise RuntimeError("nvcc: needed to build _cuda, none found (or KERNELPRESS_CUDA=0)")
     architectures = cuda_architectures(_known_to(nvcc))
     folder = cuda_objects(Path(), architectures).relative_to(BUILD_FOLDER)
-    codes = [f"-gencode=arch={name.replace('sm_', 'compute_')},code={name}" for name in architectures]
+    codes = [
+        f"-gencode=arch={source},code={name}" for name, source in zip(architectures, _texts(architectures), strict=True)
+    ]
     writer.variable("cxx", f"{nvcc} -ccbin {_cxx()}")
     _compile_rule(writer, NVCC_FLAGS)
     command = " ".join(["$cxx", *NVCC_FLAGS, *codes, "-Xptxas=-v -MMD -MF $out.d -c $in -o $out >$out.ptxas 2>&1"])
@@ -230,16 +233,16 @@ def _describe_cuda(writer: Any, root: Path, target: str) -> None:
 
 
 def cuda_architectures(known: Sequence[str]) -> list[str]:
-    """What `_cuda` is compiled for, `["sm_80", …, "compute_120"]`: those that `KERNELPRESS_CUDA_ARCHS` lists, separated
-    by semicolons, commas or spaces, each `90`, `90a` or `90+PTX`; by default all of `CUDA_ARCHITECTURES` that are
-    `known` to nvcc, and PTX for the last of them.
+    """What `_cuda` is compiled for, `["sm_80", …, "sm_120", "compute_80"]`: those that `KERNELPRESS_CUDA_ARCHS` lists,
+    separated by semicolons, commas or spaces, each `90`, `90a` or `90+PTX`; by default all of `CUDA_ARCHITECTURES` that
+    are `known` to nvcc, and PTX of the first, which runs on every one between and after them.
 
     Raises: ValueError for one that nvcc does not know.
     """
     chosen = re.split(r"[;,\s]+", os.environ.get("KERNELPRESS_CUDA_ARCHS", "").strip("; ,"))
     if chosen == [""]:
         versions = [version for version in CUDA_ARCHITECTURES if f"sm_{version}" in known]
-        return [*(f"sm_{version}" for version in versions), f"compute_{versions[-1]}"]
+        return [*(f"sm_{version}" for version in versions), f"compute_{versions[0]}"]
     names = []
     for version in chosen:
         number, plus, text = version.replace(".", "").partition("+")
@@ -250,6 +253,18 @@ def cuda_architectures(known: Sequence[str]) -> list[str]:
         if text:
             names.append(f"compute_{number}")
     return names
+
+
+def _texts(architectures: Sequence[str]) -> list[str]:
+    """The PTX that each one's code is made of. Kernels use nothing newer than the oldest architecture has, so its PTX
+    serves all, and the longer half of the compiler's work is done once; `sm_90a` and PTX asked for have their own.
+    """
+    common = [name.removeprefix("sm_") for name in architectures if re.fullmatch(r"sm_\d+", name)]
+    oldest = min(common, key=int, default="")
+    return [
+        f"compute_{oldest}" if name.removeprefix("sm_") in common else name.replace("sm_", "compute_")
+        for name in architectures
+    ]
 
 
 def cuda_objects(root: Path, architectures: Sequence[str]) -> Path:

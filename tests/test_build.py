@@ -287,7 +287,7 @@ def test_where_cuda_cannot_be_compiled_the_way_without_it_is_told(builder, cuda_
 @pytest.mark.parametrize(
     ("wanted", "expected"),
     [
-        ("", ["sm_80", "sm_90", "sm_100", "compute_100"]),
+        ("", ["sm_80", "sm_90", "sm_100", "compute_80"]),
         ("80;90", ["sm_80", "sm_90"]),
         ("8.0, 9.0a ", ["sm_80", "sm_90a"]),
         ("90+PTX", ["sm_90", "compute_90"]),
@@ -316,7 +316,7 @@ def test_one_module_has_code_for_several_architectures_and_needs_no_gpu_to_be_im
     architectures = module.built_for().split(":")
     assert architectures == ["sm_80", "sm_90", "compute_90"]
     notes = (builder.cuda_objects(cuda_toy_tree, architectures) / "toy.o.ptxas").read_text()
-    assert re.findall(r"Compiling entry function '\w*twice\w*' for '(\w+)'", notes) == ["sm_80", "sm_90"]
+    assert sorted(re.findall(r"Compiling entry function '\w*twice\w*' for '(\w+)'", notes)) == ["sm_80", "sm_90"]
     exported = subprocess.run(["nm", "-D", "--defined-only", str(path)], capture_output=True, text=True, check=True)
     assert "PyInit__cuda" in exported.stdout
     assert "cuda" not in exported.stdout.replace("PyInit__cuda", ""), "the static cudart must not be seen from outside"
