@@ -119,7 +119,12 @@ def parameter_name(node: Any) -> str | None:
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     training = [(module, module.training) for module in model.modules()]
-    model.eval()
+    try:
+        model.eval()
+    except NotImplementedError:
+        # Exported graphs, a quantizer's for example, refuse it: their mode is written into them.
+        for module, _ in training:
+            module.training = False
     try:
         yield
     finally:

@@ -18,6 +18,7 @@ import kernelpress.ops  # noqa: F401  (an archive can be read only once its oper
 from kernelpress.emit.assemble import copy_of, with_constants
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.evaluate import Example
+from kernelpress.emit.quantized import NAMESPACE, register_quantization
 from kernelpress.emit.record import EmissionRecord
 from kernelpress.files import write_atomically
 
@@ -70,7 +71,10 @@ def load(path: str | os.PathLike[str]) -> EmittedModel:
     try:
         import torch.export
 
-        program = torch.export.load(io.BytesIO(path.read_bytes()), extra_files=extra)
+        content = path.read_bytes()
+        if NAMESPACE.encode() in content:
+            register_quantization()
+        program = torch.export.load(io.BytesIO(content), extra_files=extra)
     except OSError:
         raise
     except Exception as error:

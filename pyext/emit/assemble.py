@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.emit.candidates import Candidate, constant, mark_channels_last
+from kernelpress.emit.quantized import merge_dequantize
 
 __all__ = ["assemble", "channels_last_copy", "copy_of", "with_constants"]
 
@@ -39,6 +40,7 @@ def assemble(graph_module: GraphModule, chosen: Sequence[Candidate]) -> GraphMod
             result.meta = dict(node.meta)
         elif node not in covered:
             new[node] = graph.node_copy(node, new.__getitem__)
+    merge_dequantize(graph)
     return with_constants(graph_module, graph)
 
 

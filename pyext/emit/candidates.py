@@ -114,7 +114,7 @@ def _layer(match: Match, backend: str) -> Candidate:
     operator = registry.operator(match.op)
     fragment.declare(given for given in match.arguments.values() if isinstance(given, Node))
     given = {name: fragment.own(a) if isinstance(a, Node) else a for name, a in match.arguments.items()}
-    if given.get("input_scale") is not None:
+    if isinstance(given.get("input_scale"), Node):
         given["input_scale"] = fragment.call(aten.flatten.using_ints, given["input_scale"], 1)
     tensors = [given.pop(name, None) for name in operator.tensors]
     while tensors and tensors[-1] is None:

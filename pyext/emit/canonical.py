@@ -1,4 +1,5 @@
-"""Writes activations that models spell out in arithmetic as the one ATen operation they are."""
+"""Writes what models spell out, activations in arithmetic and channel shuffles in reshapes, as the one ATen operation
+that it is."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ import math
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from kernelpress.emit.graph import arguments, number
+from kernelpress.emit.graph import arguments, number, shape, value
+from kernelpress.emit.quantized import canonicalize_quantization
 
 __all__ = ["activation_of", "canonicalize"]
 
@@ -25,6 +27,15 @@ _NAMES = {
 }
 
 
+_RESHAPES = (
+    aten.reshape.default,
+    aten.view.default,
+    aten.flatten.using_ints,
+    aten.unflatten.int,
+)
+_EXCHANGES = (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
+
+
 def activation_of(node: Node) -> str | None:
     """The epilogue's name of the activation that `node` applies to its first argument, or None."""
     name = _NAMES.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]
@@ -37,9 +48,11 @@ def activation_of(node: Node) -> str | None:
 
 def canonicalize(graph_module: GraphModule) -> GraphModule:
     """Rewrites, in place, clamps to [0, ∞) and [0, 6] as relu and relu6, (x + 3 clipped to [0, 6]) / 6 as hardsigmoid,
-    x · hardsigmoid(x) as hardswish and x · sigmoid(x) as silu; returns the module."""
+    x · hardsigmoid(x) as hardswish and x · sigmoid(x) as silu, groups of channels exchanged with the channels in them
+    as channel_shuffle, quantizations in one way; returns the module."""
     graph = graph_module.graph
-    for rewrite in (_clip, _hard_sigmoid, _gated):
+    canonicalize_quantization(graph_module)
+    for rewrite in (_clip, _hard_sigmoid, _gated, _shuffle):
         for node in list(graph.nodes):
             if node.op == "call_function":
                 rewrite(graph, node)
@@ -80,6 +93,46 @@ def _gated(graph: Graph, node: Node) -> None:
                 if gate.target is aten.sigmoid.default:
                     return _rewrite(graph, node, aten.silu.default, x)
     return None
+
+
+def _shuffle(graph: Graph, node: Node) -> None:
+    """[N, g · k, H, W] → [N, g, k, …] → [N, k, g, …] → [N, k · g, H, W], however the pixels are flattened meanwhile."""
+    sizes = shape(node)
+    if node.target not in _RESHAPES or sizes is None or len(sizes) != 4 or not value(node).is_floating_point():
+        return
+    exchanged = _behind_copies(node.args[0])
+    if exchanged is None or not _exchanges_groups(exchanged):
+        return
+    split = _behind_copies(exchanged.args[0])
+    if split is None or split.target not in _RESHAPES:
+        return
+    x, grouped = split.args[0], shape(split)
+    if shape(x) != sizes or grouped is None or len(grouped) < 3:
+        return
+    batch, groups, per_group, *pixels = grouped
+    if not isinstance(groups, int) or not isinstance(per_group, int):
+        return
+    if batch == sizes[0] and groups * per_group == sizes[1] and math.prod(pixels) == math.prod(sizes[2:]):
+        _rewrite(graph, node, aten.channel_shuffle.default, x, groups)
+
+
+def _behind_copies(node: object) -> Node | None:
+    while isinstance(node, Node) and node.target in (aten.contiguous.default, aten.clone.default):
+        node = node.args[0]
+    return node if isinstance(node, Node) else None
+
+
+def _exchanges_groups(node: Node) -> bool:
+    """Whether `node` exchanges dimensions 1 and 2 and nothing else."""
+    rank = len(shape(node) or ())
+    if rank < 3:
+        return False
+    if node.target in _EXCHANGES:
+        _, first, second = node.args
+        return {first % rank, second % rank} == {1, 2}  # type: ignore[operator]
+    if node.target is aten.permute.default:
+        return [d % rank for d in arguments(node)["dims"]] == [0, 2, 1, *range(3, rank)]
+    return False
 
 
 def _clips_to(node: Node, low: float, high: float) -> bool:

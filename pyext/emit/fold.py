@@ -13,14 +13,15 @@ from torch.fx import GraphModule, Node
 from kernelpress.emit.graph import (
     arguments,
     attribute,
+    constant_node,
     constant_tensor,
     delete_attribute,
     number,
     only_user,
-    set_attribute,
     shape,
     value,
 )
+from kernelpress.emit.quantized import hand_on_quantized, remember_quantized
 
 __all__ = ["fold"]
 
@@ -86,7 +87,10 @@ def _evaluate_constants(graph_module: GraphModule) -> None:
             )
         if result.numel() > LARGEST_CONSTANT + sum(tensor.numel() for tensor in inputs if tensor is not None):
             continue
-        _replace_by_constant(graph_module, node, f"{_owner(node)}{node.name}", result.clone())
+        constant = constant_node(graph_module, f"{_owner(node)}{node.name}", result.clone(), node)
+        remember_quantized(constant, node, known)
+        node.replace_all_uses_with(constant)
+        graph_module.graph.erase_node(node)
 
 
 def _is_pure(target: torch._ops.OpOverload) -> bool:
@@ -97,21 +101,6 @@ def _owner(node: Node) -> str:
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     path = str(stack[-1][0]).split("@")[0] if stack else ""
     return f"{path}." if path.replace(".", "").replace("_", "").isalnum() else ""
-
-
-def _replace_by_constant(graph_module: GraphModule, node: Node, target: str, tensor: Tensor) -> None:
-    with graph_module.graph.inserting_before(node):
-        constant = _constant_node(graph_module, target, tensor, node)
-    node.replace_all_uses_with(constant)
-    graph_module.graph.erase_node(node)
-
-
-def _constant_node(graph_module: GraphModule, target: str, tensor: Tensor, like: Node) -> Node:
-    """A `get_attr` node for a new constant, at the graph's insertion point; `like` lends the fake mode of its value."""
-    node = graph_module.graph.get_attr(set_attribute(graph_module, target, tensor))
-    fake = value(like)
-    node.meta["val"] = fake.fake_mode.from_tensor(tensor, static_shapes=True) if hasattr(fake, "fake_mode") else tensor
-    return node
 
 
 @dataclass(frozen=True)
@@ -205,6 +194,7 @@ def _fold_into(graph_module: GraphModule, layer: Node, step: _Affine) -> None:
     bias = shift if old_bias is None else old_bias.double() * scale + shift
     for name, tensor in (("weight", weight), ("bias", bias)):
         _rebind(graph_module, layer, name, tensor.to(old_weight.dtype))
+    hand_on_quantized(given["weight"], arguments(layer)["weight"], scale)
 
 
 def _rebind(graph_module: GraphModule, layer: Node, name: str, tensor: Tensor) -> None:
@@ -217,8 +207,7 @@ def _rebind(graph_module: GraphModule, layer: Node, name: str, tensor: Tensor) -
     readers = [node for node in layer.graph.nodes if node.op == "get_attr" and node.target == target]
     if old is not None and sum(len(node.users) for node in readers) == 1:
         delete_attribute(graph_module, target)
-    with layer.graph.inserting_before(layer):
-        node = _constant_node(graph_module, target, tensor, given["weight"])
+    node = constant_node(graph_module, target, tensor, given["weight"])
     position = 1 if name == "weight" else 2
     layer.kwargs = {key: kept for key, kept in layer.kwargs.items() if key != name}
     layer.args = (*layer.args[:position], node, *layer.args[position + 1 :])

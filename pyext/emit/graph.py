@@ -12,6 +12,7 @@ __all__ = [
     "arguments",
     "attribute",
     "channels_last_if_image",
+    "constant_node",
     "constant_tensor",
     "delete_attribute",
     "number",
@@ -66,6 +67,15 @@ def constant_tensor(graph_module: GraphModule, argument: object) -> Tensor | Non
         return None
     found = attribute(graph_module, str(argument.target))
     return found.detach() if isinstance(found, Tensor) else None
+
+
+def constant_node(graph_module: GraphModule, target: str, tensor: Tensor, like: Node) -> Node:
+    """A `get_attr` node before `like` for a new constant; `like` lends the fake mode of its value."""
+    with graph_module.graph.inserting_before(like):
+        node = graph_module.graph.get_attr(set_attribute(graph_module, target, tensor))
+    fake = value(like)
+    node.meta["val"] = fake.fake_mode.from_tensor(tensor, static_shapes=True) if hasattr(fake, "fake_mode") else tensor
+    return node
 
 
 def set_attribute(graph_module: GraphModule, target: str, tensor: Tensor) -> str:

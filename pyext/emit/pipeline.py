@@ -21,10 +21,20 @@ from kernelpress.emit.candidates import Candidate, candidates_for, original
 from kernelpress.emit.canonical import canonicalize
 from kernelpress.emit.choose import FUSION_MARGINS, Choice, choose
 from kernelpress.emit.emitted import EmittedModel
-from kernelpress.emit.evaluate import Cost, Evaluation, Example, evaluate, example_values, relative_error, runnable
+from kernelpress.emit.evaluate import (
+    INT8_TOLERANCE,
+    Cost,
+    Evaluation,
+    Example,
+    evaluate,
+    example_values,
+    relative_error,
+    runnable,
+)
 from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.plan import capture
+from kernelpress.emit.quantized import is_quantize
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
 from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.latency import Timing, time_alternately
@@ -56,9 +66,9 @@ def emit(
     if the whole is then not faster than the original, the original is. `EmittedModel.record` tells what was decided.
 
     `tolerance`: largest relative error ‖y − y₀‖ / ‖y₀‖ of a layer to the original one; by default 1e-4 in float32,
-    1e-10 in float64, 1e-2 in float16, 5e-2 in bfloat16. `cache`: reuse and remember times on disk. `progress`: draw a
-    progress bar on terminals. `cost`: milliseconds of a candidate, instead of timing (for tests, and for other devices'
-    models).
+    1e-10 in float64, 1e-2 in float16, 5e-2 in bfloat16; of int8 values never less than 1e-2. `cache`: reuse and
+    remember times on disk. `progress`: draw a progress bar on terminals. `cost`: milliseconds of a candidate, instead
+    of timing (for tests, and for other devices' models).
 
     Raises `TraceError` for a model that cannot be exported, `TypeError` and `ValueError` for other bad arguments.
     """
@@ -71,6 +81,8 @@ def emit(
     bound = tolerance or TOLERANCES.get(dtype, TOLERANCES[torch.float32])
 
     graph_module = fold(canonicalize(copy_of(traced)))
+    # Few values of a layer are rounded to the other side; behind several layers, these change the rounding of many.
+    whole_bound = max(bound, INT8_TOLERANCE) if any(map(is_quantize, graph_module.graph.nodes)) else bound
     examples = example_values(graph_module, flat)
     candidates = _candidates(graph_module)
     times = TimingCache(device, enabled=cache and cost is None)
@@ -87,7 +99,7 @@ def emit(
 
     arrangements = _arrangements(evaluations, order, FUSION_MARGINS if cost is None else FUSION_MARGINS[:1])
     best = _fastest([emitted(choices) for choices in arrangements], inputs)
-    body, record = _faster_of(traced, best.body, best.record, inputs, bound, is_measured=cost is None)
+    body, record = _faster_of(traced, best.body, best.record, inputs, whole_bound, is_measured=cost is None)
     return EmittedModel(body, record, flat_examples, best.dynamic_batch)
 
 

@@ -1,0 +1,58 @@
+"""Pools: the largest of every window, the mean of all pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.fx import Node
+
+from kernelpress.emit.fuse.match import Match
+from kernelpress.emit.fuse.stages import pair
+from kernelpress.emit.graph import arguments, only_user, shape, value
+
+__all__ = ["pools"]
+
+aten = torch.ops.aten
+
+FLATTENS = (aten.flatten.using_ints, aten.reshape.default, aten.view.default, aten.squeeze.dims)
+
+
+def pools(node: Node) -> Iterator[Match]:
+    """The pool that `node` is, or begins."""
+    if node.op != "call_function":
+        return
+    if node.target is aten.max_pool2d.default:
+        given = arguments(node)
+        if not given["ceil_mode"] and pair(given["dilation"]) == [1, 1] and len(shape(node) or ()) == 4:
+            kernel = pair(given["kernel_size"])
+            sizes = {
+                "kernel_size": kernel,
+                "stride": pair(given["stride"] or kernel),
+                "padding": pair(given["padding"]),
+            }
+            yield Match("max_pool2d", frozenset({node}), node, {"x": given["self"], **sizes})
+        return
+    x = _averaged_image(node)
+    if x is None:
+        return
+    if len(shape(node) or ()) == 2:
+        yield Match("global_avg_pool2d", frozenset({node}), node, {"x": x})
+        return
+    flat = only_user(node)
+    if flat is not None and flat.target in FLATTENS and flat.args[0] is node and shape(flat) == (shape(node) or ())[:2]:
+        yield Match("global_avg_pool2d", frozenset({node, flat}), flat, {"x": x})
+
+
+def _averaged_image(node: Node) -> Node | None:
+    """x [N, C, H, W] if `node` is its mean over all pixels, of shape [N, C, 1, 1] or [N, C]."""
+    if node.target is aten.adaptive_avg_pool2d.default:
+        x, is_global = node.args[0], pair(node.args[1]) == [1, 1]
+    elif node.target is aten.mean.dim:
+        given = arguments(node)
+        x = given["self"]
+        is_global = given["dim"] is not None and {d % 4 for d in given["dim"]} == {2, 3} and given["dtype"] is None
+    else:
+        return None
+    is_image = isinstance(x, Node) and len(shape(x) or ()) == 4 and value(x).is_floating_point()
+    return x if is_global and is_image else None  # type: ignore[return-value]

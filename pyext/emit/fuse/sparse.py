@@ -1,0 +1,60 @@
+"""Block-sparse layers, found by the zeros in their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from kernelpress.emit.fuse.match import Match
+from kernelpress.emit.fuse.stages import Stage
+from kernelpress.emit.graph import attribute, constant_node, shape
+from kernelpress.ops.block_csr import BlockCsr, conv_matrix
+
+__all__ = ["BLOCKS", "LARGEST_DENSITY", "sparse_layers"]
+
+BLOCKS = (64, 32, 16)
+"""Rows and columns of the blocks that a kernel takes, best first."""
+
+LARGEST_DENSITY = 0.5
+"""Fraction of blocks that are not all zero, above which skipping the others has never paid."""
+
+
+def sparse_layers(graph_module: GraphModule, stages: list[Stage]) -> Iterator[Match]:
+    """Linear layers and convolutions in one group whose weights have enough blocks of zeros, for each size of block."""
+    known: dict[tuple[Node, str], list[dict[str, Any]]] = {}
+    for stage in stages:
+        if stage.input_scale is not None or stage.kind not in ("linear", "pointwise_conv2d", "conv2d"):
+            continue
+        geometry = dict(stage.geometry)
+        if geometry.pop("groups", 1) != 1:
+            continue
+        key = (stage.weight, stage.kind)
+        if key not in known:
+            known[key] = list(_block_weights(graph_module, stage))
+        size: dict[str, Any] = {"out_features": int(shape(stage.weight)[0])}  # type: ignore[index]
+        if stage.kind != "linear":
+            size = {"out_channels": size["out_features"], "kernel_size": list(shape(stage.weight)[2:])}  # type: ignore[index]
+        for weight in known[key]:
+            given = {"x": stage.x, **weight, "bias": stage.bias, "residual": stage.residual, **geometry, **size}
+            op = "sparse_matmul" if stage.kind == "linear" else "sparse_conv2d"
+            yield Match(op, stage.nodes, stage.output, given | {"activation": stage.activation})
+
+
+def _block_weights(graph_module: GraphModule, stage: Stage) -> Iterator[dict[str, Any]]:
+    """The arguments of the op that are the weight, as constants of the graph."""
+    weight: torch.Tensor = attribute(graph_module, str(stage.weight.target)).detach()
+    if int(weight.count_nonzero()) > LARGEST_DENSITY * weight.numel():
+        return
+    for block in BLOCKS:
+        matrix = weight if weight.dim() == 2 else conv_matrix(weight, block)
+        blocks = BlockCsr.from_dense(matrix, block)
+        if blocks.density > LARGEST_DENSITY:
+            continue
+        parts = {"row_offsets": blocks.row_offsets, "columns": blocks.columns, "blocks": blocks.blocks}
+        yield {
+            name: constant_node(graph_module, f"{stage.weight.target}_{name}_{block}", part, stage.weight)
+            for name, part in parts.items()
+        }

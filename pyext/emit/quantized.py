@@ -1,0 +1,198 @@
+"""Quantize/dequantize pairs in graphs, as PyTorch's quantizers leave them: what they say, and one way to write them."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from kernelpress.emit.graph import arguments, constant_tensor, number
+
+__all__ = [
+    "NAMESPACE",
+    "Affine",
+    "QuantizedWeight",
+    "affine_of",
+    "canonicalize_quantization",
+    "dequantized",
+    "hand_on_quantized",
+    "is_dequantize",
+    "is_quantize",
+    "merge_dequantize",
+    "quantized_weight",
+    "register_quantization",
+    "remember_quantized",
+]
+
+NAMESPACE = "quantized_decomposed"
+"""Of the operations that stand in such graphs. They are registered by the quantizer, and may be missing without it."""
+
+_QUANTIZED_WEIGHT = "kernelpress_quantized_weight"
+
+
+@dataclass(frozen=True)
+class Affine:
+    """int8 values that stand for `(value − zero_point) · scale`."""
+
+    scale: float
+    zero_point: int
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight as int8 `values` times a float64 `scale: [C_out]` of its rows."""
+
+    values: Tensor
+    scale: Tensor
+
+    def scaled(self, factor: Tensor) -> QuantizedWeight:
+        """Its rows times `factor: [C_out]`, or times one number."""
+        return replace(self, scale=self.scale * factor.to(self.scale))
+
+
+def register_quantization() -> None:
+    """Registers the operations of `NAMESPACE`, if this PyTorch brings them."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch.ao.quantization.fx._decomposed")
+
+
+def is_quantize(node: Node) -> bool:
+    """Whether `node` quantizes per tensor, by plain numbers."""
+    return _is(node, "quantize_per_tensor.default")
+
+
+def is_dequantize(node: Node) -> bool:
+    """Whether `node` dequantizes per tensor, by plain numbers."""
+    return _is(node, "dequantize_per_tensor.default")
+
+
+def _is(node: Node, name: str) -> bool:
+    return node.op == "call_function" and str(node.target) == f"{NAMESPACE}.{name}"
+
+
+def affine_of(node: Node) -> Affine | None:
+    """What `node`, which quantizes or dequantizes per tensor, does with the whole range of int8; None for others.
+
+    A range cut short saturates elsewhere, which no op of ours does; values that are dequantized lie in it anyhow.
+    """
+    if not (is_quantize(node) or is_dequantize(node)):
+        return None
+    given = arguments(node)
+    is_whole = is_dequantize(node) or (given["quant_min"], given["quant_max"]) == (-128, 127)
+    if given["dtype"] != torch.int8 or not is_whole:
+        return None
+    scale, zero_point = number(given["scale"]), number(given["zero_point"])
+    return None if scale is None or zero_point is None else Affine(scale, int(zero_point))
+
+
+def dequantized(node: Node) -> tuple[Node, Affine] | None:
+    """The int8 tensor that `node` dequantizes for one reader alone, if it does."""
+    affine = affine_of(node) if is_dequantize(node) and len(node.users) == 1 else None
+    return None if affine is None else (node.args[0], affine)  # type: ignore[return-value]
+
+
+def canonicalize_quantization(graph_module: GraphModule) -> None:
+    """Rewrites, in place: scales and zero points in constant tensors as numbers, uint8 as int8, and gives each reader
+    of a dequantized tensor a dequantization of its own."""
+    graph = graph_module.graph
+    nodes = [node for node in graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")]
+    for node in nodes:
+        _with_plain_numbers(graph_module, node)
+    for node in nodes:
+        if is_quantize(node):
+            _to_int8(node)
+    for node in nodes:
+        if is_dequantize(node):
+            _one_for_each_reader(graph, node)
+
+
+def _with_plain_numbers(graph_module: GraphModule, node: Node) -> None:
+    if not (_is(node, "quantize_per_tensor.tensor") or _is(node, "dequantize_per_tensor.tensor")):
+        return
+    given = arguments(node)
+    scale, zero_point = (constant_tensor(graph_module, given[name]) for name in ("scale", "zero_point"))
+    if scale is None or zero_point is None or scale.numel() != 1 or zero_point.numel() != 1:
+        return
+    node.target = node.target.overloadpacket.default  # type: ignore[union-attr]
+    _give(node, scale=float(scale), zero_point=int(zero_point))
+
+
+def _to_int8(node: Node) -> None:
+    """Lets a tensor of uint8 hold 128 less in int8, if all that reads it dequantizes it."""
+    readers = list(node.users)
+    if not all(is_dequantize(reader) for reader in readers):
+        return
+    given_to = {n: arguments(n) for n in (node, *readers)}
+    if any(g["dtype"] != torch.uint8 or number(g["zero_point"]) is None for g in given_to.values()):
+        return
+    for n, given in given_to.items():
+        shifted = {name: given[name] - 128 for name in ("zero_point", "quant_min", "quant_max")}
+        _give(n, **shifted, dtype=torch.int8)
+    node.meta["val"] = node.meta["val"].to(torch.int8)
+
+
+def _give(node: Node, **changed: Any) -> None:
+    given = arguments(node) | changed
+    schema = node.target._schema  # type: ignore[union-attr]
+    node.args = tuple(given[a.name] for a in schema.arguments if not a.kwarg_only)
+    node.kwargs = {a.name: given[a.name] for a in schema.arguments if a.kwarg_only and given[a.name] is not None}
+
+
+def _one_for_each_reader(graph: Graph, node: Node) -> None:
+    for reader in list(node.users)[1:]:
+        with graph.inserting_before(reader):
+            own = graph.node_copy(node, lambda source: source)
+        own.meta = dict(node.meta)
+        reader.replace_input_with(node, own)
+
+
+def merge_dequantize(graph: Graph) -> None:
+    """Undoes what `canonicalize_quantization` did for readers that need none of their own: computes equal
+    dequantizations of a tensor once."""
+    first: dict[str, Node] = {}
+    for node in list(graph.nodes):
+        is_ours = node.op == "call_function" and str(node.target) == "kernelpress.dequantize.default"
+        if not (is_ours or is_dequantize(node)):
+            continue
+        known = first.setdefault(f"{node.target}{node.args}{node.kwargs}", node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+            graph.erase_node(node)
+
+
+def remember_quantized(constant: Node, node: Node, inputs: dict[Node, Tensor]) -> None:
+    """Notes on `constant`, the value of the dequantization `node` of constant `inputs`, which int8 weight it is."""
+    per_tensor = is_dequantize(node)
+    if not per_tensor and not _is(node, "dequantize_per_channel.default"):
+        return
+    given = arguments(node)
+    values = inputs[given["input"]].to(torch.int32)
+    if per_tensor:
+        zero_point: Any = given["zero_point"]
+        scale = torch.full((values.shape[0],), float(given["scale"]), dtype=torch.float64) if values.dim() else None
+    else:
+        is_by_row = given["axis"] % max(values.dim(), 1) == 0
+        scale = inputs[given["scales"]].double() if is_by_row else None
+        zero_point = 0 if given["zero_points"] is None else inputs[given["zero_points"]]
+        zero_point = torch.as_tensor(zero_point).reshape(-1, *(1,) * (values.dim() - 1))
+    centred = values - zero_point
+    if scale is None or values.numel() == 0 or int(centred.min()) < -128 or int(centred.max()) > 127:
+        return
+    constant.meta[_QUANTIZED_WEIGHT] = QuantizedWeight(centred.to(torch.int8), scale.to(values.device))
+
+
+def quantized_weight(constant: Node) -> QuantizedWeight | None:
+    """The int8 weight that a constant is, if it was dequantized from one."""
+    return constant.meta.get(_QUANTIZED_WEIGHT)
+
+
+def hand_on_quantized(old: Node, new: Node, factor: Tensor) -> None:
+    """Notes on `new` that it is the weight `old` with its rows times `factor`."""
+    weight = quantized_weight(old)
+    if weight is not None:
+        new.meta[_QUANTIZED_WEIGHT] = weight.scaled(factor)
