@@ -22,11 +22,14 @@ __all__ = ["NativeCpu", "NativeCuda", "cpu", "cuda", "cuda_reason", "load", "loa
 
 @dataclass(frozen=True)
 class NativeCpu:
-    """What loading `_cpu` gave: the module, or why there is none; and who runs its parallel loops."""
+    """What loading `_cpu` gave: the module, or why there is none; who runs its parallel loops; and whether it can look
+    at torch's tensors, so that it recalls prepared calls without Python.
+    """
 
     module: ModuleType | None
     absent_because: str | None
     threads: str
+    reads_tensors: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,8 @@ def load() -> NativeCpu:
         if wanted not in runnable:
             raise ValueError(f"KERNELPRESS_CPU: expected one that runs here ({', '.join(runnable)}), got {wanted!r}")
         module.select(wanted)
-    return NativeCpu(module, None, _lend_threads(module))
+    reads_tensors = module.read_tensors(torch.Tensor, torch.nn.Parameter, torch.is_grad_enabled)
+    return NativeCpu(module, None, _lend_threads(module), reads_tensors)
 
 
 def cpu() -> Any:

@@ -7,8 +7,11 @@
 #include <chrono>
 #include <cstring>
 
+#include "cpu_calls.h"
+#include "cpu_kernels.h"
 #include "cpu_plan.h"
 #include "cpu_runtime.h"
+#include "cpu_tensors.h"
 #include "kernels/cpu/args.h"
 #include "kernels/cpu/runtime.h"
 
@@ -107,6 +110,7 @@ void bind_kernel(py::module_& module, py::class_<Plan>& plan, const char* name) 
     const py::gil_scoped_release released;
     run_words<Args, kKernel>(*table, words.data());
   });
+  named_kernels()[name] = {run_words<Args, kKernel>, sizeof(Args) / sizeof(int64_t)};
   plan.def(name, [name](Plan& self, const py::args& values) {
     self.append(run_words<Args, kKernel>, join_words<Args>, *table, words_of<Args>(name, values), Args::kAddresses);
   });
@@ -141,6 +145,13 @@ double fma_peak(double seconds, int64_t threads) {
 
 }  // namespace
 
+std::map<std::string, NamedKernel>& named_kernels() {
+  static std::map<std::string, NamedKernel> kernels;
+  return kernels;
+}
+
+const KernelTable& kernels_in_use() { return *table; }
+
 PYBIND11_MODULE(_cpu, module) {
   module.doc() = "CPU kernels of kernelpress: raw addresses, sizes in elements. Use torch.ops.kernelpress instead.";
   py::class_<Plan> plan(module, "Plan");
@@ -161,6 +172,15 @@ PYBIND11_MODULE(_cpu, module) {
   bind_kernel<SeparableStemArgs, &KernelTable::separable_stem>(module, plan, "separable_stem");
   bind_kernel<GlobalAvgPool2dArgs, &KernelTable::global_avg_pool2d>(module, plan, "global_avg_pool2d");
   bind_kernel<MaxPool2dArgs, &KernelTable::max_pool2d>(module, plan, "max_pool2d");
+
+  if (!add_call_types(module.ptr()) || !add_bound_types(module.ptr())) throw py::error_already_set();
+  module.def(
+      "read_tensors",
+      [](const py::object& tensor_type, const py::object& parameter_type, const py::object& is_grad_enabled) {
+        if (!learn_tensors(tensor_type.ptr(), parameter_type.ptr(), is_grad_enabled.ptr())) throw py::error_already_set();
+        return reads_tensors();
+      },
+      py::arg("tensor_type"), py::arg("parameter_type"), py::arg("is_grad_enabled"));
 
   module.def("variant", [] { return std::string(table->variant); });
   module.def("variants", &variant_names);

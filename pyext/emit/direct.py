@@ -26,7 +26,7 @@ class Direct:
 
     body: GraphModule
     code: str
-    watch: ParameterWatch
+    watch: Any
     forward: Callable[..., Any]
 
     @classmethod
@@ -38,10 +38,9 @@ class Direct:
         reads = [node for node in graph.nodes if node.op == "get_attr"]
         slots = {node: slot for node in reads if (slot := _slot(body, node)) is not None}
         watch = ParameterWatch(tuple(slots.values()))
-        bound: set[Node] = set()
         for node in list(graph.nodes):
             if node.op == "call_function" and getattr(node.target, "namespace", None) == "kernelpress":
-                _bind(graph, node, slots, bound, watch)
+                _bind(graph, node, slots, watch)
         for node in reads:
             if not node.users:
                 graph.erase_node(node)
@@ -65,7 +64,7 @@ class Direct:
             flat = tuple(pytree.tree_leaves(flat))
             if not _are_plain(flat):
                 return False
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat, *self.watch.tensors()):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
             return False
         return self.watch.look()
 
@@ -86,7 +85,7 @@ def _slot(body: GraphModule, node: Node) -> ParameterSlot | None:
     return next((ParameterSlot(table, name) for table in tables if name in table), None)
 
 
-def _bind(graph: Graph, node: Node, slots: dict[Node, ParameterSlot], bound: set[Node], watch: ParameterWatch) -> None:
+def _bind(graph: Graph, node: Node, slots: dict[Node, ParameterSlot], watch: Any) -> None:
     """Puts a bound call in place of an op's overload, unless its backend is open or a parameter or option computed."""
     operator = registry.operator(node.target._opname)  # type: ignore[union-attr]
     settings = [value for name, value in node.kwargs.items() if name not in operator.tensors]
@@ -102,14 +101,12 @@ def _bind(graph: Graph, node: Node, slots: dict[Node, ParameterSlot], bound: set
     function = bound_call(
         operator,
         {position: slots[source] for position, source in parameters.items()},
-        {position: source in bound for position, source in given.items()},
+        tuple(given),
         options,
         backend,
         watch,
     )
-    function.__name__ = operator.name
     with graph.inserting_before(node):
         call = graph.call_function(function, tuple(given.values()))
-    bound.add(call)
     node.replace_all_uses_with(call)
     graph.erase_node(node)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,29 +32,20 @@ def _prepare(kernel: NativeKernel, problem: Problem, tensors: Tensors) -> Run:
     shape, stride = problem.shape, problem.stride
     if 0 in shape:
         return lambda tensors: torch.empty_strided(shape, stride, dtype=torch.float32)
-    function = getattr(native.cpu(), kernel.name)
     y_spacing = problem.layout.spacing(shape, stride)
     assert y_spacing is not None
     sizes = kernel.sizes(problem, native_spacings(kernel.layouts, problem), y_spacing)
     activations = operator(problem.op).activations
     marked: list[Any] = [index if index in activations and t is not None else t for index, t in enumerate(tensors)]
     operands: tuple[Any, ...] = kernel.operands(marked, problem.options)
-    changing: list[tuple[int, Any]] = [(at, operand) for at, operand in enumerate(operands) if isinstance(operand, int)]
-    held = [operand if isinstance(operand, Tensor) else None for operand in operands]
-    at_y = len(held)
-    template = [*[0 if t is None else t.data_ptr() for t in held], 0, *sizes]
-    empty_like, form = torch.empty_like, torch.empty_strided(shape, stride, dtype=torch.float32)
+    changing = tuple((at, operand) for at, operand in enumerate(operands) if isinstance(operand, int))
+    held = tuple(operand for operand in operands if isinstance(operand, Tensor))
+    addresses = [operand.data_ptr() if isinstance(operand, Tensor) else 0 for operand in operands]
+    form = torch.empty_strided(shape, stride, dtype=torch.float32)
     form.untyped_storage().resize_(0)  # quicker to copy than to describe; it needs no memory for that
-
-    def compute(tensors: Sequence[Any], held: list[Tensor | None] = held) -> Tensor:
-        y = empty_like(form)
-        arguments = template.copy()
-        arguments[at_y] = y.data_ptr()
-        for position, index in changing:
-            arguments[position] = tensors[index].data_ptr()
-        function(*arguments)
-        return y
-
+    compute: Run = native.cpu().KernelCall(
+        kernel.name, (*addresses, 0, *sizes), len(operands), changing, held, torch.empty_like, form
+    )
     copies = [
         (index, layout.copy)
         for index, (layout, t) in enumerate(zip(kernel.layouts, problem.tensors, strict=True))

@@ -43,7 +43,12 @@ def call(operator: Operator, tensors: tuple[Tensor | None, ...], options: tuple[
 
     `options` are the values of the op's options in order; one integer may stand for a pair.
     """
-    if is_intercepted() or (_is_grad_enabled() and _any_requires_grad(*tensors)):
+    if is_intercepted():
+        return _dispatch(operator, tensors, options, backend)
+    y = prepared.attempt(operator, tensors, options, backend)
+    if y is not None:
+        return y
+    if _is_grad_enabled() and _any_requires_grad(*tensors):
         return _dispatch(operator, tensors, options, backend)
     for index in operator.activations:
         t = tensors[index]

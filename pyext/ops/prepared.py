@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from kernelpress.ops.registry import (
 )
 from kernelpress.ops.snapshot import Snapshot
 
-__all__ = ["Prepared", "clear", "generation", "panel_width", "prepare", "recall", "run"]
+__all__ = ["Prepared", "attempt", "clear", "generation", "panel_width", "prepare", "recall", "run"]
 
 _LIMIT = 8192
 _NO_GPU = -1
@@ -40,7 +41,8 @@ _Key = tuple[Any, ...]
 _calls: dict[_Key, Prepared] = {}
 _lock = threading.Lock()
 _generation = 0
-panel_width: Callable[[], int] = native.cpu().panel_width if native.cpu() else int
+_cpu, _reads_tensors = native.cpu(), native.load().reads_tensors
+panel_width: Callable[[], int] = _cpu.panel_width if _cpu else int
 """What weights are packed for: it follows the instruction set in use."""
 
 
@@ -62,6 +64,35 @@ def _key(operator: Operator, tensors: Tensors, options: tuple[Any, ...], request
     if device != _NO_GPU:
         key.append(allows_tf32())
     return tuple(key)
+
+
+@functools.cache
+def _table(operator: Operator) -> Any:
+    """What is prepared of an op on the CPU, as the native module recalls it."""
+    return _cpu.CallTable(operator.activations)
+
+
+def _attempt(operator: Operator, tensors: tuple[Tensor | None, ...], options: Any, backend: str) -> Tensor | None:
+    """Run a call on the CPU natively, if it was prepared, holds still, and no gradient is wanted; else None.
+
+    It may be called only while nothing is intercepted (`interception.is_intercepted`).
+    """
+    return _table(operator)(tensors, options, requested_backend(backend))
+
+
+def _attempt_nothing(operator: Operator, tensors: tuple[Tensor | None, ...], options: Any, backend: str) -> None:
+    """The native module cannot look at torch's tensors."""
+
+
+def _remember_natively(
+    operator: Operator, tensors: Tensors, options: Any, requested: str, run: Run
+) -> Callable[[], None] | None:
+    """Let `attempt` find a call; returns what makes it forget the call once a parameter is dead, None if it cannot."""
+    word = _table(operator).remember(tuple(tensors), options, requested, run) if _reads_tensors else None
+    return None if word is None else functools.partial(_table(operator).forget, word)
+
+
+attempt = _attempt if _reads_tensors else _attempt_nothing
 
 
 def recall(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Prepared | None:
@@ -89,9 +120,16 @@ def prepare(operator: Operator, tensors: Tensors, options: tuple[Any, ...], back
     if device.partition(":")[0] not in _CACHED_DEVICES:
         return run
     key = _key(operator, tensors, options, requested)
+    forget = _remember_natively(operator, tensors, options, requested, run) if device == "cpu" else None
+
+    def on_death(_: Any) -> None:
+        _calls.pop(key, None)
+        if forget is not None:
+            forget()
+
     parameters = tuple(
         [
-            (index, Snapshot.of(t, lambda _: _calls.pop(key, None)))
+            (index, Snapshot.of(t, on_death))
             for index, t in enumerate(tensors)
             if t is not None and index not in operator.activations
         ]
@@ -114,4 +152,6 @@ def clear() -> None:
     global _generation
     _generation += 1
     _calls.clear()
+    if _cpu:
+        _cpu.forget_calls()
     resolve.cache_clear()

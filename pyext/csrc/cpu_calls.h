@@ -1,0 +1,53 @@
+// Prepared calls: an op on given parameters and activations of a given form, run again without a word of Python.
+//
+//   KernelCall   a kernel with its arguments; only the addresses of activations and output are missing
+//   CallTable    what was prepared of one op, found by the arguments of a call
+//   ParameterWatch, BoundCall   an op at its place in a network: the parameters are looked at once per run of the network
+//
+// Table and bound calls hold anything that maps an op's tensors to its output; a KernelCall they run directly. What they cannot vouch
+// for they leave to Python.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu_kernels.h"
+
+namespace kernelpress {
+
+constexpr Py_ssize_t kMostTensors = 16;
+
+// A kernel on `words`, an output like `form` made by `allocate` for each call, and the addresses of tensors that change.
+class KernelCall {
+ public:
+  bool init(PyObject* arguments);
+  PyObject* call(PyObject* const* arguments, Py_ssize_t count);
+  int visit(visitproc visit, void* arg) const;
+  void clear();
+
+  PyObject* compute(PyObject* const* tensors, Py_ssize_t count) const;
+
+ private:
+  struct Changing {
+    size_t word;
+    Py_ssize_t tensor;
+  };
+  NamedKernel kernel_{};
+  std::vector<int64_t> words_;
+  size_t output_word_ = 0;
+  std::vector<Changing> changing_;
+  pybind11::object held_, allocate_, form_;
+};
+
+// Runs what was prepared: a KernelCall, or any function of the tuple of tensors.
+PyObject* run_prepared(PyObject* prepared, PyObject* const* tensors, Py_ssize_t count);
+
+// Counts how often everything prepared was declared void.
+int64_t generation();
+
+bool add_call_types(PyObject* module);
+bool add_bound_types(PyObject* module);
+
+}  // namespace kernelpress
