@@ -32,24 +32,24 @@ needs_module = pytest.mark.skipif(
 
 STORE_16 = r"STG\.E\.128"
 GLOBAL_16 = {r"LDG\.E\.(NA\.)?128(\.CONSTANT)?", STORE_16}
-TENSOR_16 = {r"HMMA\.16816\.F32", r"HMMA\.16816\.F32\.BF16"}
-TENSOR_TF32 = {r"HMMA\.1688\.F32\.TF32"}
+COPY_16 = r"LDGSTS\.E\.BYPASS\..*\b128"
+TENSOR_FLOAT = {r"HMMA\.16816\.F32", r"HMMA\.16816\.F32\.BF16", r"HMMA\.1688\.F32\.TF32"}
 TENSOR_INT8 = {r"IMMA\.16832\.S8\.S8"}
-PIPELINE = {r"LDGSTS\.E\.BYPASS\..*\b128", r"LDSM\.16\.M88\.4", STORE_16}
+PIPELINE = {COPY_16, r"LDSM\.16\.M88\.4", STORE_16}
 
 INSTRUCTIONS: dict[str, set[str]] = {
-    "dense": TENSOR_16 | TENSOR_TF32 | PIPELINE,
-    "depthwise": GLOBAL_16,
+    "dense": TENSOR_FLOAT | PIPELINE,
+    "depthwise": GLOBAL_16 | {COPY_16},
     "depthwise_int8": {r"IDP\.4A\.S8\.S8"},
-    "ghost": TENSOR_16 | PIPELINE,
-    "grouped": TENSOR_16 | PIPELINE,
+    "ghost": TENSOR_FLOAT | PIPELINE,
+    "grouped": TENSOR_FLOAT | PIPELINE,
     "grouped_shuffle": GLOBAL_16,
     "int8": TENSOR_INT8 | PIPELINE,
     "int8_conv": TENSOR_INT8 | PIPELINE,
     "quantize": GLOBAL_16,
-    "separable": TENSOR_16,
-    "separable_inverted": TENSOR_16,
-    "sparse": TENSOR_16 | TENSOR_INT8 | PIPELINE,
+    "separable": TENSOR_FLOAT | PIPELINE,
+    "separable_inverted": TENSOR_FLOAT | PIPELINE,
+    "sparse": TENSOR_FLOAT | TENSOR_INT8 | PIPELINE,
 }
 """File → patterns of instructions that its machine code must contain."""
 
