@@ -4,28 +4,31 @@ cache."""
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch.utils import _pytree as pytree
 
 from kernelpress.emit.cache import TimingCache
-from kernelpress.emit.evaluate import empty_inner_caches
 from kernelpress.emit.lower import NativeStep, Place, Program, View, views_of
 from kernelpress.measure.latency import time_alternately
 
 __all__ = ["LEAST_BYTES", "choose_chains", "private_bytes"]
 
-LEAST_BYTES = 256 << 10
-"""Smaller maps stay in the cache anyway."""
+LEAST_BYTES = 1 << 20
+"""Smaller maps mostly stay in the inner caches from layer to layer anyway."""
 
-LEAST_GAIN = 0.03
-"""Part of the steps' time that a chain must save: less is noise."""
+LEAST_GAIN = 0.01
+"""Part of the whole plan's time that a chain must save: less is noise."""
 
-SECONDS_PER_CHAIN = 30e-3
-ROUNDS = 3
+MOST_RANGES = 12
+"""Ranges that are timed, from the first that could be a chain on."""
+
+SECONDS_PER_RANGE = 0.15
+ROUNDS = 5
 
 Range = tuple[int, int]
 """Steps first … last - 1."""
@@ -53,64 +56,60 @@ def private_bytes(program: Program, positions: Sequence[int]) -> list[int]:
 def choose_chains(
     plan: Any, addresses: Sequence[int], steps: Sequence[NativeStep], links: Sequence[int], cache: TimingCache
 ) -> list[Range]:
-    """Ranges of the native plan's steps that take less time as a chain, in order.
+    """Ranges of the native plan's steps that make the plan faster as chains, in order.
 
     `addresses` are memory for the plan's external buffers, `steps` what its steps stand for, `links` their
-    `private_bytes`. Every range that begins where a chain could is timed, from emptied caches as in a model, as a chain
-    and step by step; the one that saves the most is taken.
+    `private_bytes`. The plan is timed as a whole with one range joined, because what a chain saves is the caches for
+    its neighbours; the best is kept, and the rest tried again beside it.
     """
     chosen: list[Range] = []
-    first = 0
-    while first < len(steps) - 1:
-        ranges = _candidates(plan, links, first)
-        best = _best(plan, addresses, steps, ranges, cache)
-        if best is not None:
-            chosen.append(best)
-        first = best[1] if best is not None else first + 1
+    ranges = _candidates(plan, links)[:MOST_RANGES]
+    while ranges:
+        arrangements = [chosen, *(sorted([*chosen, one]) for one in ranges)]
+        times = _times(plan, addresses, steps, arrangements, cache)
+        best = min(range(len(ranges)), key=lambda i: times[i + 1])
+        if times[best + 1] > (1 - LEAST_GAIN) * times[0]:
+            break
+        first, last = ranges[best]
+        chosen = arrangements[best + 1]
+        ranges = [one for one in ranges if one[1] <= first or last <= one[0]]
     cache.save()
     return chosen
 
 
-def _candidates(plan: Any, links: Sequence[int], first: int) -> list[Range]:
+def _candidates(plan: Any, links: Sequence[int]) -> list[Range]:
+    """Every range between whose steps lie maps worth keeping in the cache, and which can be joined."""
     ranges: list[Range] = []
-    last = first + 1
-    while last <= len(links) and links[last - 1] >= LEAST_BYTES:
-        last += 1
-        if not plan.copy().join(first, last):
-            break
-        ranges.append((first, last))
+    for first in range(len(links)):
+        last = first + 1
+        while last <= len(links) and links[last - 1] >= LEAST_BYTES and plan.copy().join(first, last + 1):
+            last += 1
+            ranges.append((first, last))
     return ranges
 
 
-def _best(
-    plan: Any, addresses: Sequence[int], steps: Sequence[NativeStep], ranges: Sequence[Range], cache: TimingCache
-) -> Range | None:
+def _times(
+    plan: Any,
+    addresses: Sequence[int],
+    steps: Sequence[NativeStep],
+    arrangements: Sequence[Sequence[Range]],
+    cache: TimingCache,
+) -> list[float]:
+    """Milliseconds of the plan with these ranges joined."""
+    layers = hashlib.sha256(_name(steps).encode()).hexdigest()[:16]
+    names = [f"plan {layers} with chains {list(ranges)}" for ranges in arrangements]
     calls: dict[str, Callable[[], object]] = {}
-    for first, last in ranges:
-        chain = plan.copy()
-        chain.join(first, last)
-        name = _name(steps[first:last])
-        calls[f"chain {name}"] = functools.partial(chain.run, first, first + 1, addresses)
-        calls[f"steps {name}"] = functools.partial(plan.run, first, last, addresses)
-    _time(calls, cache)
-    gains = {}
-    for first, last in ranges:
-        name = _name(steps[first:last])
-        chained, separate = cache.get(f"chain {name}"), cache.get(f"steps {name}")
-        assert chained is not None
-        assert separate is not None
-        if separate - chained > LEAST_GAIN * separate:
-            gains[first, last] = separate - chained
-    return max(gains, key=gains.__getitem__) if gains else None
-
-
-def _time(calls: Mapping[str, Callable[[], object]], cache: TimingCache) -> None:
-    new = {name: call for name, call in calls.items() if cache.get(name) is None}
-    if not new:
-        return
-    timings = time_alternately(new, budget_seconds=SECONDS_PER_CHAIN, rounds=ROUNDS, before_sample=empty_inner_caches)
-    for name, timing in timings.items():
-        cache.put(name, timing.p10)
+    for name, ranges in zip(names, arrangements, strict=True):
+        if cache.get(name) is None:
+            joined = plan.copy()
+            for first, last in reversed(ranges):
+                joined.join(first, last)
+            calls[name] = functools.partial(joined.run, 0, len(joined), addresses)
+    if calls:
+        for name, timing in time_alternately(calls, budget_seconds=SECONDS_PER_RANGE, rounds=ROUNDS).items():
+            cache.put(name, timing.p10)
+    times = [cache.get(name) for name in names]
+    return [time for time in times if time is not None]
 
 
 def _name(steps: Sequence[NativeStep]) -> str:
