@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from simt.build import ROOT, load
-from simt.fixtures import Simt
+
+ROOT = Path(__file__).resolve().parents[1]
 
 Words = NDArray[np.uint32]
 Runner = Callable[[str, Words, int], Words]
@@ -27,6 +27,9 @@ NVCC = os.environ.get("CUDACXX") or shutil.which("nvcc") or shutil.which("/usr/l
 
 
 def on_emulator(name: str, words: Words, count: int) -> Words:
+    from simt.build import load
+    from simt.fixtures import Simt
+
     emulator = Simt(load("_simt_self"))
     function = ctypes.CDLL(str(emulator.module.__file__)).kernelpress_golden
     given = torch.from_numpy(words.view(np.int32).copy())
@@ -53,6 +56,15 @@ def on_gpu(library: Path) -> Runner:
     return run
 
 
+def compile_for_device(folder: Path) -> Path:
+    """The kernels for the current CUDA device, as a library in `folder`. Raises `CalledProcessError`."""
+    library = folder / "golden.so"
+    major, minor = torch.cuda.get_device_capability()
+    command = [str(NVCC), "-std=c++17", f"-arch=sm_{major}{minor}", "-Ikernels/cuda", "-Xcompiler=-fPIC", "-shared"]
+    subprocess.run([*command, "-o", str(library), "tests/simt/golden.cu"], cwd=ROOT, check=True)
+    return library
+
+
 @pytest.fixture(scope="module", params=["emulator", "gpu"])
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     if request.param == "emulator":
@@ -61,11 +73,7 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
         pytest.skip("needs a CUDA device: torch.cuda.is_available() is False")
     if NVCC is None:
         pytest.skip("needs nvcc on the PATH or in CUDACXX, to compile tests/simt/golden.cu")
-    library = tmp_path_factory.mktemp("golden") / "golden.so"
-    major, minor = torch.cuda.get_device_capability()
-    command = [NVCC, "-std=c++17", f"-arch=sm_{major}{minor}", "-Ikernels/cuda", "-Xcompiler=-fPIC", "-shared"]
-    subprocess.run([*command, "-o", str(library), "tests/simt/golden.cu"], cwd=ROOT, check=True)
-    return on_gpu(library)
+    return on_gpu(compile_for_device(tmp_path_factory.mktemp("golden")))
 
 
 def random_words(count: int) -> Words:
@@ -161,6 +169,16 @@ def test_dp4a_multiplies_signed_bytes(run: Runner) -> None:
     products = words[:32].view(np.int8).astype(np.int64) * words[32:64].view(np.int8)
     expected = (products.reshape(32, 4).sum(1) + words[64:].view(np.int32)).astype(np.uint32)
     assert np.array_equal(run("dp4a", words, 32), expected)
+
+
+def test_byte_permute_picks_four_of_eight_bytes(run: Runner) -> None:
+    words = random_words(96)
+    digits = GENERATOR.integers(0, 8, (32, 4))
+    words[64:] = (digits << 4 * np.arange(4)).sum(1)
+    sources = np.hstack([words[:32].view(np.uint8).reshape(32, 4), words[32:64].view(np.uint8).reshape(32, 4)])
+    chosen = np.take_along_axis(sources, digits, 1)
+    expected = [np.ascontiguousarray(chosen), np.ascontiguousarray(sources[:, [0, 5, 2, 7]])]
+    assert np.array_equal(run("byte_permute", words, 64), np.concatenate([t.view(np.uint32).ravel() for t in expected]))
 
 
 def test_tf32_rounds_ties_away_from_zero(run: Runner) -> None:

@@ -6,9 +6,11 @@
 //         (zero-filled beyond the borders: no branch            outputs that it touches; sums are float32; the weights lie in
 //          in the inner loop)                                   shared memory as float32
 //
-// Bound by memory traffic for 3×3 and (barely) 5×5: x is read once, y written once. 7×7 in 16 bits is bound by the 49 FMA an
-// output at about half of copy bandwidth. Whatever the ring is not compiled for runs on `depthwise_any`.
+// Bound by memory traffic: x is read once, y written once. 5×5 and 7×7 at stride 1 in 16 bits would be bound by their FMA (7×7 at half
+// of copy bandwidth) and run on tensor cores where their fragments fill: depthwise_tensor.cu. Whatever the ring is not compiled for runs
+// on `depthwise_any`.
 #include "depthwise_ring.cuh"
+#include "depthwise_tensor.cuh"
 
 namespace kernelpress::cuda {
 namespace {
@@ -42,25 +44,17 @@ __device__ __forceinline__ void add_row(float (&sums)[kPatchRows][kPatchColumns<
   }
 }
 
-struct SumsAsTheyAre {
-  template <int kCount>
-  __device__ __forceinline__ void operator()(const float (&sums)[kCount], float (&values)[kCount]) const {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) values[i] = sums[i];
-  }
-};
-
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
 template <class T, int kKernel, int kStride>
-__global__ void __launch_bounds__(kDepthwiseMaxThreads, kKernel == 3 ? 4 : kKernel == 5 ? 3 : 2) depthwise_ring(const DepthwiseConv2dArgs a, const DepthwisePlan plan,
-                                                                      const Epilogue<T> epilogue) {
+__global__ void __launch_bounds__(kDepthwiseMaxThreads, kKernel == 3 ? 4 : kKernel == 5 ? 3 : 2) depthwise_ring(
+    const DepthwiseConv2dArgs a, const DepthwisePlan plan, const Epilogue<T> epilogue) {
   static_assert(kPatchRows == 2, "the three loops below are the rows of the first, of both and of the second output row");
   constexpr int kColumns = kPatchColumns<kKernel, kStride>, kVector = Element<T>::kPer16Bytes;
   constexpr int kUnroll = kKernel == 3 ? kKernel : 1;
   SIMT_DYN_SMEM(shared);
-  const RingBlock block = ring_block<T>(plan, a.out_h, kColumns);
+  const RingBlock block = ring_block<T>(plan, a.out_h, kPatchRows, kColumns);
   const int chunk = plan.vectors * kVector;  // channels of the block
   float* weights = reinterpret_cast<float*>(shared);
   unsigned char* memory = shared + kKernel * kKernel * chunk * 4;
@@ -78,7 +72,7 @@ __global__ void __launch_bounds__(kDepthwiseMaxThreads, kKernel == 3 ? 4 : kKern
       weights[tap * chunk + i] = channel < a.channels ? to_float(from[tap * a.channels]) : 0.0f;
   }
 
-  const PatchPlace at = patch_place<T>(plan, block, kColumns);
+  const PatchPlace at = patch_place<T>(plan, kColumns);
   const float* taps = weights + at.quad * kPatchChannels;
   const int place = at.column * kStride * ring.pixel() + at.quad * kPatchChannels * static_cast<int>(sizeof(T));
 
@@ -103,7 +97,7 @@ __global__ void __launch_bounds__(kDepthwiseMaxThreads, kKernel == 3 ? 4 : kKern
       for (int h = kStride; h < kKernel; ++h) add_rows(Constant<0>{}, Constant<1>{});
 #pragma unroll
       for (int h = kKernel; h < kKernel + kStride; ++h) add_rows(Constant<1>{}, Constant<1>{});
-      store_patch<T>(sums, epilogue, at, block, plan, step, a.out_h, a.out_w, SumsAsTheyAre{});
+      store_patch(sums, epilogue, at, block, plan, step, a.out_h, a.out_w);
     }
     first_slot = ring.behind(first_slot, plan.step_rows);
   }
@@ -176,21 +170,30 @@ int launch_ring(const DepthwiseConv2dArgs& a, const DepthwisePlan& plan, const E
   }
 }
 
+// The tile asked for if it can compute the problem, or the heuristic's.
+int64_t depthwise_tile(const DepthwiseShape& shape, int64_t bytes, const DepthwiseConv2dArgs& a, const Device& device) {
+  if (!depthwise_is_specialised(a.window, a.multiplier)) return kAnyWindowTile;
+  const bool tensor = tensor_is_possible(shape, bytes, device) && is_aligned(a.weight);
+  if (a.configuration >= 0 && a.configuration < kDepthwiseTileCount && (tensor || a.configuration != kTensorTile)) return a.configuration;
+  return tensor && tensor_pays(shape, bytes, device) ? kTensorTile : choose_depthwise_tile(shape, device);
+}
+
 template <class T>
 Status launch_depthwise(const DepthwiseConv2dArgs& a, const Device& device, void* stream) {
-  const DepthwiseShape shape{a.batch, a.channels, a.out_h, a.out_w, a.window.kernel_h, a.window.stride_h, sizeof(T)};
-  int64_t index = kAnyWindowTile;
-  if (depthwise_is_specialised(a.window, a.multiplier))
-    index = a.configuration >= 0 && a.configuration < kDepthwiseTileCount ? a.configuration : choose_depthwise_tile(shape, device);
-  const DepthwiseTile& tile = kDepthwiseTiles[index];
+  const int64_t kernel = a.window.kernel_h, bytes = copy_bytes<T>(a.x, a.x_stride, a.channels);
+  const DepthwiseShape shape{a.batch, a.channels, a.out_h, a.out_w, kernel, a.window.stride_h, sizeof(T),
+                             depthwise::float_words(static_cast<int>(kernel))};
+  const DepthwiseTile& tile = kDepthwiseTiles[depthwise_tile(shape, bytes, a, device)];
   const auto epilogue = make_epilogue<T>(a.scale, a.bias, a.residual, a.y, a.residual_stride, a.y_stride, a.channels * a.multiplier,
                                          a.activation);
   Status status{0, "depthwise_conv2d", tile.name};
-  if (tile.any_window) {
+  if (tile.kernel == DepthwiseKernel::any_window) {
     status.code = launch_any<T>(a, epilogue, stream);
+  } else if (tile.kernel == DepthwiseKernel::tensor) {
+    if constexpr (sizeof(T) == 2) status.code = launch_depthwise_tensor(a, plan_depthwise_tensor(shape, device), epilogue, stream);
   } else {
     DepthwisePlan plan = plan_depthwise_ring(shape, tile, device);
-    plan.copy_bytes = copy_bytes<T>(a.x, a.x_stride, a.channels);
+    plan.copy_bytes = static_cast<int32_t>(bytes);
     status.code = launch_ring<T>(a, plan, epilogue, stream);
   }
   return status;

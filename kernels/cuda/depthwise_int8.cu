@@ -1,17 +1,18 @@
-// int8 depthwise convolution, channels_last: any window and multiplier.
+// int8 depthwise convolution, channels_last.    y[n,p,q,c] = epilogue(Σ_rs w[r,s,c] · (x[n, p·S-P+r·D, q·S-P+s·D, c/m] − zero_point))
 //
-//   y[n,p,q,c] = epilogue(Σ_rs w[r,s,c] · (x[n, p·S-P+r·D, q·S-P+s·D, c/m] − zero_point))
+//   k 3, 5, 7, stride 1, 2, int8 y   the ring of rows of depthwise.cu, the zero point beyond the borders; four taps in one dp4a:
+//                                    depthwise_int8.cuh
+//   any other window, floating y     one thread: 4 neighbouring outputs of a row × 16 channels, straight from global memory
 //
-//   one thread: 4 neighbouring outputs of a row × 16 channels, straight from global memory; its neighbours have the next 16 channels
-//
-// A tap outside of the image adds nothing, as the zero point that stands there would. Bound by its integer multiplications (one a tap and
-// output, at half the rate of FMA) and by the loads of overlapping windows from the first-level cache.
+// Sums are exact: Σ w · x from start −zero_point · Σ w. An output is 2 bytes of traffic: 3×3 is bound by the issue of instructions (the
+// epilogue's conversions and requantisation are half of them) at two thirds of copy bandwidth, 5×5 and 7×7 by dp4a.
 #include "depthwise_int8.h"
 
 #include "common/epilogue.cuh"
 #include "common/numeric.cuh"
 #include "common/ptx.cuh"
 #include "common/simt.cuh"
+#include "depthwise_int8.cuh"
 
 namespace kernelpress::cuda {
 namespace {
@@ -62,29 +63,48 @@ __global__ void __launch_bounds__(kThreads, 3) depthwise_int8(const Int8Depthwis
 }
 
 template <class Out>
-Status launch_depthwise(const Int8DepthwiseConv2dArgs& a, void* stream) {
+int launch_any(const Int8DepthwiseConv2dArgs& a, const Epilogue<Out>& epilogue, void* stream) {
   constexpr int kVector = 16;
+  const bool aligned = a.multiplier == 1 && a.channels % kVector == 0 && is_aligned(a.x) && is_aligned(a.weight) && a.x_stride % kVector == 0;
+  const int64_t items = a.channels * a.multiplier / (aligned ? kVector : 1) * ((a.out_w + kColumns - 1) / kColumns) * a.out_h * a.batch;
+  const Grid grid{dim3(static_cast<unsigned>((items + kThreads - 1) / kThreads)), dim3(kThreads), 0, stream};
+  return aligned ? launch(depthwise_int8<Out, kVector>, grid, a, epilogue) : launch(depthwise_int8<Out, 1>, grid, a, epilogue);
+}
+
+template <class Out>
+Status launch_depthwise(const Int8DepthwiseConv2dArgs& a, const Device& device, void* stream) {
+  const int64_t kernel = a.window.kernel_h, stride = a.window.stride_h;
+  const DepthwiseShape shape{a.batch, a.channels, a.out_h, a.out_w, kernel, stride, 1,
+                             depthwise::int8_words(static_cast<int>(kernel), static_cast<int>(stride))};
+  int64_t index = kAnyWindowTile;
+  if (std::is_same_v<Out, int8_t> && depthwise_is_specialised(a.window, a.multiplier))
+    index = a.configuration >= 0 && a.configuration <= kAnyWindowTile ? a.configuration : choose_depthwise_tile(shape, device);
   auto epilogue = make_epilogue<Out>(a.scale, a.bias, a.residual, a.y, a.residual_stride, a.y_stride, a.channels * a.multiplier,
                                      a.activation);
   epilogue.inverse_scale = static_cast<float>(1.0 / a.output_scale);
   epilogue.zero_point = static_cast<float>(a.output_zero_point);
   epilogue.residual_scale = static_cast<float>(a.residual_scale);
   epilogue.residual_zero_point = static_cast<float>(a.residual_zero_point);
-  const bool aligned = a.multiplier == 1 && a.channels % kVector == 0 && is_aligned(a.x) && is_aligned(a.weight) && a.x_stride % kVector == 0;
-  const int64_t items = a.channels * a.multiplier / (aligned ? kVector : 1) * ((a.out_w + kColumns - 1) / kColumns) * a.out_h * a.batch;
-  const Grid grid{dim3(static_cast<unsigned>((items + kThreads - 1) / kThreads)), dim3(kThreads), 0, stream};
-  return {aligned ? launch(depthwise_int8<Out, kVector>, grid, a, epilogue) : launch(depthwise_int8<Out, 1>, grid, a, epilogue),
-          "int8_depthwise_conv2d", aligned ? "any window, 16 channels a thread" : "any window, 1 channel a thread"};
+  const DepthwiseTile& tile = kInt8DepthwiseTiles[index];
+  Status status{0, "int8_depthwise_conv2d", tile.name};
+  if (tile.kernel == DepthwiseKernel::any_window) {
+    status.code = launch_any(a, epilogue, stream);
+  } else if constexpr (std::is_same_v<Out, int8_t>) {
+    DepthwisePlan plan = plan_depthwise_ring(shape, tile, device);
+    plan.copy_bytes = copy_bytes<int8_t>(a.x, a.x_stride, a.channels);
+    status.code = launch_int8_ring(a, plan, epilogue, stream);
+  }
+  return status;
 }
 
 }  // namespace
 
-Status int8_depthwise_conv2d(const Int8DepthwiseConv2dArgs& a, const Device&, void* stream) {
+Status int8_depthwise_conv2d(const Int8DepthwiseConv2dArgs& a, const Device& device, void* stream) {
   switch (a.output) {
-    case DataType::int8: return launch_depthwise<int8_t>(a, stream);
-    case DataType::float16: return launch_depthwise<Half>(a, stream);
-    case DataType::bfloat16: return launch_depthwise<BFloat16>(a, stream);
-    default: return launch_depthwise<float>(a, stream);
+    case DataType::int8: return launch_depthwise<int8_t>(a, device, stream);
+    case DataType::float16: return launch_depthwise<Half>(a, device, stream);
+    case DataType::bfloat16: return launch_depthwise<BFloat16>(a, device, stream);
+    default: return launch_depthwise<float>(a, device, stream);
   }
 }
 

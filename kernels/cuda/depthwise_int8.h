@@ -25,7 +25,7 @@ struct Int8DepthwiseConv2dArgs {
   DataType output;             // int8, float16, bfloat16, float32
   DataType dtype;              // int8: of x and weight
   Activation activation;
-  int64_t configuration;       // -1: the only one
+  int64_t configuration;       // -1: the heuristic's; else an index into kInt8DepthwiseTiles
   double output_scale, output_zero_point;      // of an int8 y
   double residual_scale, residual_zero_point;  // of an int8 residual
 };

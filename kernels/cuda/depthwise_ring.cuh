@@ -27,14 +27,14 @@ struct RingBlock {
 };
 
 template <class T>
-__device__ __forceinline__ RingBlock ring_block(const DepthwisePlan& plan, int64_t out_h, int columns) {
+__device__ __forceinline__ RingBlock ring_block(const DepthwisePlan& plan, int64_t out_h, int patch_rows, int columns) {
   int64_t index = blockIdx.x;
   RingBlock block;
   block.first_channel = index % plan.chunks * plan.vectors * Element<T>::kPer16Bytes;
   index /= plan.chunks;
   block.first_column = index % plan.column_blocks * plan.column_strips * columns;
   index /= plan.column_blocks;
-  const int64_t rows = plan.row_strips * kPatchRows;
+  const int64_t rows = plan.row_strips * patch_rows;
   block.first_row = index % plan.segments * plan.steps * rows;
   block.image = index / plan.segments;
   const int64_t left = (out_h - block.first_row + rows - 1) / rows;
@@ -122,71 +122,130 @@ class Ring {
 
 // Where a thread's patch lies. Its four channels are `quad` of the block's; the quads of one 16-byte vector are in neighbouring lanes.
 struct PatchPlace {
-  int quad, lane;          // lane: the quad's place in its vector
-  int row, column;         // of the patch, from the step's first output row and the block's first output column
-  int64_t vector_channel;  // where the vector begins, in the tensor
-  bool works;              // else it computes along with its warp, and writes nothing
+  int quad;
+  int row, column;  // of the patch, from the step's first output row and the block's first output column
+  bool works;       // else it computes along with its warp, and writes nothing
 };
 
 template <class T>
-__device__ __forceinline__ PatchPlace patch_place(const DepthwisePlan& plan, const RingBlock& block, int columns) {
-  constexpr int kVector = Element<T>::kPer16Bytes, kLanes = kVector / kPatchChannels;
-  const int thread = static_cast<int>(threadIdx.x), quads = plan.vectors * kLanes, strip = thread / quads;
+__device__ __forceinline__ PatchPlace patch_place(const DepthwisePlan& plan, int columns) {
+  const int thread = static_cast<int>(threadIdx.x), quads = plan.vectors * Element<T>::kPer16Bytes / kPatchChannels;
+  const int strip = thread / quads;
   PatchPlace at;
   at.quad = thread % quads;
-  at.lane = at.quad % kLanes;
   at.works = strip < plan.column_strips * plan.row_strips;
   at.row = at.works ? strip / plan.column_strips * kPatchRows : 0;
   at.column = strip % plan.column_strips * columns;
-  at.vector_channel = block.first_channel + at.quad / kLanes * kVector;
   return at;
 }
 
+// Four finished values of one pixel, in the bits of 32-bit words.
+template <class Out>
+struct FinishedQuad {
+  static constexpr int kWords = sizeof(Out);
+  uint32_t words[kWords];
+};
+
+// Finishes the sums of four neighbouring channels. `exists`: else there is no residual to read, and the result is nobody's.
+template <class Out>
+__device__ __forceinline__ FinishedQuad<Out> finish_quad(const Epilogue<Out>& epilogue, const ChannelTerms<kPatchChannels>& terms,
+                                                         const float (&sums)[kPatchChannels], int64_t pixel, int64_t channel, bool exists) {
+  float values[kPatchChannels];
+#pragma unroll
+  for (int c = 0; c < kPatchChannels; ++c) values[c] = fmaf(sums[c], terms.scale[c], terms.bias[c]);
+  if (epilogue.residual != nullptr && exists) {
+    const Out* residual = epilogue.residual + pixel * epilogue.residual_stride + channel;
+    if (epilogue.aligned && channel + kPatchChannels <= epilogue.channels) {
+      const auto four = *reinterpret_cast<const Vector<Out, kPatchChannels>*>(residual);
+#pragma unroll
+      for (int c = 0; c < kPatchChannels; ++c) values[c] = detail::plus_residual(epilogue, values[c], four[c]);
+    } else {
+#pragma unroll
+      for (int c = 0; c < kPatchChannels; ++c)
+        if (channel + c < epilogue.channels) values[c] = detail::plus_residual(epilogue, values[c], residual[c]);
+    }
+  }
+  activate(values, epilogue.activation);
+  FinishedQuad<Out> quad;
+  if constexpr (sizeof(Out) == 4) {
+    memcpy(quad.words, values, 16);
+  } else if constexpr (sizeof(Out) == 2) {
+    quad.words[0] = pack<Out>(values[0], values[1]);
+    quad.words[1] = pack<Out>(values[2], values[3]);
+  } else {
+    uint32_t bytes[kPatchChannels];
+#pragma unroll
+    for (int c = 0; c < kPatchChannels; ++c) bytes[c] = static_cast<uint32_t>(detail::output_value(epilogue, values[c]));
+    quad.words[0] = byte_permute(byte_permute(bytes[0], bytes[1], 0x0040), byte_permute(bytes[2], bytes[3], 0x0040), 0x5410);
+  }
+  return quad;
+}
+
 // kLanes neighbouring lanes hold one quad each of kLanes pixels; afterwards the i-th of them holds all quads of pixel i.
-template <int kLanes, class Sum>
-__device__ __forceinline__ void exchange_quads(const Sum (&own)[kLanes][kPatchChannels], int lane, Sum (&whole)[kLanes * kPatchChannels]) {
+template <int kLanes, class Quad>
+__device__ __forceinline__ void exchange_quads(const Quad (&own)[kLanes], int lane, Quad (&whole)[kLanes]) {
 #pragma unroll
   for (int turn = 0; turn < kLanes; ++turn) {
     const int other = lane ^ turn;
 #pragma unroll
-    for (int c = 0; c < kPatchChannels; ++c) {
-      Sum given = own[0][c];
+    for (int word = 0; word < Quad::kWords; ++word) {
+      uint32_t given = own[0].words[word];
 #pragma unroll
-      for (int pixel = 1; pixel < kLanes; ++pixel) given = other == pixel ? own[pixel][c] : given;
-      const Sum taken = turn == 0 ? given : shuffle_xor(given, turn);
+      for (int pixel = 1; pixel < kLanes; ++pixel) given = other == pixel ? own[pixel].words[word] : given;
+      const uint32_t taken = turn == 0 ? given : shuffle_xor(given, turn);
 #pragma unroll
       for (int quad = 0; quad < kLanes; ++quad)
-        if (other == quad) whole[quad * kPatchChannels + c] = taken;
+        if (other == quad) whole[quad].words[word] = taken;
     }
   }
 }
 
-// Finishes a patch and writes it, a whole 16-byte vector of T a lane. Every lane of the warp calls it.
-//   convert(sums, values)   sums → float
-template <class T, class Sum, int kColumns, class Out, class Convert>
+// Finishes a patch of sums and writes it: 16 bytes a lane, whose quads of one pixel come from its neighbours. Every lane of the warp
+// calls it.
+template <class Out, class Sum, int kColumns>
 __device__ __forceinline__ void store_patch(const Sum (&sums)[kPatchRows][kColumns][kPatchChannels], const Epilogue<Out>& epilogue,
                                             const PatchPlace& at, const RingBlock& block, const DepthwisePlan& plan, int step,
-                                            int64_t out_h, int64_t out_w, const Convert& convert) {
-  constexpr int kVector = Element<T>::kPer16Bytes, kLanes = kVector / kPatchChannels;
+                                            int64_t out_h, int64_t out_w) {
+  constexpr int kLanes = 4 / static_cast<int>(sizeof(Out));
+  using Quad = FinishedQuad<Out>;
   static_assert(kColumns % kLanes == 0);
-  const ChannelTerms<kVector> terms = channel_terms<kVector>(epilogue, at.vector_channel);
+  const int lane = at.quad % kLanes;
+  const int64_t channel = block.first_channel + at.quad * kPatchChannels, vector = channel - lane * kPatchChannels;
+  const bool whole = epilogue.aligned && vector + kLanes * kPatchChannels <= epilogue.channels;
+  const ChannelTerms<kPatchChannels> terms = channel_terms<kPatchChannels>(epilogue, channel);
   const int64_t first_row = block.first_row + static_cast<int64_t>(step) * plan.row_strips * kPatchRows + at.row;
+  const int64_t first_column = block.first_column + at.column;
 #pragma unroll
-  for (int i = 0; i < kPatchRows; ++i)
+  for (int i = 0; i < kPatchRows; ++i) {
+    const int64_t row = first_row + i, first_pixel = (block.image * out_h + row) * out_w + first_column;
+    const int64_t left = at.works && row < out_h ? out_w - first_column : 0;
 #pragma unroll
     for (int q = 0; q < kColumns; q += kLanes) {
-      Sum own[kLanes][kPatchChannels], whole[kVector] = {};
+      Quad own[kLanes], vectors[kLanes];
 #pragma unroll
-      for (int lane = 0; lane < kLanes; ++lane)
+      for (int pixel = 0; pixel < kLanes; ++pixel) {
+        float values[kPatchChannels];
 #pragma unroll
-        for (int c = 0; c < kPatchChannels; ++c) own[lane][c] = sums[i][q + lane][c];
-      exchange_quads(own, at.lane, whole);
-      const int64_t row = first_row + i, column = block.first_column + at.column + q + at.lane;
-      if (!at.works || row >= out_h || column >= out_w) continue;
-      float values[kVector];
-      convert(whole, values);
-      finish(epilogue, terms, values, (block.image * out_h + row) * out_w + column, at.vector_channel);
+        for (int c = 0; c < kPatchChannels; ++c) values[c] = static_cast<float>(sums[i][q + pixel][c]);
+        own[pixel] = finish_quad(epilogue, terms, values, first_pixel + q + pixel, channel, q + pixel < left);
+      }
+      exchange_quads(own, lane, vectors);
+      if (whole) {
+        if (q + lane < left) store_global(epilogue.y + (first_pixel + q + lane) * epilogue.y_stride + vector, vectors);
+      } else {
+#pragma unroll
+        for (int pixel = 0; pixel < kLanes; ++pixel) {
+          if (q + pixel >= left) break;
+          Out* y = epilogue.y + (first_pixel + q + pixel) * epilogue.y_stride + channel;
+          Vector<Out, kPatchChannels> values;
+          memcpy(&values, own[pixel].words, sizeof values);
+#pragma unroll
+          for (int c = 0; c < kPatchChannels; ++c)
+            if (channel + c < epilogue.channels) y[c] = values[c];
+        }
+      }
     }
+  }
 }
 
 // The widest cp.async that all vectors of a tensor allow: 16, 8, 4 bytes, or 0: none.

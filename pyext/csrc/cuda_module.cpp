@@ -186,7 +186,7 @@ PYBIND11_MODULE(KERNELPRESS_MODULE, module) {
   bind_launcher(module, "shuffle_concat", &shuffle_concat, kShuffleTiles);
   bind_launcher(module, "sparse_conv2d", &sparse_conv2d, kSparseTiles);
   bind_launcher(module, "int8_matmul", &int8_matmul, kInt8Tiles);
-  bind_launcher(module, "int8_depthwise_conv2d", &int8_depthwise_conv2d);
+  bind_launcher(module, "int8_depthwise_conv2d", &int8_depthwise_conv2d, kInt8DepthwiseTiles);
   bind_launcher(module, "int8_conv2d", &int8_conv2d, kInt8WindowTiles);
   bind_launcher(module, "quantize", &quantize);
   bind_launcher(module, "dequantize", &dequantize);

@@ -78,6 +78,12 @@ __global__ void dot_product(const uint32_t* in, uint32_t* out) {
       dp4a(static_cast<int32_t>(in[lane()]), static_cast<int32_t>(in[32 + lane()]), static_cast<int32_t>(in[64 + lane()])));
 }
 
+// The selectors come from memory, then one is a constant.
+__global__ void byte_permutes(const uint32_t* in, uint32_t* out) {
+  out[lane()] = byte_permute(in[lane()], in[32 + lane()], in[64 + lane()]);
+  out[32 + lane()] = byte_permute(in[lane()], in[32 + lane()], 0x7250);
+}
+
 __global__ void tensor_float(const uint32_t* in, uint32_t* out) { out[lane()] = to_tf32(__uint_as_float(in[lane()])); }
 
 // Values of 4 bytes in each way, then of 2, 8 and 16 bytes.
@@ -177,6 +183,7 @@ const Golden kGolden[] = {
     {"mma_m16n8k8_tf32", mma<float, multiply_tf32>, 32},
     {"mma_m16n8k32_s8", mma<int32_t, multiply_s8>, 32},
     {"dp4a", dot_product, 32},
+    {"byte_permute", byte_permutes, 32},
     {"to_tf32", tensor_float, 32},
     {"shuffles", shuffles, 32},
     {"votes", votes, 32},

@@ -75,6 +75,8 @@ inline int32_t dp4a(int32_t a, int32_t b, int32_t c) {
   return static_cast<int32_t>(sum);
 }
 
+inline uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t selector) { return __byte_perm(low, high, selector); }
+
 inline uint32_t to_tf32(float value) {
   const uint32_t bits = __float_as_uint(value);
   if ((bits & 0x7f800000u) == 0x7f800000u) return (bits & 0x7fffffu) != 0 ? 0x7fffffffu : bits;

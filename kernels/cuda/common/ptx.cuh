@@ -114,6 +114,12 @@ __device__ __forceinline__ void mma_m16n8k32_s8(int32_t (&d)[4], const uint32_t 
 // c + the sum of the four products of signed bytes.
 __device__ __forceinline__ int32_t dp4a(int32_t a, int32_t b, int32_t c) { return __dp4a(a, b, c); }
 
+// Four of the eight bytes of low (0 … 3) and high (4 … 7): byte i of the result is the one that digit i of the hexadecimal
+// `selector` names, its lowest digit first. The digits are below 8.
+__device__ __forceinline__ uint32_t byte_permute(uint32_t low, uint32_t high, uint32_t selector) {
+  return __byte_perm(low, high, selector);
+}
+
 // Rounded to 10 bits of mantissa, ties away from zero; the bits are those of a float.
 __device__ __forceinline__ uint32_t to_tf32(float value) {
   uint32_t bits;
