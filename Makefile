@@ -11,7 +11,7 @@ build $(VENV)/.installed: export KERNELPRESS_CUDA_ARCHS ?= 80;90
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: help demo test lint build resources bench wheel clean distclean
+.PHONY: help demo test lint build resources bench gpu wheel clean distclean
 
 help:
 	@echo 'make demo       train, prune, emit and measure a small CNN on scanned digits; writes results/digits/'
@@ -20,6 +20,7 @@ help:
 	@echo 'make build      compile what changed of the native modules'
 	@echo 'make resources  registers, shared memory and spills of the CUDA kernels; writes the table in docs/gpu.md'
 	@echo 'make bench      kernels and whole models beside the peers; writes benchmarks/results/'
+	@echo 'make gpu        on a machine with an NVIDIA GPU: build, checks, benchmarks; FAMILY=int8 for one family, GPU_OUT=folder'
 	@echo 'make wheel      a wheel in dist/'
 	@echo 'make clean      remove what was built; distclean: the environment and results too'
 
@@ -47,6 +48,10 @@ resources: build
 bench: build $(PEERS)
 	$(BIN)/python -m pytest $(filter-out %_models.py,$(wildcard benchmarks/bench_*.py)) --record
 	$(BIN)/python benchmarks/bench_models.py
+
+# Nothing is installed: it needs a Python with torch, nvcc, and no network.
+gpu:
+	@PYTHONPATH=benchmarks $(PYTHON) -m gpu $(if $(FAMILY),--family $(FAMILY)) $(GPU_ARGS)
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel . --no-deps -w dist

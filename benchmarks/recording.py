@@ -16,7 +16,7 @@ from typing import Any
 from kernelpress.bench import FAMILIES, describe_machine
 from kernelpress.measure.units import ABSENT, ratio_text
 
-__all__ = ["RESULTS", "save", "write_page"]
+__all__ = ["RESULTS", "commit", "markdown", "save", "write_page"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -29,10 +29,10 @@ def save(name: str, results: Sequence[Any], folder: Path = RESULTS, **context: A
     `context` is noted beside them, as are machine, versions, commit and date.
     """
     machine = describe_machine()
-    commit, modified = _commit()
+    revision, modified = commit()
     payload = {
         "machine": asdict(machine),
-        "commit": commit,
+        "commit": revision,
         "modified_since_commit": modified,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         **{
@@ -49,7 +49,7 @@ def save(name: str, results: Sequence[Any], folder: Path = RESULTS, **context: A
 
 
 def write_page(folder: Path = RESULTS) -> Path:
-    """Writes `<folder>/README.md` from the JSON files that lie under `folder`."""
+    """Writes `<folder>/README.md` from the JSON files of processors that lie under `folder`."""
     lines = [
         "# Benchmark results",
         "",
@@ -61,6 +61,7 @@ def write_page(folder: Path = RESULTS) -> Path:
     for machine_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
         files = {name: machine_folder / f"{name}.json" for name in ("models", *FAMILIES)}
         loaded = {name: json.loads(p.read_text(encoding="utf-8")) for name, p in files.items() if p.exists()}
+        loaded = {name: payload for name, payload in loaded.items() if "machine" in payload}
         if not loaded:
             continue
         machine = next(iter(loaded.values()))["machine"]
@@ -85,11 +86,11 @@ _TITLES: Mapping[str, str] = {
 def _provenance(payload: Mapping[str, Any]) -> str:
     machine = payload["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"])
-    commit = payload["commit"] or "unknown"
+    revision = payload["commit"] or "unknown"
     if payload["modified_since_commit"]:
-        commit += " with uncommitted changes"
+        revision += " with uncommitted changes"
     system = f"{machine['system']}, Python {machine['python']}, kernels for {machine['kernel_variant']}"
-    return f"{payload['date']}; commit {commit}; {system}; {versions}."
+    return f"{payload['date']}; commit {revision}; {system}; {versions}."
 
 
 def _model_tables(payload: Mapping[str, Any]) -> list[str]:
@@ -123,7 +124,7 @@ def _model_tables(payload: Mapping[str, Any]) -> list[str]:
                 ]
             )
         header = ["runtime", "best ms", "median", "worst", "time ÷ ours", "error", "CPU while idle", "settings"]
-        lines += [*_markdown(header, rows, text=(0, 7)), ""]
+        lines += [*markdown(header, rows, text=(0, 7)), ""]
         peers = {name: value for name, value in best.items() if name != OURS}
         if ours is not None and peers:
             fastest = min(peers, key=lambda name: peers[name])
@@ -158,16 +159,16 @@ def _kernel_table(payload: Mapping[str, Any]) -> list[str]:
         f"{roofline['l2_gbs']:.0f} GB/s in L2, {roofline['llc_gbs']:.0f} in the last-level cache, "
         f"{roofline['memory_gbs']:.0f} in memory (read + written)."
     )
-    return [peaks, "", *_markdown(header, rows, text=(0, 1, 2, 10))]
+    return [peaks, "", *markdown(header, rows, text=(0, 1, 2, 10))]
 
 
-def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int]) -> list[str]:
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int]) -> list[str]:
     """A Markdown table; the columns in `text` are aligned to the left, numbers to the right."""
     rule = [":--" if index in text else "--:" for index in range(len(header))]
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, rule, *rows]]
 
 
-def _commit() -> tuple[str | None, bool]:
+def commit() -> tuple[str | None, bool]:
     """The commit checked out, and whether anything but results has changed since."""
 
     def git(*arguments: str) -> str:

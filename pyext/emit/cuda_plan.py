@@ -52,15 +52,15 @@ class CudaPlan:
         self._plain = [(i, x) for i, x in enumerate(inputs) if not isinstance(x, Tensor)]
         # The graph reads the weights where they are, even if the model gets others.
         self._constants = [t.detach() for t in [*model.body.parameters(), *model.body.buffers()]]
-        self._layers = _Layers(model.body)
+        self._layers = layers = _Layers(model.body)
+        flat = self._inputs
         try:
-            self._recording = record(lambda: self._layers.run(*self._inputs, enable_io_processing=False), device)
+            self._recording = record(lambda: layers.run(*flat, enable_io_processing=False), device)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
-            last = self._layers.running
-            raise RuntimeError(f"model: cannot be captured as a CUDA graph, at {last}: {reason}") from error
+            raise RuntimeError(f"model: cannot be captured as a CUDA graph, at {layers.running}: {reason}") from error
         self._results = pytree.tree_leaves(self._recording.outputs)
         self._lock = threading.Lock()
         self._done = torch.cuda.Event()

@@ -1,0 +1,111 @@
+"""What must be right before anything is timed: `python -m gpu.checks golden|ops|opcheck|smallest`.
+
+golden: every PTX wrapper against computed vectors. ops: every op in every dtype against the reference, opcheck: torch's
+own check of operators, smallest: one call of every kernel, for compute-sanitizer to watch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from gpu.contest import reason_of
+from gpu.plain_pytest import Outcome, provide_pytest, run_file
+
+__all__ = ["main"]
+
+
+def golden(device: torch.device, family: str | None) -> Iterator[Outcome]:
+    """The golden-vector tests, on the device."""
+    provide_pytest()
+    from test_cuda_golden import compile_for_device, on_gpu
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield from run_file("test_cuda_golden", {"run": on_gpu(compile_for_device(Path(folder)))})
+
+
+def ops(device: torch.device, family: str | None) -> Iterator[Outcome]:
+    """Every case of every op: forced onto our kernel where there is one, and as it chooses by itself."""
+    from cuda_cases import CASES, check, has_kernel
+
+    for case in CASES:
+        if family not in (None, case.family):
+            continue
+        backends = ["reference"] if device.type == "cpu" else ["cuda", "auto"] if has_kernel(case) else ["auto"]
+        for dtype in case.dtypes:
+            for backend in backends:
+                yield _outcome(
+                    f"{case.name}, {dtype}, {backend}",
+                    lambda case=case, dtype=dtype, backend=backend: check(case, dtype, device, backend=backend),
+                )
+
+
+def opcheck(device: torch.device, family: str | None) -> Iterator[Outcome]:
+    """`torch.library.opcheck` of every op, on the first of its cases in float32 or int8."""
+    from cuda_cases import CASES
+
+    for case in {case.op: case for case in reversed(CASES)}.values():
+        if family not in (None, case.family):
+            continue
+        tensors = [None if t is None else t.to(device) for t in case.tensors(case.dtypes[-1])]
+        overload = getattr(torch.ops.kernelpress, case.op).default
+        yield _outcome(
+            case.name,
+            lambda overload=overload, tensors=tuple(tensors), case=case: torch.library.opcheck(
+                overload, tensors, case.options
+            ),
+        )
+
+
+def smallest(device: torch.device, family: str | None) -> Iterator[Outcome]:
+    """One call of each case, without a look at the result."""
+    from cuda_cases import CASES, has_kernel, run
+
+    for case in CASES:
+        if family in (None, case.family) and has_kernel(case):
+            backend = "reference" if device.type == "cpu" else "cuda"
+            yield _outcome(
+                case.name, lambda case=case, backend=backend: run(case, case.dtypes[0], device, backend=backend)
+            )
+
+
+def _outcome(name: str, call: Callable[[], object]) -> Outcome:
+    try:
+        call()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except Exception as error:  # the other checks are to run all the same
+        return Outcome(name, "failed", reason_of(error))
+    return Outcome(name, "passed")
+
+
+CHECKS = {"golden": golden, "ops": ops, "opcheck": opcheck, "smallest": smallest}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Prints what failed and a count; returns 1 where something did, or nothing ran."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("check", choices=CHECKS)
+    parser.add_argument("--family", default=None)
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU and the reference backend")
+    options = parser.parse_args(arguments)
+    torch.manual_seed(0)
+    device = torch.device("cpu" if options.dry_run else "cuda")
+    counts = {"passed": 0, "skipped": 0, "failed": 0}
+    for outcome in CHECKS[options.check](device, options.family):
+        counts[outcome.result] += 1
+        if outcome.result != "passed":
+            print(f"{outcome.result.upper()} {outcome.name}: {outcome.reason}", flush=True)
+    print(
+        f"{options.check}: " + ", ".join(f"{count} {result}" for result, count in counts.items() if count), flush=True
+    )
+    return int(counts["failed"] > 0 or counts["passed"] == 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""Benchmarks one family of layers within a time: `python -m gpu.kernels int8 --seconds 60 --out FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from gpu import compressed, convolutions, results, shuffled
+from gpu.contest import BATCHES, Row, Workload, measure, with_inductor
+from gpu.place import DRY, Place, on_device
+from gpu.roofline import measure_roofline
+from kernelpress.measure.units import ratio_text
+
+__all__ = ["FAMILIES", "main", "workloads"]
+
+FAMILIES: Mapping[str, Callable[[Place, int], list[Workload]]] = {
+    "dense": lambda place, batch: convolutions.workloads("dense", place, batch),
+    "depthwise": lambda place, batch: convolutions.workloads("depthwise", place, batch),
+    "separable": lambda place, batch: convolutions.workloads("separable", place, batch),
+    "grouped": shuffled.grouped,
+    "ghost": shuffled.ghost,
+    "sparse": compressed.sparse,
+    "int8": compressed.int8,
+}
+
+INDUCTOR_SHARE = 0.4
+"""Of the time given: Inductor compiles for seconds a layer."""
+
+
+def workloads(family: str, place: Place) -> list[Workload]:
+    """The layers of a family at every batch, the batches in turn, so that a short time sees all of them."""
+    by_batch = [FAMILIES[family](place, batch) for batch in BATCHES]
+    return [layer for turn in itertools.zip_longest(*by_batch) for layer in turn if layer is not None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measures until the time is up, saving what there is; returns 1 where one of our layers failed."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--dry-run", action="store_true", help="tiny layers on the reference backend, on the CPU")
+    options = parser.parse_args(arguments)
+    begin = time.monotonic()
+    torch.manual_seed(0)
+    place = DRY if options.dry_run else on_device()
+    roofline = measure_roofline(place)
+    layers = workloads(options.family, place)
+    rows: list[Row] = []
+    measured: list[Workload] = []
+    for layer in layers:
+        if time.monotonic() - begin > (1 - INDUCTOR_SHARE) * options.seconds:
+            break
+        rows.append(measure(layer, place, roofline))
+        measured.append(layer)
+        print(_line(rows[-1]), flush=True)
+    left_out = [f"{layer.layer} at batch {layer.batch}" for layer in layers[len(rows) :]]
+    results.save(options.family, rows, place, roofline, options.out, left_out=left_out)
+    for index, layer in enumerate(measured):
+        if time.monotonic() - begin > options.seconds or (place.is_dry and index):
+            break
+        rows[index] = with_inductor(rows[index], layer, place, roofline)
+        print(_line(rows[index]), flush=True)
+        results.save(options.family, rows, place, roofline, options.out, left_out=left_out)
+    return int(any(row.ms is None for row in rows))
+
+
+def _line(row: Row) -> str:
+    time_text = "failed" if row.ms is None else f"{row.ms:.4f} ms"
+    fraction = "" if row.roofline_fraction is None else f"{row.roofline_fraction:.0%} of roofline"
+    others = ", ".join(f"{c.name} {c.reason if c.ms is None else f'{c.ms:.4f}'}" for c in row.contestants)
+    return f"{row.op} {row.layer} batch {row.batch}: {time_text} {fraction} {ratio_text(row.ratio)} [{others}]"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

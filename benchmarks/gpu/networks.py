@@ -1,0 +1,229 @@
+"""Whole models, captured as CUDA graphs: that each can be, and how fast, beside torch's own ways to run them.
+
+`python -m gpu.networks capture` captures every model and compares it with eager; `python -m gpu.networks bench
+--seconds 90 --out FOLDER` times them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import itertools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kernelpress
+from gpu import results
+from gpu.contest import BATCHES, Contestant, reason_of, relative_error
+from gpu.place import DRY, Place, on_device
+from gpu.roofline import measure_roofline
+from kernelpress.emit import Candidate
+
+__all__ = ["MODELS", "ModelRow", "build", "main"]
+
+IMAGE = 224
+SETTLED_ERROR = 5e-2
+"""‖y − y₀‖ / ‖y₀‖ of a whole model in bfloat16 to eager in bfloat16: both round at every layer."""
+
+OURS = ("mobilenet_v2", "resnet50", "mobilenet_v1", "resnet18")
+THEIRS = {"shufflenet_v2_x1_0": "torchvision", "mobilenet_v3_large": "torchvision", "ghostnet_100": "timm"}
+MODELS = ("mobilenet_v2", "resnet50", "mobilenet_v1", *THEIRS, "resnet18")
+"""Most telling first: a short time ends the list early."""
+
+AUTOTUNED = 'torch.compile(mode="max-autotune")'
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One model at one batch; ratios are the other's time ÷ ours."""
+
+    model: str
+    batch: int
+    ms: float | None
+    relative_error: float | None
+    steps: int
+    native_steps: int
+    pool_bytes: int
+    kept_original: bool
+    emit_seconds: float
+    best_peer: str | None = None
+    ratio: float | None = None
+    contestants: tuple[Contestant, ...] = field(default=())
+
+
+def build(name: str, place: Place) -> nn.Module:
+    """The model with random weights, in evaluation mode, on the device of `place`. Raises `ImportError` where the
+    package that has it is absent."""
+    torch.manual_seed(0)
+    if THEIRS.get(name) == "torchvision":
+        import torchvision
+
+        model: nn.Module = torchvision.models.get_model(name, weights=None)
+    elif THEIRS.get(name) == "timm":
+        import timm
+
+        model = timm.create_model(name, pretrained=False)
+    else:
+        model = kernelpress.models.create(name)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):  # fresh statistics let activations grow layer by layer
+            nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
+    return model.eval().to(place.device, place.dtype)
+
+
+def plain(model: nn.Module, x: Tensor) -> nn.Module:
+    """The model on torch's own operations: layers of kernelpress give way to what they are in its exported graph."""
+    from kernelpress.trace import trace
+
+    if any(type(part).__module__.startswith("kernelpress.layers.") for part in model.modules()):
+        return trace(copy.deepcopy(model), (x,), dynamic_batch=False)
+    return model
+
+
+def onto(backend: str) -> Callable[[Candidate], float]:
+    """A cost that puts every layer on a backend, wherever that can run it."""
+    return lambda candidate: 1.0 if candidate.variant == backend else 10.0 * len(candidate.nodes)
+
+
+def captured(
+    name: str, batch: int, place: Place, *, is_timed: bool
+) -> tuple[ModelRow, nn.Module, Tensor, Callable[[], Tensor]]:
+    """The model emitted and captured and compared with eager: the row so far, the model, its input, a call. Layers are
+    the fastest ones where `is_timed`, else our kernels wherever they can be."""
+    model = build(name, place)
+    size = 32 if place.is_dry else IMAGE
+    x = torch.randn(batch, 3, size, size, device=place.device, dtype=place.dtype)
+    x = x.contiguous(memory_format=torch.channels_last)
+    begin = time.monotonic()
+    with torch.no_grad():
+        expected = plain(model, x)(x)
+        cost = None if is_timed and not place.is_dry else onto("reference" if place.is_dry else "cuda")
+        emitted = kernelpress.emit(model, x, cost=cost, progress=False, dynamic_batch=False)
+    seconds = time.monotonic() - begin
+    plan = kernelpress.capture(emitted, x)
+    row = ModelRow(
+        *(name, batch, None, relative_error(plan(x), expected)),
+        *(len(plan), plan.native_steps, plan.arena_bytes, emitted.record.kept_original, seconds),
+    )
+    return row, model, x, lambda: plan(x)
+
+
+def capture_all(place: Place) -> int:
+    """Captures every model at a small batch; returns how many failed."""
+    failures = 0
+    for name in MODELS:
+        try:
+            row, _, _, call = captured(name, 2, place, is_timed=False)
+            again = call()
+            torch.testing.assert_close(call(), again, rtol=0, atol=0)
+        except ImportError as error:
+            print(f"skipped {name}: {error}", flush=True)
+            continue
+        except Exception as error:  # the others are to be captured all the same
+            print(f"FAILED {name}: {reason_of(error)}", flush=True)
+            failures += 1
+            continue
+        is_close = row.relative_error is not None and row.relative_error <= SETTLED_ERROR
+        failures += not is_close
+        print(
+            f"{'captured' if is_close else 'FAILED'} {name}: {row.native_steps} of {row.steps} steps native, pool of "
+            f"{row.pool_bytes >> 20} MiB, error {row.relative_error:.1e}, emitted in {row.emit_seconds:.0f} s",
+            flush=True,
+        )
+    return failures
+
+
+def bench(place: Place, seconds: float, out: Path) -> int:
+    """Times every model at every batch until the time is up: cheap peers first, then those that compile long."""
+    begin = time.monotonic()
+    roofline = measure_roofline(place)
+    rows: list[ModelRow] = []
+    batches = (2,) if place.is_dry else BATCHES
+    wanted = list(itertools.product(batches, MODELS[:2] if place.is_dry else MODELS))
+    failures = 0
+    left_out = [f"{name} at batch {batch}" for batch, name in wanted]
+    for batch, name in wanted:
+        if time.monotonic() - begin > seconds:
+            break
+        left_out.pop(0)
+        try:
+            row, model, x, call = captured(name, batch, place, is_timed=True)
+        except ImportError as error:
+            print(f"skipped {name}: {error}", flush=True)
+            continue
+        except Exception as error:  # the others are to be timed all the same
+            print(f"FAILED {name} batch {batch}: {reason_of(error)}", flush=True)
+            failures += 1
+            continue
+        rows.append(row)
+        for peer, make in _peers(model, x, place):
+            if time.monotonic() - begin > seconds and row.ms is not None:
+                break
+            rows[-1] = row = _timed(row, call, peer, make, place)
+            results.save("models", rows, place, roofline, out, left_out=left_out)
+        times = ", ".join(f"{c.name} {c.reason if c.ms is None else f'{c.ms:.3f}'}" for c in row.contestants)
+        print(f"{name} batch {batch}: {row.ms} ms, {row.ratio} [{times}]", flush=True)
+        with contextlib.suppress(AttributeError):
+            torch._dynamo.reset()
+    return failures
+
+
+def _peers(model: nn.Module, x: Tensor, place: Place) -> list[tuple[str, Callable[[], Callable[[], Tensor]]]]:
+    network = plain(model, x).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def compiled() -> Callable[[], Tensor]:
+        options: dict[str, Any] = {"backend": "eager"} if place.is_dry else {"mode": "max-autotune"}
+        function = torch.compile(network, dynamic=False, **options)
+        for _ in range(3):  # compiled, warmed up, recorded
+            function(x)
+        return lambda: function(x)
+
+    return [
+        ("eager", lambda: lambda: network(x)),
+        (AUTOTUNED, compiled),
+    ]
+
+
+def _timed(
+    row: ModelRow, call: Callable[[], Tensor], peer: str, make: Callable[[], Callable[[], Tensor]], place: Place
+) -> ModelRow:
+    """The row with one more peer, timed in turn with ours; eager as a CUDA graph, as all the others are."""
+    with torch.no_grad():
+        try:
+            other = make()
+            timings = place.time({"ours": call, "peer": other}, flush_cache=False, budget_seconds=0.2)
+        except Exception as error:  # a compiler fails in as many ways as it has parts
+            return replace(row, contestants=(*row.contestants, Contestant(peer, None, None, reason_of(error))))
+    mine = timings["ours"].median
+    added = Contestant(f"{peer}, captured" if peer == "eager" else peer, timings["peer"].median, timings["peer"].spread)
+    row = replace(row, ms=min(mine, row.ms or mine), contestants=(*row.contestants, added))
+    times = {entry.name: entry.ms for entry in row.contestants if entry.ms is not None}
+    best = min(times, key=times.__getitem__)
+    assert row.ms is not None
+    return replace(row, best_peer=best, ratio=times[best] / row.ms)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns how many models failed, at most 1."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("what", choices=("capture", "bench"))
+    parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--out", type=Path, default=Path("build/gpu"))
+    parser.add_argument("--dry-run", action="store_true", help="tiny images on the reference backend, on the CPU")
+    options = parser.parse_args(arguments)
+    place = DRY if options.dry_run else on_device()
+    if options.what == "capture":
+        return min(capture_all(place), 1)
+    return min(bench(place, options.seconds, options.out), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""Where a benchmark runs: on a CUDA device, or as a dry run on the CPU: everything tiny, and no time counts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import kernelpress
+from kernelpress.measure.device_clock import time_graphs
+from kernelpress.measure.latency import Timing, time_alternately
+from kernelpress.ops import registry
+
+__all__ = ["DRY", "Call", "Place", "on_device"]
+
+Call = Callable[[], Tensor]
+
+TINY_SIZE, TINY_CHANNELS = 8, 24
+
+
+@dataclass(frozen=True)
+class Place:
+    """A device, and the dtype of floating layers on it."""
+
+    device: torch.device
+    dtype: torch.dtype
+    is_dry: bool
+
+    @property
+    def name(self) -> str:
+        """The device's name, as in `NVIDIA H200`."""
+        return "dry run" if self.is_dry else torch.cuda.get_device_name(self.device)
+
+    def size(self, size: int) -> int:
+        """Rows of a map; few in a dry run."""
+        return min(size, TINY_SIZE) if self.is_dry else size
+
+    def batch(self, batch: int) -> int:
+        """Images; few in a dry run."""
+        return min(batch, 2) if self.is_dry else batch
+
+    def channels(self, channels: int) -> int:
+        """Channels of a layer; few in a dry run, and divisible by all numbers of groups that occur there."""
+        return min(channels, TINY_CHANNELS) if self.is_dry else channels
+
+    def groups(self, groups: int) -> int:
+        """Groups of a layer; few in a dry run."""
+        return min(groups, 3 if groups % 3 == 0 else 4) if self.is_dry else groups
+
+    def features(self, features: int) -> int:
+        """Rows and columns of a matrix product; few in a dry run."""
+        return min(features, 64) if self.is_dry else features
+
+    def random(self, *shape: int) -> Tensor:
+        """Standard normal, in the dtype of floating layers; channels_last where it is an image."""
+        t = torch.randn(shape, device=self.device, dtype=self.dtype)
+        return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+    def weight(self, *shape: int) -> Tensor:
+        """Random, scaled so that sums of products are of the size of their terms."""
+        fan_in = torch.Size(shape[1:]).numel()
+        return self.random(*shape) * fan_in**-0.5
+
+    def bytes(self, *shape: int) -> Tensor:
+        """Random int8 of the whole range; channels_last where it is an image."""
+        t = torch.randint(-128, 128, shape, device=self.device, dtype=torch.int8)
+        return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+    @contextlib.contextmanager
+    def backend(self) -> Iterator[None]:
+        """Our ops choose their backend inside; in a dry run it is the reference."""
+        with kernelpress.use_backend("reference" if self.is_dry else "auto"):
+            yield
+
+    def ours(self, call: Callable[[], Any]) -> Call:
+        """A call of our ops, on the backend of this place."""
+
+        def run() -> Tensor:
+            with self.backend():
+                result: Tensor = call()
+            return result
+
+        return run
+
+    def backend_of(self, op: str, tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> str:
+        """The backend that an op takes here."""
+        if self.is_dry:
+            return "reference"
+        reasons = registry.why_not(op, *tensors, **options)
+        return next(backend for backend, reason in reasons.items() if reason is None)
+
+    def time(
+        self, calls: Mapping[str, Callable[[], object]], *, flush_cache: bool = True, budget_seconds: float = 20e-3
+    ) -> dict[str, Timing]:
+        """Times in turn: as CUDA graphs by the device's clock; in a dry run each call once."""
+        if self.is_dry:
+            return time_alternately(calls, budget_seconds=1e-6, rounds=1, warmup=1, repeats=1)
+        return time_graphs(calls, self.device, budget_seconds=budget_seconds, flush_cache=flush_cache)
+
+
+DRY = Place(torch.device("cpu"), torch.float32, True)
+
+
+def on_device() -> Place:
+    """The current CUDA device, in bfloat16. Raises `RuntimeError` where torch sees none."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("torch.cuda.is_available() is False: this needs a CUDA device, or --dry-run")
+    torch.backends.cudnn.benchmark = True  # the peers get cuDNN's best algorithm, not its guess
+    return Place(torch.device("cuda", torch.cuda.current_device()), torch.bfloat16, False)

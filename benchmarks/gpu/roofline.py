@@ -1,0 +1,58 @@
+"""What a device can do at best, measured: a copy through its memory, and matrix products in torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from gpu.place import Place
+
+__all__ = ["Roofline", "measure_roofline"]
+
+COPY_BYTES = 2 << 30
+MATRIX = 8192
+SECONDS = 0.1
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """GB/s (read + written) of a copy that no cache holds; TFLOP/s of a bfloat16 and TOP/s of an int8 product."""
+
+    copy_gbs: float
+    bf16_tflops: float
+    int8_tops: float
+
+    def bound_ms(self, kind: str, flops: int, traffic_bytes: int) -> float:
+        """Least milliseconds for this work and traffic (Williams et al. 2009); `kind` is "bf16" or "int8"."""
+        return max(flops / self._peak(kind) * 1e-9, traffic_bytes / self.copy_gbs * 1e-6)
+
+    def limited_by(self, kind: str, flops: int, traffic_bytes: int) -> str:
+        """Which ceiling gives `bound_ms`: `compute` or `bandwidth`."""
+        return "compute" if flops / self._peak(kind) * 1e-9 > traffic_bytes / self.copy_gbs * 1e-6 else "bandwidth"
+
+    def _peak(self, kind: str) -> float:
+        return {"bf16": self.bf16_tflops, "int8": self.int8_tops}[kind]
+
+
+def measure_roofline(place: Place) -> Roofline:
+    """Measures the ceilings of a device, on random data: zeros cost less power and run faster."""
+    count, size = (1 << 12, 64) if place.is_dry else (COPY_BYTES, MATRIX)
+    source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=place.device)
+    target = torch.empty_like(source)
+    a, b = place.random(size, size), place.random(size, size)
+    a8, b8 = place.bytes(size, size), place.bytes(size, size)
+    timings = place.time(
+        {
+            "copy": lambda: target.copy_(source),
+            "bf16": lambda: a @ b,
+            "int8": lambda: torch._int_mm(a8, b8.t()),
+        },
+        budget_seconds=SECONDS,
+    )
+    work = 2 * size**3
+    return Roofline(
+        copy_gbs=2 * count / timings["copy"].median * 1e-6,
+        bf16_tflops=work / timings["bf16"].median * 1e-9,
+        int8_tops=work / timings["int8"].median * 1e-9,
+    )
