@@ -171,6 +171,16 @@ def test_dp4a_multiplies_signed_bytes(run: Runner) -> None:
     assert np.array_equal(run("dp4a", words, 32), expected)
 
 
+def test_byte_permute_picks_four_of_eight_bytes(run: Runner) -> None:
+    words = random_words(96)
+    digits = GENERATOR.integers(0, 8, (32, 4))
+    words[64:] = (digits << 4 * np.arange(4)).sum(1)
+    sources = np.hstack([words[:32].view(np.uint8).reshape(32, 4), words[32:64].view(np.uint8).reshape(32, 4)])
+    chosen = np.take_along_axis(sources, digits, 1)
+    expected = [np.ascontiguousarray(chosen), np.ascontiguousarray(sources[:, [0, 5, 2, 7]])]
+    assert np.array_equal(run("byte_permute", words, 64), np.concatenate([t.view(np.uint32).ravel() for t in expected]))
+
+
 def test_tf32_rounds_ties_away_from_zero(run: Runner) -> None:
     values = GENERATOR.standard_normal(32).astype(np.float32)
     words = bits(values)
