@@ -211,7 +211,8 @@ def _describe_cuda(writer: Any, root: Path, target: str) -> None:
     ]
     writer.variable("cxx", f"{nvcc} -ccbin {_cxx()}")
     _compile_rule(writer, NVCC_FLAGS)
-    command = " ".join(["$cxx", *NVCC_FLAGS, *codes, "-Xptxas=-v -MMD -MF $out.d -c $in -o $out >$out.ptxas 2>&1"])
+    options = "-Xptxas=-v -Xfatbin=-compress-all -MMD -MF $out.d -c $in -o $out"
+    command = " ".join(["$cxx", *NVCC_FLAGS, *codes, options, ">$out.ptxas 2>&1"])
     notes = "grep -Ev '^ptxas info|bytes stack frame' $out.ptxas"
     writer.rule(
         "kernel",

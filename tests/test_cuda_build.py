@@ -33,14 +33,16 @@ needs_module = pytest.mark.skipif(
 STORE_16 = r"STG\.E\.128"
 GLOBAL_16 = {r"LDG\.E\.(NA\.)?128(\.CONSTANT)?", STORE_16}
 COPY_16 = r"LDGSTS\.E\.BYPASS\..*\b128"
-TENSOR_FLOAT = {r"HMMA\.16816\.F32", r"HMMA\.16816\.F32\.BF16", r"HMMA\.1688\.F32\.TF32"}
+TENSOR_16 = {r"HMMA\.16816\.F32", r"HMMA\.16816\.F32\.BF16"}
+TENSOR_FLOAT = TENSOR_16 | {r"HMMA\.1688\.F32\.TF32"}
 TENSOR_INT8 = {r"IMMA\.16832\.S8\.S8"}
 PIPELINE = {COPY_16, r"LDSM\.16\.M88\.4", STORE_16}
 
 INSTRUCTIONS: dict[str, set[str]] = {
     "dense": TENSOR_FLOAT | PIPELINE,
     "depthwise": GLOBAL_16 | {COPY_16},
-    "depthwise_int8": {r"IDP\.4A\.S8\.S8"},
+    "depthwise_int8": {r"IDP\.4A\.S8\.S8", COPY_16},
+    "depthwise_tensor": {*TENSOR_16, r"LDGSTS\.E\.64", STORE_16},
     "ghost": TENSOR_FLOAT | PIPELINE,
     "grouped": TENSOR_FLOAT | PIPELINE,
     "grouped_shuffle": GLOBAL_16,
