@@ -14,7 +14,7 @@ namespace kernelpress::cuda {
 // The block's taps in shared memory: [output row][group][kernel column][channel], then the sum of all taps, [channel].
 template <int kKernel, int kStride>
 struct Int8Taps {
-  static constexpr int kGroups = ((kPatchRows - 1) * kStride + kKernel + 3) / 4;
+  static constexpr int kGroups = depthwise::int8_groups(kKernel, kStride);
 
   // Whether rows 4 group … 4 group + 3 of the patch touch output row `row`'s window.
   static __device__ __forceinline__ constexpr bool touches(int row, int group) {
