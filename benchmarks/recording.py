@@ -59,7 +59,7 @@ def write_page(folder: Path = RESULTS) -> Path:
         "",
     ]
     for machine_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
-        files = {name: machine_folder / f"{name}.json" for name in ("models", *FAMILIES)}
+        files = {name: machine_folder / f"{name}.json" for name in ("models", *FAMILIES, "overhead")}
         loaded = {name: json.loads(p.read_text(encoding="utf-8")) for name, p in files.items() if p.exists()}
         loaded = {name: payload for name, payload in loaded.items() if "machine" in payload}
         if not loaded:
@@ -68,7 +68,7 @@ def write_page(folder: Path = RESULTS) -> Path:
         lines += [f"## {machine['processor']}, {machine['cpus']} processors", ""]
         for name, payload in loaded.items():
             lines += [f"### {_TITLES[name]}", "", _provenance(payload), ""]
-            render = _model_tables if name == "models" else _kernel_table
+            render = {"models": _model_tables, "overhead": _overhead_table}.get(name, _kernel_table)
             lines += [*render(payload), ""]
     page = folder / "README.md"
     _write(page, "\n".join(lines).rstrip() + "\n")
@@ -80,6 +80,7 @@ _TITLES: Mapping[str, str] = {
     "dense": "Dense kernels, float32",
     "depthwise": "Depthwise kernels, float32",
     "separable": "Separable and inverted-residual kernels, float32",
+    "overhead": "Overhead of a call on the CPU",
 }
 
 
@@ -160,6 +161,14 @@ def _kernel_table(payload: Mapping[str, Any]) -> list[str]:
         f"{roofline['memory_gbs']:.0f} in memory (read + written)."
     )
     return [peaks, "", *markdown(header, rows, text=(0, 1, 2, 10))]
+
+
+def _overhead_table(payload: Mapping[str, Any]) -> list[str]:
+    rows = [
+        [row["path"], *(f"{row[key]:.1f}" for key in ("best_us", "median_us", "overhead_us"))]
+        for row in payload["results"]
+    ]
+    return markdown(["path", "best µs", "median µs", "over the kernel"], rows, text=(0,))
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int]) -> list[str]:

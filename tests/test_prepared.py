@@ -25,7 +25,7 @@ recalls_natively = pytest.mark.skipif(
 
 
 class Recall:
-    """A call of `pointwise_conv2d`, and whether its last run was recalled natively."""
+    """A call of `pointwise_conv2d`, and whether its last run was recalled natively, without the dispatcher."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.x = channels_last(2, 6, 3, 4)
@@ -33,14 +33,20 @@ class Recall:
         self.bias: Tensor | None = torch.randn(6)
         self.options: dict[str, Any] = {}
         self.recalled = False
-        attempt = prepared.attempt
+        attempt, run = prepared.attempt, prepared.run
 
         def watched(*given: Any) -> Tensor | None:
             y = attempt(*given)
             self.recalled = y is not None
             return y
 
+        def run_by_the_dispatcher(*given: Any) -> Tensor:
+            y = run(*given)
+            self.recalled = False
+            return y
+
         monkeypatch.setattr(prepared, "attempt", watched)
+        monkeypatch.setattr(prepared, "run", run_by_the_dispatcher)
 
     def run(self) -> Tensor:
         self.recalled = False
