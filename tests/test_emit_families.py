@@ -11,8 +11,9 @@ from emitting import assert_as_exact_as, emit_fused, ops_of, randomize
 from torch import nn
 
 import kernelpress as kp
+from kernelpress.emit import pipeline
 from kernelpress.emit.canonical import canonicalize
-from kernelpress.emit.evaluate import INT8_TOLERANCE, relative_error
+from kernelpress.emit.evaluate import INT8_TOLERANCE, evaluate, relative_error
 from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
 from kernelpress.trace import trace
@@ -24,6 +25,19 @@ quantized = torch.ops.quantized_decomposed
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _every_match_is_exact(monkeypatch):
+    """A layer that computes something else is refused, and so would pass unnoticed."""
+
+    def checked(*arguments):
+        evaluations = evaluate(*arguments)
+        wrong = [(e.candidate.label, e.error) for e in evaluations if e.error is not None and e.refusal is not None]
+        assert not wrong
+        return evaluations
+
+    monkeypatch.setattr(pipeline, "evaluate", checked)
 
 
 class Apply(nn.Module):
@@ -125,6 +139,16 @@ def mixes_the_batch(x):
     return x.reshape(n * 3, c // 3, h, w).transpose(0, 1).reshape(n, c, h, w)
 
 
+def rows_as_images(x):
+    n, c, h, w = x.shape
+    return x.reshape(n * h, 3, c // 3, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def halves_as_images(x):
+    n, c, h, w = x.shape
+    return x.reshape(n * 2, 3, 2, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
 def ends_elsewhere(x):
     n, c, h, w = x.shape
     return x.reshape(n, 3, c // 3, h, w).transpose(1, 2).reshape(n, c, w, h)
@@ -132,7 +156,15 @@ def ends_elsewhere(x):
 
 @pytest.mark.parametrize(
     "almost",
-    [transposes_pixels, splits_wrongly, exchanges_three, mixes_the_batch, ends_elsewhere],
+    [
+        transposes_pixels,
+        splits_wrongly,
+        exchanges_three,
+        mixes_the_batch,
+        rows_as_images,
+        halves_as_images,
+        ends_elsewhere,
+    ],
     ids=lambda almost: almost.__name__,
 )
 def test_what_is_almost_a_shuffle_is_left_alone(almost):
@@ -656,6 +688,63 @@ def test_scales_in_tensors_are_read():
     emitted = emit_int8(model, x)
     assert ops_of(emitted) == ["quantize", "int8_conv2d"]
     torch.testing.assert_close(emitted(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_values_that_are_only_moved_between_equal_quantizations_stay_int8():
+    quantizer = Quantized(0.01, 0, torch.uint8)
+    model = nn.Sequential(
+        *(Quantized(0.03), QuantizedWeight(nn.Conv2d(6, 8, 3)), nn.ReLU(), quantizer, nn.Flatten(), quantizer),
+        QuantizedWeight(nn.Linear(8 * 4 * 3, 5)),
+    ).eval()
+    x = torch.randn(2, 6, 6, 5)
+    emitted = emit_int8(model, x)
+    assert ops_of(emitted) == ["quantize", "int8_conv2d", "aten.flatten.using_ints", "int8_matmul"]
+    assert_as_rounded(emitted, model, torch.randn(3, 6, 6, 5))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.Sequential(Quantized(0.01), nn.Flatten(), Quantized(0.02)),
+        nn.Sequential(Quantized(0.01), nn.MaxPool2d(2), nn.Flatten(), Quantized(0.01)),
+    ],
+    ids=["another scale", "a pool"],
+)
+def test_between_other_quantizations_values_are_floats(between):
+    model = nn.Sequential(QuantizedWeight(nn.Conv2d(6, 8, 3)), between)
+    emitted = emit_int8(model, torch.randn(2, 6, 6, 6))
+    assert ops_of(emitted).count("quantize") == 2
+    assert_as_rounded(emitted, model, torch.randn(3, 6, 6, 6))
+
+
+def test_a_dequantized_tensor_that_is_also_returned_feeds_an_int8_layer():
+    def forward(x, quantizer, conv):
+        x = quantizer(x)
+        return conv(x), x
+
+    model = Apply(forward, Quantized(0.03), QuantizedWeight(nn.Conv2d(6, 8, 3))).eval()
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model, x)
+    assert sorted(ops_of(emitted)) == ["dequantize", "int8_conv2d", "quantize"]
+    for ours, theirs in zip(emitted(x), model(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_int8_values_that_are_returned_are_int8():
+    class Returned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.quantized, self.conv = Quantized(0.03, 2), QuantizedWeight(nn.Conv2d(6, 8, 3))
+
+        def forward(self, x):
+            return quantized.quantize_per_tensor(self.conv(self.quantized(x)), 0.02, -3, -128, 127, torch.int8)
+
+    model = Returned().eval()
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model, x)
+    assert ops_of(emitted) == ["quantize", "int8_conv2d"]
+    assert emitted(x).dtype == torch.int8
+    assert_as_rounded(emitted, model, x)
 
 
 @pytest.mark.parametrize(

@@ -109,10 +109,10 @@ def _shuffle(graph: Graph, node: Node) -> None:
     x, grouped = split.args[0], shape(split)
     if shape(x) != sizes or grouped is None or len(grouped) < 3:
         return
-    batch, groups, per_group, *pixels = grouped
+    _, groups, per_group, *pixels = grouped
     if not isinstance(groups, int) or not isinstance(per_group, int):
         return
-    if batch == sizes[0] and groups * per_group == sizes[1] and math.prod(pixels) == math.prod(sizes[2:]):
+    if groups * per_group == sizes[1] and math.prod(pixels) == math.prod(sizes[2:]):
         _rewrite(graph, node, aten.channel_shuffle.default, x, groups)
 
 

@@ -66,7 +66,7 @@ def emit(
     if the whole is then not faster than the original, the original is. `EmittedModel.record` tells what was decided.
 
     `tolerance`: largest relative error ‖y − y₀‖ / ‖y₀‖ of a layer to the original one; by default 1e-4 in float32,
-    1e-10 in float64, 1e-2 in float16, 5e-2 in bfloat16; of int8 values never less than 1e-2. `cache`: reuse and
+    1e-10 in float64, 1e-2 in float16, 5e-2 in bfloat16; of int8 values never less than 5e-3. `cache`: reuse and
     remember times on disk. `progress`: draw a progress bar on terminals. `cost`: milliseconds of a candidate, instead
     of timing (for tests, and for other devices' models).
 

@@ -29,8 +29,20 @@ __all__ = [
     "remember_quantized",
 ]
 
+aten = torch.ops.aten
+
 NAMESPACE = "quantized_decomposed"
 """Of the operations that stand in such graphs. They are registered by the quantizer, and may be missing without it."""
+
+_MOVES = (
+    aten.flatten.using_ints,
+    aten.reshape.default,
+    aten.squeeze.dim,
+    aten.squeeze.dims,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.slice.Tensor,
+)
 
 _QUANTIZED_WEIGHT = "kernelpress_quantized_weight"
 
@@ -107,8 +119,10 @@ def canonicalize_quantization(graph_module: GraphModule) -> None:
         if is_quantize(node):
             _to_int8(node)
     for node in nodes:
-        if is_dequantize(node):
-            _one_for_each_reader(graph, node)
+        if is_quantize(node):
+            _stay_quantized(graph, node)
+    for node in [node for node in graph.nodes if is_dequantize(node)]:
+        _one_for_each_reader(graph, node)
 
 
 def _with_plain_numbers(graph_module: GraphModule, node: Node) -> None:
@@ -134,6 +148,26 @@ def _to_int8(node: Node) -> None:
         shifted = {name: given[name] - 128 for name in ("zero_point", "quant_min", "quant_max")}
         _give(n, **shifted, dtype=torch.int8)
     node.meta["val"] = node.meta["val"].to(torch.int8)
+
+
+def _stay_quantized(graph: Graph, node: Node) -> None:
+    """Moves values about in int8 where they are only dequantized for it, and then quantized as they were."""
+    moves: list[Node] = []
+    source = node.args[0]
+    while isinstance(source, Node) and source.target in _MOVES and len(source.users) == 1:
+        moves.append(source)
+        source = source.args[0]
+    if not moves or not isinstance(source, Node) or not is_dequantize(source) or len(source.users) != 1:
+        return
+    values: Node = source.args[0]  # type: ignore[assignment]
+    if affine_of(source) is None or affine_of(source) != affine_of(node):
+        return
+    moves[-1].replace_input_with(source, values)
+    for move in moves:
+        move.meta["val"] = move.meta["val"].to(torch.int8)
+    node.replace_all_uses_with(moves[0])
+    for erased in (node, source):
+        graph.erase_node(erased)
 
 
 def _give(node: Node, **changed: Any) -> None:
