@@ -72,7 +72,7 @@ def record(
 
 def _recorded(graph: torch.cuda.CUDAGraph, function: Callable[[], Output], pool: Any) -> Output:
     # Other threads may go on allocating meanwhile.
-    graph.capture_begin(*(() if pool is None else (pool,)), capture_error_mode="thread_local")
+    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
     try:
         outputs = function()
     except BaseException:

@@ -120,7 +120,7 @@ class FakeGraph:
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
 
-    def capture_begin(self, *pool: object, capture_error_mode: str) -> None:
+    def capture_begin(self, pool: object = None, capture_error_mode: str = "global") -> None:
         self.cuda.log.append(f"begin on {self.cuda.current}, {capture_error_mode}")
 
     def capture_end(self) -> None:

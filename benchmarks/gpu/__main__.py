@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -197,13 +196,12 @@ def _benchmarks(
         module = ("gpu.networks", "bench") if name == "models" else ("gpu.kernels", name)
         dry = ["--dry-run"] if is_dry else []
         command = _python("-m", *module, "--seconds", inside, "--out", str(folder), *dry)
-        run(Stage(f"bench-{name}", command, limit, may_be_stopped=name == "models"))
+        run(Stage(f"bench-{name}", command, limit, may_be_stopped=True))
 
 
 def _report(results: Sequence[Result], seconds: float, folder: Path, logs: Path, out: Path | None) -> None:
     lines = [f"{result.name}: {result.outcome}, {result.seconds:.0f} s" for result in results]
-    commit = subprocess.run(["git", "log", "-1", "--format=%h %s"], cwd=ROOT, capture_output=True, text=True)
-    text = "\n".join([f"commit {commit.stdout.strip() or 'unknown'}", *lines, f"{seconds:.0f} s in all"]) + "\n"
+    text = "\n".join([*lines, f"{seconds:.0f} s in all"]) + "\n"
     logs.mkdir(parents=True, exist_ok=True)
     (logs / "summary.txt").write_text(text, encoding="utf-8")
     print(f"== summary\n{text}", flush=True)

@@ -7,6 +7,7 @@ own check of operators, smallest: one call of every kernel, for compute-sanitize
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -39,10 +40,8 @@ def ops(device: torch.device, family: str | None) -> Iterator[Outcome]:
         backends = ["reference"] if device.type == "cpu" else ["cuda", "auto"] if has_kernel(case) else ["auto"]
         for dtype in case.dtypes:
             for backend in backends:
-                yield _outcome(
-                    f"{case.name}, {dtype}, {backend}",
-                    lambda case=case, dtype=dtype, backend=backend: check(case, dtype, device, backend=backend),
-                )
+                call = functools.partial(check, case, dtype, device, backend=backend)
+                yield _outcome(f"{case.name}, {dtype}, {backend}", call)
 
 
 def opcheck(device: torch.device, family: str | None) -> Iterator[Outcome]:
@@ -52,14 +51,9 @@ def opcheck(device: torch.device, family: str | None) -> Iterator[Outcome]:
     for case in {case.op: case for case in reversed(CASES)}.values():
         if family not in (None, case.family):
             continue
-        tensors = [None if t is None else t.to(device) for t in case.tensors(case.dtypes[-1])]
+        tensors = tuple(None if t is None else t.to(device) for t in case.tensors(case.dtypes[-1]))
         overload = getattr(torch.ops.kernelpress, case.op).default
-        yield _outcome(
-            case.name,
-            lambda overload=overload, tensors=tuple(tensors), case=case: torch.library.opcheck(
-                overload, tensors, case.options
-            ),
-        )
+        yield _outcome(case.name, functools.partial(torch.library.opcheck, overload, tensors, case.options))
 
 
 def smallest(device: torch.device, family: str | None) -> Iterator[Outcome]:
@@ -69,9 +63,7 @@ def smallest(device: torch.device, family: str | None) -> Iterator[Outcome]:
     for case in CASES:
         if family in (None, case.family) and has_kernel(case):
             backend = "reference" if device.type == "cpu" else "cuda"
-            yield _outcome(
-                case.name, lambda case=case, backend=backend: run(case, case.dtypes[0], device, backend=backend)
-            )
+            yield _outcome(case.name, functools.partial(run, case, case.dtypes[0], device, backend=backend))
 
 
 def _outcome(name: str, call: Callable[[], object]) -> Outcome:

@@ -25,6 +25,7 @@ from gpu import results
 from gpu.contest import BATCHES, Contestant, reason_of, relative_error
 from gpu.place import DRY, Place, on_device
 from gpu.roofline import measure_roofline
+from kernelpress.cuda_graph import record
 from kernelpress.emit import Candidate
 
 __all__ = ["MODELS", "ModelRow", "build", "main"]
@@ -110,8 +111,15 @@ def captured(
     seconds = time.monotonic() - begin
     plan = kernelpress.capture(emitted, x)
     row = ModelRow(
-        *(name, batch, None, relative_error(plan(x), expected)),
-        *(len(plan), plan.native_steps, plan.arena_bytes, emitted.record.kept_original, seconds),
+        model=name,
+        batch=batch,
+        ms=None,
+        relative_error=relative_error(plan(x), expected),
+        steps=len(plan),
+        native_steps=plan.native_steps,
+        pool_bytes=plan.arena_bytes,
+        kept_original=emitted.record.kept_original,
+        emit_seconds=seconds,
     )
     return row, model, x, lambda: plan(x)
 
@@ -176,8 +184,12 @@ def bench(place: Place, seconds: float, out: Path) -> int:
     return failures
 
 
-def _peers(model: nn.Module, x: Tensor, place: Place) -> list[tuple[str, Callable[[], Callable[[], Tensor]]]]:
+def _peers(model: nn.Module, x: Tensor, place: Place) -> list[tuple[str, Callable[[], Callable[[], object]]]]:
+    """Every peer by name, made when it is its turn."""
     network = plain(model, x).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def recorded() -> Callable[[], object]:
+        return (lambda: network(x)) if place.is_dry else record(lambda: network(x), place.device).replay
 
     def compiled() -> Callable[[], Tensor]:
         options: dict[str, Any] = {"backend": "eager"} if place.is_dry else {"mode": "max-autotune"}
@@ -187,23 +199,23 @@ def _peers(model: nn.Module, x: Tensor, place: Place) -> list[tuple[str, Callabl
         return lambda: function(x)
 
     return [
-        ("eager", lambda: lambda: network(x)),
+        ("eager, captured", recorded),
         (AUTOTUNED, compiled),
     ]
 
 
 def _timed(
-    row: ModelRow, call: Callable[[], Tensor], peer: str, make: Callable[[], Callable[[], Tensor]], place: Place
+    row: ModelRow, call: Callable[[], Tensor], peer: str, make: Callable[[], Callable[[], object]], place: Place
 ) -> ModelRow:
-    """The row with one more peer, timed in turn with ours; eager as a CUDA graph, as all the others are."""
+    """The row with one more peer, timed in turn with ours."""
     with torch.no_grad():
         try:
             other = make()
-            timings = place.time({"ours": call, "peer": other}, flush_cache=False, budget_seconds=0.2)
+            timings = place.time_models({"ours": call, "peer": other})
         except Exception as error:  # a compiler fails in as many ways as it has parts
             return replace(row, contestants=(*row.contestants, Contestant(peer, None, None, reason_of(error))))
     mine = timings["ours"].median
-    added = Contestant(f"{peer}, captured" if peer == "eager" else peer, timings["peer"].median, timings["peer"].spread)
+    added = Contestant(peer, timings["peer"].median, timings["peer"].spread)
     row = replace(row, ms=min(mine, row.ms or mine), contestants=(*row.contestants, added))
     times = {entry.name: entry.ms for entry in row.contestants if entry.ms is not None}
     best = min(times, key=times.__getitem__)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import kernelpress
-from kernelpress.measure.device_clock import time_graphs
+from kernelpress.measure.device_clock import time_graphs, time_on_device
 from kernelpress.measure.latency import Timing, time_alternately
 from kernelpress.ops import registry
 
@@ -88,18 +88,20 @@ class Place:
 
     def backend_of(self, op: str, tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> str:
         """The backend that an op takes here."""
-        if self.is_dry:
-            return "reference"
         reasons = registry.why_not(op, *tensors, **options)
-        return next(backend for backend, reason in reasons.items() if reason is None)
+        return "reference" if self.is_dry else next(name for name, reason in reasons.items() if reason is None)
 
-    def time(
-        self, calls: Mapping[str, Callable[[], object]], *, flush_cache: bool = True, budget_seconds: float = 20e-3
-    ) -> dict[str, Timing]:
-        """Times in turn: as CUDA graphs by the device's clock; in a dry run each call once."""
+    def time(self, calls: Mapping[str, Callable[[], object]], *, budget_seconds: float = 20e-3) -> dict[str, Timing]:
+        """Times of layers, in turn: as CUDA graphs by the device's clock; in a dry run each call once."""
         if self.is_dry:
             return time_alternately(calls, budget_seconds=1e-6, rounds=1, warmup=1, repeats=1)
-        return time_graphs(calls, self.device, budget_seconds=budget_seconds, flush_cache=flush_cache)
+        return time_graphs(calls, self.device, budget_seconds=budget_seconds)
+
+    def time_models(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
+        """Times of whole models that are graphs already, in turn, from the cache as they leave it."""
+        if self.is_dry:
+            return time_alternately(calls, budget_seconds=1e-6, rounds=1, warmup=1, repeats=1)
+        return time_on_device(calls, self.device, budget_seconds=0.2, flush_cache=False)
 
 
 DRY = Place(torch.device("cpu"), torch.float32, True)

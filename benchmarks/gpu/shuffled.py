@@ -160,7 +160,7 @@ def _ghost(place: Place, batch: int, size: int, c_in: int, c_out: int, is_active
     size, c_in, primary = place.size(size), place.channels(c_in), place.channels(c_out) // 2
     batch = place.batch(batch)
     activation = "relu" if is_active else "identity"
-    options = {"activation": activation, "cheap_activation": activation}
+    options: dict[str, Any] = {"activation": activation, "cheap_activation": activation}
 
     def make() -> Contest:
         x = place.random(batch, c_in, size, size)

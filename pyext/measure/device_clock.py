@@ -16,8 +16,8 @@ __all__ = ["time_graphs", "time_on_device"]
 MIN_SAMPLES_PER_ROUND = 5
 MAX_SAMPLES_PER_ROUND = 100
 
-HEAD_START_CYCLES = 60_000
-"""Some 30 µs in which the device waits, for the host to have launched a sample before it begins."""
+HEAD_START_CYCLES = 400_000
+"""Some 200 µs in which the device waits, for the host to have launched a sample before it begins."""
 
 Call = Callable[[], object]
 
