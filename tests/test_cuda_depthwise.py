@@ -89,6 +89,16 @@ def test_tensor_cores_are_chosen_where_their_fragments_fill(dtype: torch.dtype) 
     assert torch.equal(out, run_configured("depthwise_conv2d", tensors, {"stride": (1, 1), **options}, "tensor cores"))
 
 
+def test_tensor_cores_walk_round_the_ring(simt: Simt) -> None:
+    def launch(name: str, tensors: Sequence[Tensor], fields: Sequence[int | float], index: int) -> None:
+        simt.run(name, tensors, fields, outputs=tensors[:1], device=1)
+
+    tensors = tensors_of(channels_last(32, 4, 37, 34), (5, 5), torch.float16)
+    options = {"padding": (2, 2)}
+    with cuda.launching_on(replace(cuda.target(), launch=launch)):
+        check(tensors, options, run_configured("depthwise_conv2d", tensors, options, "tensor cores"))
+
+
 def test_tensor_cores_on_slices() -> None:
     wide, options = torch.full((1, 9, 17, 40), torch.nan).half().permute(0, 3, 1, 2), {"padding": (2, 2)}
     wide[:, 8:32] = torch.randn(1, 24, 9, 17).half()
