@@ -42,7 +42,7 @@ INSTRUCTIONS: dict[str, set[str]] = {
     "dense": TENSOR_FLOAT | PIPELINE,
     "depthwise": GLOBAL_16 | {COPY_16},
     "depthwise_int8": {r"IDP\.4A\.S8\.S8", COPY_16},
-    "depthwise_tensor": {*TENSOR_16, r"LDGSTS\.E\.64", STORE_16},
+    "depthwise_tensor": TENSOR_16 | {r"LDGSTS\.E\.64", r"STG\.E\.64"},
     "ghost": TENSOR_FLOAT | PIPELINE,
     "grouped": TENSOR_FLOAT | PIPELINE,
     "grouped_shuffle": GLOBAL_16,

@@ -113,7 +113,7 @@ __device__ __forceinline__ void add_groups(int32_t (&sums)[kPatchRows][kPatchCol
 }
 
 template <int kKernel, int kStride>
-__global__ void __launch_bounds__(kDepthwiseMaxThreads, kKernel == 3 ? 4 : 3) depthwise_int8_ring(
+__global__ void __launch_bounds__(kDepthwiseMaxThreads, kKernel == 3 ? 4 : kKernel == 7 && kStride == 1 ? 2 : 3) depthwise_int8_ring(
     const Int8DepthwiseConv2dArgs a, const DepthwisePlan plan, const Epilogue<int8_t> epilogue) {
   using Taps = Int8Taps<kKernel, kStride>;
   constexpr int kColumns = kPatchColumns<kKernel, kStride>, kVector = Element<int8_t>::kPer16Bytes;
