@@ -72,16 +72,15 @@ def _table(operator: Operator) -> Any:
     return _cpu.CallTable(operator.activations)
 
 
-def _attempt(operator: Operator, tensors: Tensors, options: Any, backend: str) -> Tensor | None:
+def _attempt(operator: Operator, tensors: tuple[Tensor | None, ...], options: Any, backend: str) -> Tensor | None:
     """Run a call on the CPU natively, if it was prepared, holds still, and wants no gradient; else None.
 
-    `tensors` is a tuple; any other sequence gives None.
     It may be called only while nothing is intercepted (`interception.is_intercepted`).
     """
     return _table(operator)(tensors, options, requested_backend(backend))
 
 
-def _attempt_nothing(operator: Operator, tensors: Tensors, options: Any, backend: str) -> None:
+def _attempt_nothing(operator: Operator, tensors: tuple[Tensor | None, ...], options: Any, backend: str) -> None:
     """The native module cannot look at torch's tensors."""
 
 
@@ -144,7 +143,7 @@ def prepare(operator: Operator, tensors: Tensors, options: tuple[Any, ...], back
 
 def run(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor:
     """Run an op on real tensors, without the dispatcher."""
-    y = attempt(operator, tensors, options, backend)
+    y = attempt(operator, tuple(tensors), options, backend)
     if y is not None:
         return y
     found = recall(operator, tensors, options, backend)

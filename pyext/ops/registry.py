@@ -283,18 +283,16 @@ def resolve(
     return checked, implementation(operator, checked, requested)
 
 
-def bind(
-    operator: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[tuple[Tensor | None, ...], Any, str]:
+def bind(operator: Operator, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[list[Tensor | None], Any, str]:
     """Sort a call's arguments as the schema does: its tensors (None where absent), its options, its backend.
 
     Raises `TypeError` for an argument too many, unknown or missing.
     """
     if len(args) > len(operator.tensors):
         raise TypeError(f"{operator.name}: expected at most {len(operator.tensors)} tensors, got {len(args)}")
-    options = {name: pair(value) if name in _PAIRS else value for name, value in kwargs.items()}
+    options: dict[str, Any] = {name: pair(value) if name in _PAIRS else value for name, value in kwargs.items()}
     backend = options.pop("backend", "auto")
-    tensors = (*args, *[options.pop(name, None) for name in operator.tensors[len(args) :]])
+    tensors = [*args, *[options.pop(name, None) for name in operator.tensors[len(args) :]]]
     return tensors, operator.options(**options), backend
 
 
