@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def left() -> float:
         return seconds - (time.monotonic() - begin)
 
-    reason = None if options.dry_run else _reason_against()
+    reason = _reason_against(device=not options.dry_run)
     if reason is not None:
         print(f"make gpu: {reason}", file=sys.stderr)
         return 1
@@ -79,12 +79,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(not all(result.is_good for result in results))
 
 
-def _reason_against() -> str | None:
+def _reason_against(*, device: bool) -> str | None:
     """Why nothing can run here, None where it can."""
     try:
         torch = import_module("torch")
     except ImportError as error:
         return f"{error}: {sys.executable} needs torch; `make gpu PYTHON=...` takes another Python"
+    if not device:
+        return None
     if not torch.cuda.is_available():
         return "torch.cuda.is_available() is False: this needs an NVIDIA GPU and a torch built for it"
     if _nvcc() is None:
