@@ -1,4 +1,4 @@
-"""Helpers of the kernel tests: bounds, inputs of awkward forms, poisoned outputs, the float64 reference."""
+"""Helpers of the kernel and layer tests: bounds, inputs of awkward forms, poisoned outputs, the float64 reference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernelpress import native
 from kernelpress.kernels import reference
@@ -102,3 +102,31 @@ def run_native(op: str, tensors: Sequence[Tensor | None], **options: Any) -> Ten
     getattr(native.cpu(), call.name)(*call.arguments)
     assert all(bool(rest.isnan().all()) for rest in around), "written outside the output's channels"
     return out
+
+
+def with_random_norms(module: nn.Module) -> nn.Module:
+    """The module in evaluation mode, its BatchNorms with statistics and weights as training leaves them."""
+    for norm in module.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.normal_(norm.running_mean)
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+    return module.eval()
+
+
+def called_functions(graph: torch.fx.Graph) -> list[str]:
+    """The functions that a graph calls, by name."""
+    return [str(node.target) for node in graph.nodes if node.op == "call_function"]
+
+
+def run_compiled(module: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:
+    """The output of the module compiled without graph breaks, and the functions that its graph calls."""
+    called: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        called.extend(called_functions(graph.graph))
+        return graph
+
+    torch._dynamo.reset()
+    return torch.compile(module, backend=backend, fullgraph=True)(x), called

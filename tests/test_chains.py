@@ -11,8 +11,7 @@ from torch import nn
 
 import kernelpress as kp
 from kernelpress import native
-from kernelpress.emit import plan as plans
-from kernelpress.emit import streaming
+from kernelpress.emit import native_steps, streaming
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.lower import NativeStep, lower
 from kernelpress.ops import registry
@@ -184,7 +183,7 @@ def test_a_plan_with_chains_computes_what_the_model_does(head, ranges, monkeypat
     emitted, x = head
     plain = kp.capture(emitted, x, stream=False)
     assert plain.chains == []
-    monkeypatch.setattr(plans, "choose_chains", lambda *arguments: ranges)
+    monkeypatch.setattr(native_steps, "choose_chains", lambda *arguments: ranges)
     monkeypatch.setattr(streaming, "LEAST_BYTES", 1)
     plan = kp.capture(emitted, x)
     assert [len(chain) for chain in plan.chains] == [last - first for first, last in ranges]
@@ -196,7 +195,7 @@ def test_a_plan_with_chains_computes_what_the_model_does(head, ranges, monkeypat
 
 def test_what_a_chain_reads_and_writes_never_shares_memory(head, monkeypatch):
     emitted, x = head
-    monkeypatch.setattr(plans, "choose_chains", lambda *arguments: [(3, 5)])
+    monkeypatch.setattr(native_steps, "choose_chains", lambda *arguments: [(3, 5)])
     plan = kp.capture(emitted, x)
     arena = [(lifetime, offset, offset + lifetime.nbytes) for lifetime, offset in plan.arena]
     for i, (one, begin, end) in enumerate(arena):
@@ -217,9 +216,19 @@ def test_the_chains_that_save_most_are_chosen_from_remembered_times(head, monkey
     for ranges, time in times.items():
         cache.put(f"plan {layers} with chains {ranges}", time)
     plain = kp.capture(emitted, x, stream=False)
-    assert plain._builder.faster_chains(cache) == [(0, 2), (3, 4)]
+    assert plain._native.faster_chains(cache) == [(0, 2), (3, 4)]
     cache.put(f"plan {layers} with chains [(0, 3), (3, 5)]", 9.45)
-    assert plain._builder.faster_chains(cache) == [(0, 2)]
+    assert plain._native.faster_chains(cache) == [(0, 2)]
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_times_are_remembered_on_disk_unless_told_otherwise(head, cache, monkeypatch, tmp_path):
+    emitted, x = head
+    monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path))
+    monkeypatch.setattr(streaming, "LEAST_BYTES", 1)
+    monkeypatch.setattr(streaming, "SECONDS_PER_RANGE", 1e-4)
+    kp.capture(emitted, x, cache=cache)
+    assert bool(list(tmp_path.iterdir())) == cache
 
 
 def test_tensors_that_others_read_are_not_private(monkeypatch):

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import MAKERS, assert_close, channel_slice, channels_last, expected_output
+from support import (
+    MAKERS,
+    assert_close,
+    called_functions,
+    channel_slice,
+    channels_last,
+    expected_output,
+    run_compiled,
+    with_random_norms,
+)
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -205,16 +213,6 @@ class PlainBottleneck(nn.Module):
         return self.ghost2(self.se(y)) + self.shortcut(x)
 
 
-def with_random_norms(module: nn.Module) -> nn.Module:
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.running_mean)
-            nn.init.uniform_(norm.running_var, 0.5, 2.0)
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias)
-    return module.eval()
-
-
 MODULES: dict[str, tuple[nn.Module, nn.Module]] = {
     "1×1": (PlainGhost(6, 8), GhostModule(6, 8)),
     "odd channels": (PlainGhost(6, 9), GhostModule(6, 9)),
@@ -291,7 +289,7 @@ def test_export_is_portable_aten(pair: tuple[nn.Module, nn.Module]) -> None:
     _, ours = fresh(pair)
     x = input_of(pair)
     exported = torch.export.export(ours, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+    targets = called_functions(exported.graph)
     assert not any("kernelpress" in target for target in targets), targets
     more = torch.cat([x, x])
     assert_close(exported.module()(more).detach(), ours.double()(more.double()).detach())
@@ -299,16 +297,11 @@ def test_export_is_portable_aten(pair: tuple[nn.Module, nn.Module]) -> None:
 
 def test_torch_compile_calls_the_op() -> None:
     _, ours = fresh(MODULES["1×1"])
-    x, seen = channels_last(2, 6, 5, 4), []
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph
-
-    torch._dynamo.reset()
+    x = channels_last(2, 6, 5, 4)
     with torch.no_grad():
-        assert_close(torch.compile(ours, backend=backend, fullgraph=True)(x), ours(x))
-    assert any("ghost_conv2d" in target for target in seen), seen
+        out, called = run_compiled(ours, x)
+        assert_close(out, ours(x))
+    assert any("ghost_conv2d" in target for target in called), called
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if not name.startswith("bottleneck")])

@@ -11,7 +11,17 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import MAKERS, assert_close, assert_matches, channel_slice, channels_last, expected_output, relative_error
+from support import (
+    MAKERS,
+    assert_close,
+    assert_matches,
+    channel_slice,
+    channels_last,
+    expected_output,
+    relative_error,
+    run_compiled,
+    with_random_norms,
+)
 from torch import Tensor, nn
 
 from kernelpress import ops
@@ -183,16 +193,6 @@ class PlainUnitV2(nn.Module):
         return nn.ChannelShuffle(2)(torch.cat((passing, self.branch2(x)), 1))
 
 
-def with_random_norms(module: nn.Module) -> nn.Module:
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.running_mean)
-            nn.init.uniform_(norm.running_var, 0.5, 2.0)
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias)
-    return module.eval()
-
-
 Pair = tuple[Callable[[], nn.Module], Callable[[], nn.Module], int]
 REPLACED: dict[str, Pair] = {
     "grouped": (lambda: nn.Conv2d(6, 12, 3, 2, 1, groups=3), lambda: GroupedConv2d(6, 12, 3, 2, 1, groups=3), 6),
@@ -264,17 +264,11 @@ def test_export_is_portable_aten_with_dynamic_batch(case: Pair) -> None:
 def test_without_gradients_the_ops_run_without_graph_breaks(case: Pair) -> None:
     _, make_ours, channels = case
     ours, x = with_random_norms(make_ours()), torch.randn(2, channels, 9, 7)
-    seen: list[str] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph
-
-    torch._dynamo.reset()
     with torch.no_grad():
-        assert_close(torch.compile(ours, backend=backend, fullgraph=True)(x), ours(x))
-    assert any("kernelpress" in target for target in seen), seen
-    assert not any("batch_norm" in target for target in seen), seen
+        out, called = run_compiled(ours, x)
+        assert_close(out, ours(x))
+    assert any("kernelpress" in target for target in called), called
+    assert not any("batch_norm" in target for target in called), called
 
 
 @pytest.mark.parametrize("stride", [1, 2])

@@ -5,11 +5,10 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
-from support import assert_close, channels_last, relative_error
+from support import assert_close, called_functions, channels_last, relative_error, run_compiled, with_random_norms
 from torch import Tensor, nn
 
 from kernelpress import ops
@@ -49,16 +48,6 @@ class Bottleneck(nn.Module):
 
 def separable(c_in: int = 6, c_out: int = 10) -> nn.Sequential:
     return nn.Sequential(*conv_norm_act(c_in, c_in, 3, 2, c_in), *conv_norm_act(c_in, c_out, 1))
-
-
-def with_random_norms(module: nn.Module) -> nn.Module:
-    for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.running_mean)
-            nn.init.uniform_(norm.running_var, 0.5, 2.0)
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias)
-    return module.eval()
 
 
 REPLACED: dict[str, tuple[Callable[[], nn.Module], Callable[..., nn.Module], tuple[int, ...]]] = {
@@ -160,7 +149,7 @@ def test_export_is_portable_aten_with_dynamic_batch(case: Case) -> None:
     for strict in (False, True):
         dynamic = ({0: torch.export.Dim("batch")},)
         exported = torch.export.export(layer, (torch.randn(*shape),), dynamic_shapes=dynamic, strict=strict)
-        targets = {str(node.target) for node in exported.graph.nodes if node.op == "call_function"}
+        targets = called_functions(exported.graph)
         assert not any("kernelpress" in target for target in targets), targets
         x = torch.randn(5, *shape[1:])
         assert_close(exported.module()(x).detach(), layer.double()(x.double()).detach())
@@ -171,16 +160,10 @@ def test_export_is_portable_aten_with_dynamic_batch(case: Case) -> None:
 def test_torch_compile_calls_the_op_without_graph_breaks(case: Case) -> None:
     make, convert, shape = case
     layer, x = convert(with_random_norms(make())), torch.randn(*shape)
-    seen: list[str] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        seen.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
-        return graph
-
-    torch._dynamo.reset()
     with torch.no_grad():
-        assert_close(torch.compile(layer, backend=backend, fullgraph=True)(x), layer(x))
-    assert any("kernelpress" in target for target in seen), seen
+        out, called = run_compiled(layer, x)
+        assert_close(out, layer(x))
+    assert any("kernelpress" in target for target in called), called
     assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x).detach(), layer(x).detach())
 
 

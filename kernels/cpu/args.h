@@ -14,6 +14,10 @@ enum class Activation : int64_t { identity, relu, relu6, silu, hardswish, hardsi
 // Window of a convolution or pooling: [height, width] pairs.
 struct Window {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
+
+  // Input rows and columns under one output pixel.
+  int64_t reach_h() const { return (kernel_h - 1) * dilation_h + 1; }
+  int64_t reach_w() const { return (kernel_w - 1) * dilation_w + 1; }
 };
 
 struct Conv2dArgs {

@@ -19,8 +19,6 @@ namespace {
 
 constexpr int64_t kChainFloats = 160 * 1024;
 
-int64_t reach(const ChainLayer& layer) { return (layer.window.kernel_h - 1) * layer.window.dilation_h + 1; }
-
 Conv2dArgs stem_of(const ChainArgs& a) {
   const ChainLayer& l = a.layers[0];
   return {a.x,   l.weight, l.bias,       nullptr,      nullptr,      a.batch,      l.in_h, l.in_w,           l.c_in,   l.out_h,
@@ -77,7 +75,7 @@ class RowStream {
       held.flat = layer.kind == LayerKind::pointwise;
       held.stride = padded(producer.c_out);
       held.row_floats = producer.out_w * held.stride;
-      held.capacity = maximum(1, minimum(layer.in_h, held.flat ? rows : (rows - 1) * layer.window.stride_h + reach(layer)));
+      held.capacity = maximum(1, minimum(layer.in_h, held.flat ? rows : (rows - 1) * layer.window.stride_h + layer.window.reach_h()));
       floats += held.capacity * held.row_floats;
       rows = held.capacity;
     }
@@ -112,10 +110,12 @@ class RowStream {
     const float* x = a_.x + image_ * a_.x_stride_n;
     if (layer.kind == LayerKind::depthwise) {
       const int64_t top = first * layer.window.stride_h - layer.window.pad_h;
-      if (i > 0) provide(i - 1, maximum(0, top), minimum(layer.in_h, top + (last - first - 1) * layer.window.stride_h + reach(layer)));
+      const int64_t bottom = top + (last - first - 1) * layer.window.stride_h + layer.window.reach_h();
+      if (i > 0) provide(i - 1, maximum(0, top), minimum(layer.in_h, bottom));
       const RowSource source = i > 0 ? held_[i - 1].source() : RowSource{x, a_.x_stride_h, layer.in_h};
-      const DepthwiseProblem problem{layer.window, layer.in_h,  layer.in_w, layer.out_w, layer.c_out, i > 0 ? held_[i - 1].stride : a_.x_stride_w,
-                                     layer.weight, layer.bias, activation};
+      const int64_t x_stride = i > 0 ? held_[i - 1].stride : a_.x_stride_w;
+      const DepthwiseProblem problem{layer.window, layer.in_h,   layer.in_w, layer.out_w, layer.c_out,
+                                     x_stride,     layer.weight, layer.bias, activation};
       return depthwise_rows(problem, source, first, last, {y, y_stride, residual, a_.residual_stride, layer.out_w});
     }
     if (i > 0) provide(i - 1, first, last);

@@ -5,7 +5,7 @@
 
 namespace kernelpress {
 
-struct Images {
+struct ImageSize {
   int64_t h, w;
 };
 
@@ -20,24 +20,25 @@ class ChainBuilder {
            end(a.y, a.y_stride, a.residual, a.residual_stride);
   }
   bool append(const PointwiseConv2dArgs& a) {
-    const Images at{out_h(), out_w()};
+    const ImageSize at{out_h(), out_w()};
     return chain_.count > 0 && !a.input_scale && at.h * at.w == a.positions && follow(a.x, a.batch, at, a.c_in, a.x_stride) &&
            add(pointwise(a.weight, a.bias, at, a.c_in, a.c_out, a.activation)) && end(a.y, a.y_stride, a.residual, a.residual_stride);
   }
   bool append(const DepthwiseConv2dArgs& a) {
-    const Images in{a.in_h, a.in_w}, out{a.out_h, a.out_w};
+    const ImageSize in{a.in_h, a.in_w}, out{a.out_h, a.out_w};
     return a.multiplier == 1 && follow(a.x, a.batch, in, a.channels, a.x_stride) &&
-           add(depthwise(a.weight, a.bias, in, out, a.channels, a.window, a.activation)) && end(a.y, a.y_stride, a.residual, a.residual_stride);
+           add(depthwise(a.weight, a.bias, in, out, a.channels, a.window, a.activation)) &&
+           end(a.y, a.y_stride, a.residual, a.residual_stride);
   }
   bool append(const SeparableConv2dArgs& a) {
-    const Images in{a.in_h, a.in_w}, out{a.out_h, a.out_w};
+    const ImageSize in{a.in_h, a.in_w}, out{a.out_h, a.out_w};
     return follow(a.x, a.batch, in, a.channels, a.x_stride) &&
            add(depthwise(a.depthwise_weight, a.depthwise_bias, in, out, a.channels, a.window, a.depthwise_activation)) &&
            add(pointwise(a.pointwise_weight, a.pointwise_bias, out, a.channels, a.c_out, a.activation)) &&
            end(a.y, a.y_stride, a.residual, a.residual_stride);
   }
   bool append(const InvertedResidualArgs& a) {
-    const Images in{a.in_h, a.in_w}, out{a.out_h, a.out_w};
+    const ImageSize in{a.in_h, a.in_w}, out{a.out_h, a.out_w};
     return follow(a.x, a.batch, in, a.c_in, a.x_stride) &&
            add(pointwise(a.expand_weight, a.expand_bias, in, a.c_in, a.hidden, a.expand_activation)) &&
            add(depthwise(a.depthwise_weight, a.depthwise_bias, in, out, a.hidden, a.window, a.depthwise_activation)) &&
@@ -45,9 +46,10 @@ class ChainBuilder {
            end(a.y, a.y_stride, a.residual, a.residual_stride);
   }
   bool append(const SeparableStemArgs& a) {
-    const Images mid{a.mid_h, a.mid_w}, out{a.out_h, a.out_w};
+    const ImageSize mid{a.mid_h, a.mid_w}, out{a.out_h, a.out_w};
     return chain_.count == 0 && start(a.x, a.batch, a.x_stride_n, a.x_stride_c, a.x_stride_h, a.x_stride_w) &&
-           add({LayerKind::conv, a.stem_weight, a.stem_bias, a.in_h, a.in_w, a.c_in, a.mid_h, a.mid_w, a.hidden, a.stem_window, a.stem_activation}) &&
+           add({LayerKind::conv, a.stem_weight, a.stem_bias, a.in_h, a.in_w, a.c_in, a.mid_h, a.mid_w, a.hidden, a.stem_window,
+                a.stem_activation}) &&
            add(depthwise(a.depthwise_weight, a.depthwise_bias, mid, out, a.hidden, a.window, a.depthwise_activation)) &&
            add(pointwise(a.pointwise_weight, a.pointwise_bias, out, a.hidden, a.c_out, a.activation)) && end(a.y, a.y_stride, nullptr, 0);
   }
@@ -56,10 +58,10 @@ class ChainBuilder {
   int64_t out_h() const { return chain_.count ? chain_.layers[chain_.count - 1].out_h : 0; }
   int64_t out_w() const { return chain_.count ? chain_.layers[chain_.count - 1].out_w : 0; }
 
-  static ChainLayer pointwise(const float* weight, const float* bias, Images at, int64_t c_in, int64_t c_out, Activation activation) {
+  static ChainLayer pointwise(const float* weight, const float* bias, ImageSize at, int64_t c_in, int64_t c_out, Activation activation) {
     return {LayerKind::pointwise, weight, bias, at.h, at.w, c_in, at.h, at.w, c_out, {1, 1, 1, 1, 0, 0, 1, 1}, activation};
   }
-  static ChainLayer depthwise(const float* weight, const float* bias, Images in, Images out, int64_t channels, const Window& window,
+  static ChainLayer depthwise(const float* weight, const float* bias, ImageSize in, ImageSize out, int64_t channels, const Window& window,
                               Activation activation) {
     return {LayerKind::depthwise, weight, bias, in.h, in.w, channels, out.h, out.w, channels, window, activation};
   }
@@ -70,7 +72,7 @@ class ChainBuilder {
     return true;
   }
   // A layer on channels_last images: the chain's first, or one that reads just what the layer before it writes.
-  bool follow(const float* x, int64_t batch, Images in, int64_t c_in, int64_t stride) {
+  bool follow(const float* x, int64_t batch, ImageSize in, int64_t c_in, int64_t stride) {
     if (chain_.count == 0) return start(x, batch, in.h * in.w * stride, 1, in.w * stride, stride);
     const ChainLayer& before = chain_.layers[chain_.count - 1];
     return x == chain_.y && stride == chain_.y_stride && !chain_.residual && batch == chain_.batch && in.h == before.out_h &&

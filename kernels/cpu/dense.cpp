@@ -47,8 +47,8 @@ struct Band {
   int64_t height, width;
 
   Band(const Conv2dArgs& a, int64_t rows)
-      : height((rows - 1) * a.window.stride_h + (a.window.kernel_h - 1) * a.window.dilation_h + 1),
-        width((a.out_w - 1) * a.window.stride_w + (a.window.kernel_w - 1) * a.window.dilation_w + 1) {}
+      : height((rows - 1) * a.window.stride_h + a.window.reach_h()),
+        width((a.out_w - 1) * a.window.stride_w + a.window.reach_w()) {}
 
   int64_t floats(const Conv2dArgs& a) const { return height * width * a.c_in; }
 };

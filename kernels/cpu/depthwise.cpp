@@ -1,6 +1,6 @@
 // Depthwise convolution, channels_last.     y[n, p, q, c] = act(bias[c] + residual + Σ_rs x[n, p·S-P+r·D, q·S-P+s·D, c/m] · w[r, s, c])
 //
-//       column table of a strip                    one tile: one or two output rows × kStrip pixels × one vector of channels
+//       column table of a strip                    one tile: one output row × kStrip pixels × one vector of channels
 //   h ─┬──┬──┬──┬──┬──┬──                          An input vector is loaded once and feeds every tap and output of the tile
 //      │p₀│p₁│p₂│ …   │ 0│   0 = zeros            that it touches; taps and accumulators stay in registers.
 //      └──┴──┴──┴──┴──┴──┘   (padding)             The addresses of a strip's columns are looked up in a table that is made once
@@ -182,7 +182,7 @@ void widen_row(const DepthwiseConv2dArgs& a, const float* x, float* to) {
 
 // Output rows of one image with a channel multiplier, one at a time over a ring of widened input rows.
 void widened_rows(const DepthwiseConv2dArgs& a, DepthwiseProblem g, const float* image, int64_t begin, int64_t end, const DepthwiseOutput& out) {
-  const int64_t reach = (a.window.kernel_h - 1) * a.window.dilation_h + 1;
+  const int64_t reach = a.window.reach_h();
   const RowSource ring{thread_scratch(reach * a.in_w * g.channels), a.in_w * g.channels, reach};
   g.x_stride = g.channels;
   for (int64_t p = begin, made = 0; p < end; ++p) {

@@ -12,8 +12,8 @@
 namespace kernelpress::KERNELPRESS_ISA {
 
 constexpr int kRollingStrip = 7;
-constexpr int64_t kRollingRows = 8;              // output rows of a run
-constexpr int64_t kRollingRowsOfLongRows = 4;    // fewer where a column of the run would spread over too many cache sets
+constexpr int64_t kRollingRows = 8;            // output rows of a run
+constexpr int64_t kRollingRowsOfLongRows = 4;  // of a run over rows of kLongRowFloats and more: measured faster there
 constexpr int64_t kLongRowFloats = 4 * 1024;
 
 struct RollingTaps {
@@ -102,7 +102,8 @@ KP_INLINE void roll_down(const float* const* rows, int64_t offset, int64_t x_str
   }
 }
 
-// All channels of the strip whose first input column is `first_column`, kLanes at a time; the last vector overlaps its neighbour where the channels do not fill it.
+// All channels of the strip whose first input column is `first_column`, kLanes at a time; the last vector overlaps its neighbour where
+// the channels do not fill it.
 template <int kStride, bool kLeft, bool kRight>
 void roll_strip(const DepthwiseProblem& g, const float* const* rows, int64_t first_column, const float* bias, const DepthwiseOutput& out,
                 int64_t count) {
@@ -122,7 +123,9 @@ void roll_strip(const DepthwiseProblem& g, const float* const* rows, int64_t fir
     roll_down<kStride, kLeft, kRight>(rows, first_column * x_stride + c, x_stride, taps, bias + c, to, y_row, count);
     if (!plain) {
       for (int64_t i = 0; i < count; ++i) {
-        for (int q = 0; q < kRollingStrip; ++q) finish_pixel(g, out, load(out.y + i * y_row + q * out.y_stride + c), i * out.row_pixels + q, c, kLanes);
+        for (int q = 0; q < kRollingStrip; ++q) {
+          finish_pixel(g, out, load(y + i * y_row + q * y_stride + c), i * out.row_pixels + q, c, kLanes);
+        }
       }
     }
   }

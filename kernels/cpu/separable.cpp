@@ -32,13 +32,12 @@ void separable_rows(const SeparableConv2dArgs& a, int64_t image, int64_t begin, 
   const TileOutput out{a.y, a.y_stride, a.pointwise_bias, a.residual, a.residual_stride, ActivationFunction(a.activation)};
   const float* x = a.x + image * a.in_h * a.in_w * a.x_stride;
   const int64_t stride = padded(a.channels), row_floats = a.in_w * a.x_stride;
-  const int64_t reach = (a.window.kernel_h - 1) * a.window.dilation_h + 1;
   const int64_t step = rows_per_step(kSeparableFloats, a.out_w * stride, a.out_w, end - begin);
   float* scratch = thread_scratch(step * a.out_w * stride);
   for (int64_t p = begin; p < end; p += step) {
     const int64_t last = minimum(end, p + step);
     depthwise_rows(g, {x, a.in_w * a.x_stride, a.in_h}, p, last, {scratch, stride, nullptr, 0, a.out_w});
-    const auto rows_under = [&](int64_t row) { return minimum(a.in_h, (row - 1) * a.window.stride_h - a.window.pad_h + reach); };
+    const auto rows_under = [&](int64_t row) { return minimum(a.in_h, (row - 1) * a.window.stride_h - a.window.pad_h + a.window.reach_h()); };
     const Lookahead later{x + rows_under(last) * row_floats, x + rows_under(minimum(end, last + step)) * row_floats};
     multiply_panels(contiguous_rows(scratch, stride, a.channels), a.pointwise_weight, out.at((image * a.out_h + p) * a.out_w, 0),
                     (last - p) * a.out_w, a.c_out, first_panel, last_panel, later);

@@ -43,11 +43,11 @@ class Plan {
   // was, where they are no layers that a chain can hold.
   bool join(int64_t first, int64_t last, Run run_chain) {
     check_range(first, last);
+    if (last - first < 2) return false;
     ChainBuilder builder;
     for (int64_t step = first; step < last; ++step) {
       if (steps_[step].kernels != steps_[first].kernels || !steps_[step].join(builder, words_as_appended(step).data())) return false;
     }
-    if (last - first < 2) return false;
     const Plan before = *this;
     steps_.clear(), patches_.clear();
     for (int64_t step = 0; step < before.size(); ++step) {

@@ -98,7 +98,7 @@ def emit(
         return EmittedModel(body, record, flat_examples, bool(traced.meta["dynamic_batch"]))
 
     arrangements = _arrangements(evaluations, order, FUSION_MARGINS if cost is None else FUSION_MARGINS[:1])
-    best = _fastest([emitted(choices) for choices in arrangements], inputs)
+    best = _fastest([emitted(choices) for choices in arrangements], inputs, cache)
     body, record = _faster_of(traced, best.body, best.record, inputs, whole_bound, is_measured=cost is None)
     return EmittedModel(body, record, flat_examples, best.dynamic_batch)
 
@@ -114,12 +114,12 @@ def _arrangements(
     return list(found.values())
 
 
-def _fastest(models: Sequence[EmittedModel], inputs: tuple[Any, ...]) -> EmittedModel:
+def _fastest(models: Sequence[EmittedModel], inputs: tuple[Any, ...], cache: bool) -> EmittedModel:
     """The model that takes the least time as a whole, captured."""
     if len(models) == 1:
         return models[0]
     device = _device_of(inputs)
-    runs = [capture(model, *inputs) if device.type == "cpu" else model for model in models]
+    runs = [capture(model, *inputs, cache=cache) if device.type == "cpu" else model for model in models]
     timings = _time_models({str(i): functools.partial(run, *inputs) for i, run in enumerate(runs)}, device)
     return models[min(range(len(models)), key=lambda i: timings[str(i)].median)]
 

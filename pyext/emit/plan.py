@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,36 +10,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from kernelpress import native
 from kernelpress.emit.arena import ArenaLayout, Lifetime, lay_out
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.cuda_plan import CudaPlan
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.inputs import check_tensor, own_copy
-from kernelpress.emit.lower import Buffer, NativeStep, Place, Program, TorchStep, View, lower, views_of
-from kernelpress.emit.streaming import choose_chains, private_bytes
-from kernelpress.ops import registry
+from kernelpress.emit.lower import NativeStep, Place, Program, TorchStep, View, lower, views_of
+from kernelpress.emit.native_steps import Bases, Chain, NativeSteps, tensor_at
 from kernelpress.ops.memory import ALIGNMENT, advise_huge_pages
 
 __all__ = ["Plan", "capture"]
 
 CPU = torch.device("cpu")
 
-_NO_STEPS: Any = ()
 
-Bases = list[Tensor | None]
-"""The memory of every buffer during one run."""
-
-Chain = tuple[int, int]
-"""Positions of the first and the last step that run as one."""
-
-
-def capture(model: EmittedModel, *example_inputs: Any, stream: bool = True) -> Plan | CudaPlan:
+def capture(model: EmittedModel, *example_inputs: Any, stream: bool = True, cache: bool = True) -> Plan | CudaPlan:
     """Prepares `model` for inputs of exactly the shapes, dtypes and structure of `example_inputs`; their values do not
     matter. On a CUDA device the plan is a CUDA graph.
 
-    Layers with large maps between them are timed as a chain that streams them by rows, and run so where that is faster
-    (times are remembered on disk); `stream=False` runs every layer by itself.
+    Layers with large maps between them are timed as a chain that streams them by rows, and run so where that is faster;
+    `stream=False` runs every layer by itself. `cache`: reuse and remember those times on disk.
 
     The plan reads the model's weights as they are now. Raises `TypeError` for a model that was not emitted,
     `ValueError` for one that is neither on the CPU nor, with its inputs, on one CUDA device, `RuntimeError` for one
@@ -65,8 +54,8 @@ def capture(model: EmittedModel, *example_inputs: Any, stream: bool = True) -> P
     device = _cuda_device(model, inputs)
     if device is not None:
         return CudaPlan(model, inputs, spec, out_spec, device)
-    cache = TimingCache(torch.device("cpu")) if stream else None
-    return Plan(model, lower(model.body, inputs), spec, out_spec, cache)
+    times = TimingCache(CPU, enabled=cache) if stream else None
+    return Plan(model, lower(model.body, inputs), spec, out_spec, times)
 
 
 def _cuda_device(model: EmittedModel, inputs: Sequence[Any]) -> torch.device | None:
@@ -96,8 +85,9 @@ class Plan:
         program: Program,
         in_spec: pytree.TreeSpec,
         out_spec: pytree.TreeSpec,
-        cache: TimingCache | None = None,
+        times: TimingCache | None = None,
     ) -> None:
+        """`times`: what chains were timed to cost; None for no chains."""
         self.model = model
         self._program = program
         self._in_spec, self._out_spec = in_spec, out_spec
@@ -107,7 +97,7 @@ class Plan:
         self._plain = [(i, value) for i, value in enumerate(program.inputs) if not isinstance(value, View)]
         self._native_steps = sum(isinstance(step, NativeStep) for step in program.steps)
         self._arrange([])
-        chains = self._builder.faster_chains(cache) if cache is not None else []
+        chains = self._native.faster_chains(times) if times is not None else []
         if chains:
             self._arrange(chains)
         self._run = self._compile()
@@ -119,7 +109,7 @@ class Plan:
         self._lifetimes = _lifetimes(self._program, chains)
         self._layout = lay_out(list(self._lifetimes.values()))
         self._memory, self._static = _allocate(self._program, self._lifetimes, self._layout)
-        self._builder = _NativeBuilder(self._program, self._static, chains)
+        self._native = NativeSteps(self._program, self._static, chains)
         leaves = pytree.tree_leaves(self._program.output)
         self._result = [_getter(leaf, self._static, self._program) for leaf in leaves]
 
@@ -188,13 +178,13 @@ class Plan:
 
     def _compile(self) -> Callable[[Bases], None]:
         """One function that runs all steps: native stretches and torch calls in turn."""
-        builder, steps = self._builder, self._program.steps
+        native_steps, steps = self._native, self._program.steps
         stretches: list[Callable[[Bases], None]] = []
         torch_steps = [i for i, step in enumerate(steps) if isinstance(step, TorchStep)]
         for after, before in zip([-1, *torch_steps], [*torch_steps, len(steps)], strict=True):
-            first, last = builder.between(after, before)
+            first, last = native_steps.between(after, before)
             if last > first:
-                stretches.append(builder.stretch(first, last))
+                stretches.append(native_steps.stretch(first, last))
             if before < len(steps):
                 step = steps[before]
                 assert isinstance(step, TorchStep)
@@ -220,11 +210,11 @@ class Plan:
             return None
         made = self._program.buffers[outputs[0].buffer].base
         moving = [view.buffer for view in (*views, made)]
-        if outputs[0] != made or moving != self._builder.external:
+        if outputs[0] != made or moving != self._native.external:
             return None
         forms = [(view.shape, view.stride, view.dtype) for view in views]
         shape, stride, dtype, count = made.shape, made.stride, made.dtype, len(forms)
-        steps, run, lock, empty = len(self._builder), self._builder.run, self._lock, torch.empty_strided
+        steps, run, lock, empty = len(self._native), self._native.run, self._lock, torch.empty_strided
 
         def direct(inputs: tuple[Any, ...]) -> Tensor | None:
             if len(inputs) != count:
@@ -243,84 +233,6 @@ class Plan:
             return result
 
         return direct
-
-
-class _NativeBuilder:
-    """Appends native steps to a `_cpu.Plan`, joined where a chain says so, and keeps alive what they point to."""
-
-    def __init__(self, program: Program, static: Bases, chains: Sequence[Chain]) -> None:
-        self._program = program
-        native_steps = {i: step for i, step in enumerate(program.steps) if isinstance(step, NativeStep)}
-        self._plan: Any = native.cpu().Plan() if native_steps else _NO_STEPS
-        self._held: list[tuple[Tensor, ...]] = []
-        self._positions: list[int] = []
-        self.external: list[int] = []
-        used = {view.buffer for step in native_steps.values() for view in views_of((step.args, step.out))}
-        stand_ins = [
-            _like(buffer) if base is None and index in used else base
-            for index, (base, buffer) in enumerate(zip(static, program.buffers, strict=True))
-        ]
-        for index, buffer in enumerate(program.buffers):
-            stand_in = stand_ins[index]
-            is_moving = buffer.place in (Place.INPUT, Place.OUTPUT, Place.TORCH)
-            if stand_in is not None and is_moving and buffer.nbytes:
-                self._plan.external(stand_in.data_ptr(), buffer.nbytes)
-                self.external.append(index)
-        self._stand_ins = stand_ins
-        for position, step in native_steps.items():
-            if 0 not in step.out.shape:
-                self._append(step)
-                self._positions.append(position)
-        for chain in reversed(chains):
-            first, last = bisect_left(self._positions, chain[0]), bisect_right(self._positions, chain[1])
-            if not self._plan.join(first, last):
-                raise RuntimeError(f"steps {chain[0]} to {chain[1]}: expected layers that can be streamed by rows")
-            self._positions[first:last] = self._positions[first : first + 1]
-
-    @property
-    def run(self) -> Callable[[int, int, list[int]], None]:
-        """Runs steps `first` … `last - 1` with the external buffers at the addresses given."""
-        run: Callable[[int, int, list[int]], None] = self._plan.run
-        return run
-
-    def __len__(self) -> int:
-        return len(self._plan)
-
-    def _append(self, step: NativeStep) -> None:
-        args = [_tensor(a, self._stand_ins, self._program) if isinstance(a, View) else a for a in step.args]
-        out = _tensor(step.out, self._stand_ins, self._program)
-        call = registry.native_call(step.op, args, step.kwargs, out)
-        getattr(self._plan, call.name)(*call.arguments)
-        self._held.append(call.tensors)
-
-    def faster_chains(self, cache: TimingCache) -> list[Chain]:
-        """The steps that take less time joined, by timing; for a plan in which none are."""
-        links = private_bytes(self._program, self._positions)
-        if not any(links):
-            return []
-        steps = [step for i in self._positions if isinstance(step := self._program.steps[i], NativeStep)]
-        addresses = [base.data_ptr() for i in self.external if (base := self._stand_ins[i]) is not None]
-        found = choose_chains(self._plan, addresses, steps, links, cache)
-        return [(self._positions[first], self._positions[last - 1]) for first, last in found]
-
-    def between(self, after: int, before: int) -> tuple[int, int]:
-        """The native plan's steps that stand between two positions of the program."""
-        return bisect_right(self._positions, after), bisect_left(self._positions, before)
-
-    def stretch(self, first: int, last: int) -> Callable[[Bases], None]:
-        """A function that runs steps `first` … `last - 1` with the buffers of the moment."""
-        plan, external, held = self._plan, self.external, self._held
-
-        def run(bases: Bases, held: list[tuple[Tensor, ...]] = held) -> None:
-            addresses = [0 if (base := bases[index]) is None else base.data_ptr() for index in external]
-            plan.run(first, last, addresses)
-
-        return run
-
-
-def _like(buffer: Buffer) -> Tensor:
-    """Memory of the form of a buffer's base, which nothing need ever touch."""
-    return torch.empty_strided(buffer.base.shape, buffer.base.stride, dtype=buffer.base.dtype)
 
 
 def _lifetimes(program: Program, chains: Sequence[Chain]) -> dict[int, Lifetime]:
@@ -352,21 +264,13 @@ def _allocate(program: Program, lifetimes: dict[int, Lifetime], layout: ArenaLay
     return memory, bases
 
 
-def _tensor(view: View, bases: Bases, program: Program) -> Tensor:
-    base = bases[view.buffer]
-    assert base is not None
-    if view == program.buffers[view.buffer].base:
-        return base
-    return base.as_strided(view.shape, view.stride, base.storage_offset() + view.offset)
-
-
 def _getter(argument: Any, static: Bases, program: Program) -> Callable[[Bases], Any]:
     """A function that gives an argument's value during a run; views of memory that never moves are made once."""
     if isinstance(argument, View):
         if static[argument.buffer] is not None:
-            tensor = _tensor(argument, static, program)
+            tensor = tensor_at(argument, static, program)
             return lambda bases: tensor
-        return lambda bases: _tensor(argument, bases, program)
+        return lambda bases: tensor_at(argument, bases, program)
     if isinstance(argument, (list, tuple)) and views_of(argument):
         getters = [_getter(item, static, program) for item in argument]
         return lambda bases: [get(bases) for get in getters]
