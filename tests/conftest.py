@@ -9,6 +9,7 @@ import numpy
 import pytest
 import torch
 from hypothesis import settings
+from interpreting import interpreted_triton  # noqa: F401 - a fixture
 from simt.fixtures import emulated_cuda, simt  # noqa: F401 - fixtures
 
 from kernelpress import native

@@ -30,6 +30,7 @@ from kernelpress.ops.library import call, publish
 from kernelpress.ops.onednn import onednn_implementation
 from kernelpress.ops.registry import NativeKernel, Operator, Problem, Tensors
 from kernelpress.ops.schema import IntOrPair
+from kernelpress.ops.triton import TritonKernel, triton_implementation
 
 __all__ = ["conv2d", "linear", "pointwise_conv2d"]
 
@@ -261,6 +262,10 @@ _POINTWISE_CUDA = CudaKernel(
     has_workspace=True,
 )
 
+_POINTWISE_TRITON = TritonKernel(
+    family="dense", name="pointwise_conv2d", layouts=_POINTWISE_CUDA.layouts, operands=_gemm_operands
+)
+
 _POINTWISE = publish(
     Operator(
         name="pointwise_conv2d",
@@ -276,6 +281,7 @@ _POINTWISE = publish(
         macs=lambda shapes, options, shape: math.prod(shape) * shapes[1][1],
         implementations=(
             cuda_implementation("pointwise_conv2d", _POINTWISE_CUDA),
+            triton_implementation("pointwise_conv2d", _POINTWISE_TRITON),
             cpu_implementation("pointwise_conv2d", _POINTWISE_KERNEL),
             onednn_implementation("pointwise_conv2d"),
             reference_implementation("pointwise_conv2d", reference.pointwise_conv2d),
@@ -353,6 +359,13 @@ def _linear_macs(shapes: Sequence[Any], options: Any, shape: Sequence[int]) -> i
 
 _LINEAR_CUDA = dataclasses.replace(_POINTWISE_CUDA, layouts=(ROWS, None, None, None, ROWS))
 
+_LINEAR_TRITON = TritonKernel(
+    family="dense",
+    name="linear",
+    layouts=_LINEAR_CUDA.layouts,
+    operands=lambda t, options: _gemm_operands(t, options)[:5],
+)
+
 _LINEAR = publish(
     Operator(
         name="linear",
@@ -368,6 +381,7 @@ _LINEAR = publish(
         macs=_linear_macs,
         implementations=(
             cuda_implementation("linear", _LINEAR_CUDA),
+            triton_implementation("linear", _LINEAR_TRITON),
             cpu_implementation("linear", _LINEAR_KERNEL),
             reference_implementation("linear", reference.linear),
         ),

@@ -27,6 +27,7 @@ from kernelpress.ops.library import call, publish
 from kernelpress.ops.onednn import onednn_implementation
 from kernelpress.ops.registry import NativeKernel, Operator, Problem, Tensors
 from kernelpress.ops.schema import IntOrPair
+from kernelpress.ops.triton import TritonKernel, triton_implementation
 
 __all__ = ["check_depthwise_weight", "depthwise_conv2d"]
 
@@ -113,6 +114,8 @@ _CUDA = CudaKernel(
     sizes=_geometry,
 )
 
+_TRITON = TritonKernel(family="depthwise", name="depthwise_conv2d", layouts=_CUDA.layouts, operands=_cuda_operands)
+
 _DEPTHWISE = publish(
     Operator(
         name="depthwise_conv2d",
@@ -129,6 +132,7 @@ _DEPTHWISE = publish(
         macs=lambda shapes, options, shape: math.prod(shape) * math.prod(shapes[1][2:]),
         implementations=(
             cuda_implementation("depthwise_conv2d", _CUDA),
+            triton_implementation("depthwise_conv2d", _TRITON),
             cpu_implementation("depthwise_conv2d", _KERNEL),
             onednn_implementation("depthwise_conv2d"),
             reference_implementation("depthwise_conv2d", reference.depthwise_conv2d),

@@ -44,7 +44,7 @@ __all__ = [
     "why_not",
 ]
 
-BACKENDS: tuple[str, ...] = ("cuda", "cudnn", "cpu", "onednn", "reference")
+BACKENDS: tuple[str, ...] = ("cuda", "cudnn", "triton", "cpu", "onednn", "reference")
 """Every backend, best first: the order in which an automatic choice tries them."""
 
 ACTIVATION_NAMES = frozenset({"x", "residual", "input_scale", "a", "b", "other", "row_scale", "row_zero_point"})

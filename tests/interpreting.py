@@ -1,0 +1,86 @@
+"""Triton kernels without a GPU: the backend "triton" on Triton's interpreter, in tiles of a test's choice.
+
+The interpreter of Triton 3.9 keeps bfloat16 as integers and multiplies them as such in `tl.dot` (and in any arithmetic
+that is not of float32, which kernels therefore avoid); and each call of a device function patches the language anew,
+which takes 5 ms. Both are mended here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+
+from kernelpress.kernels.triton.launch import Configuration, Device
+from kernelpress.ops import registry, triton
+from kernelpress.ops.checks import TensorSpec
+
+__all__ = ["H200", "INTERPRETED", "interpreted_triton", "run_triton"]
+
+H200 = Device("H200", 90, 132, 227 * 1024)
+
+INTERPRETED = triton.Target("cpu", lambda index: None, lambda index: H200, lambda index: nullcontext())
+
+
+_called: set[Any] = set()
+_call = interpreter.InterpretedFunction.__call__
+
+
+def _call_patched(function: interpreter.InterpretedFunction, *arguments: Any, **keywords: Any) -> Any:
+    """A device function. Its kernel patched the language; what only Triton's own library sees stays as the first call
+    left it."""
+    if function.fn in _called:
+        return function.rewrite()(*arguments, **keywords)
+    _called.add(function.fn)
+    return _call(function, *arguments, **keywords)
+
+
+def _widened(t: interpreter.TensorHandle) -> interpreter.TensorHandle:
+    if t.dtype.scalar != tl.bfloat16:
+        return t
+    return interpreter.TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+
+_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def _dot_of_widened(builder: Any, a: Any, b: Any, *others: Any) -> Any:
+    return _dot(builder, _widened(a), _widened(b), *others)
+
+
+@pytest.fixture
+def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Sends the backend "triton" to the interpreter, where it takes CPU tensors."""
+    if torch.cuda.is_available():
+        pytest.skip("TRITON_INTERPRET=1 must be set before a kernel is imported; tests/test_ops_on_cuda.py runs them")
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", _call_patched)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_of_widened)
+    with triton.running_on(INTERPRETED):
+        yield
+
+
+def run_triton(
+    op: str, tensors: Sequence[Tensor | None], options: dict[str, Any], *tile: int, allow_tf32: bool = True
+) -> Tensor:
+    """The op on the backend "triton" in tiles of these sizes, or without them as the heuristic chooses."""
+    entry, kernel = registry.operator(op), triton.kernel_of(op)
+    bound, named, _ = registry.bind(entry, tensors, options)
+    specs = tuple(None if t is None else TensorSpec.of(t) for t in bound)
+    problem = registry.problem(entry, specs, named, "cpu", allow_tf32)
+    if tile:
+        configuration = Configuration(tile, 4, 2)
+    else:
+        configuration = triton.configurations(kernel, problem, kernel.operands(bound, named))[0]
+    return triton.prepare_with(kernel, problem, bound, configuration)(bound)
