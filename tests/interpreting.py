@@ -17,7 +17,7 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
 import triton.language as tl
 from torch import Tensor

@@ -16,6 +16,7 @@ from kernelpress.ops import gradient, prepared, registry
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.interception import is_intercepted, is_plain
 from kernelpress.ops.registry import Operator, Tensors
+from kernelpress.ops.triton_trace import see_through
 
 __all__ = ["LIBRARY", "call", "publish"]
 
@@ -35,6 +36,8 @@ def publish(operator: Operator) -> Operator:
     _register_kernels(operator)
     _register_autograd(operator)
     _register_flops(operator)
+    if any(entry.backend == "triton" for entry in operator.implementations):
+        see_through(operator, LIBRARY)
     return registry.register(operator)
 
 

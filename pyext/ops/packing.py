@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,7 @@ from kernelpress import native
 from kernelpress.ops.memory import long_lived_copy
 from kernelpress.ops.snapshot import Snapshot
 
-__all__ = ["depthwise", "forget", "packed", "panels", "vector"]
+__all__ = ["depthwise", "forget", "packed", "panels", "traced", "vector"]
 
 _LIMIT_PER_WEIGHT = 8
 
@@ -32,6 +34,7 @@ class _Entry:
 
 
 _Entries = dict[tuple[Hashable, int], _Entry]
+_is_traced: ContextVar[bool] = ContextVar("kernelpress_packing_is_traced", default=False)
 _lock = threading.Lock()
 _by_weight: dict[int, _Entries] = {}
 
@@ -46,17 +49,30 @@ def _find(weight: Tensor, scale: Tensor | None, layout: Hashable) -> Tensor | No
     return entry.packed if entry.scale is not None and entry.scale.is_still(scale) else None
 
 
+@contextmanager
+def traced() -> Iterator[None]:
+    """Packing inside belongs to what is traced: nothing is looked up, nothing is kept."""
+    token = _is_traced.set(True)
+    try:
+        yield
+    finally:
+        _is_traced.reset(token)
+
+
 def packed(weight: Tensor, scale: Tensor | None, layout: Hashable, pack: Callable[[Tensor], Tensor]) -> Tensor:
     """`pack(weight · scale)`, or what an earlier call with the same weight, scale and layout packed. Thread-safe.
 
     `weight: [C_out, ...]`; `scale: [C_out]` or None; `layout` names what `pack` makes. A few per weight are kept.
     """
-    found = _find(weight, scale, layout)
+    is_traced = _is_traced.get()
+    found = None if is_traced else _find(weight, scale, layout)
     if found is not None:
         return found
     with torch.no_grad():
         scaled = weight if scale is None else weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
         made = pack(scaled.detach())
+    if is_traced:
+        return made
     key = id(weight)
     entry = _Entry(Snapshot.of(weight), None if scale is None else Snapshot.of(scale), made)
     with _lock:

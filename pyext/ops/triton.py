@@ -35,6 +35,7 @@ __all__ = [
     "configurations",
     "device_of",
     "kernel_of",
+    "launch_into",
     "prepare_with",
     "running_on",
     "target",
@@ -201,6 +202,13 @@ def prepare_with(kernel: TritonKernel, problem: Problem, tensors: Tensors, confi
         return y
 
     return compute
+
+
+def launch_into(kernel: TritonKernel, problem: Problem, tensors: Tensors, y: Tensor) -> None:
+    """Runs a kernel into `y` at once; tensors lie as it reads them."""
+    configuration = _chosen(kernel, problem, tensors)
+    run = getattr(kernel.module, kernel.name)
+    run(y, *kernel.operands(tensors, problem.options), **_keywords(kernel, problem), configuration=configuration)
 
 
 def _prepare(kernel: TritonKernel, problem: Problem, tensors: Tensors) -> Run:

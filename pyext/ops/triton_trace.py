@@ -1,0 +1,74 @@
+"""Lets Inductor and AOTInductor see through ops on the `triton` backend: traced, an op becomes the launches of its kernel.
+
+`torch.library.triton_op` would do the same for an op of its own; here the rule stands with the ops that exist, and holds
+only where the registry chooses "triton". `torch.export` keeps the ops whole.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.library import Library, register_torch_dispatch, wrap_triton
+
+from kernelpress.ops import packing, registry, triton
+from kernelpress.ops.checks import TensorSpec
+from kernelpress.ops.registry import Operator, Problem
+
+__all__ = ["see_through"]
+
+_TRACED_TYPES = (Tensor, FunctionalTensor, torch._subclasses.FakeTensor)
+
+
+def see_through(operator: Operator, library: Library) -> None:
+    """Registers the rule of an op that has a Triton kernel."""
+
+    def decompose(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        from torch.export._trace import custom_triton_ops_decomposition_disabled
+
+        if custom_triton_ops_decomposition_disabled() or not all(issubclass(t, _TRACED_TYPES) for t in types):
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        tensors, options, requested = registry.bind(operator, args, kwargs)
+        device = registry.common_device(operator, tensors)
+        specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
+        hinted = tuple(None if spec is None else _hinted(spec) for spec in specs)
+        problem = registry.problem(operator, hinted, options, device)
+        chosen = registry.implementation(operator, problem, registry.requested_backend(requested))
+        if chosen.backend != "triton":
+            return mode.__torch_dispatch__(op, types, args, kwargs)
+        with mode:
+            return _launched(registry.problem(operator, specs, options, device), problem, tensors)
+
+    register_torch_dispatch(f"kernelpress::{operator.name}", FunctionalTensorMode, decompose, lib=library)
+
+
+def _hinted(spec: TensorSpec) -> TensorSpec:
+    """Sizes as they were in the example: configurations are chosen by them, and hold for every other size."""
+    return TensorSpec(_numbers(spec.shape), _numbers(spec.stride), spec.dtype)
+
+
+def _numbers(sizes: Any) -> tuple[int, ...]:
+    from torch.fx.experimental.symbolic_shapes import optimization_hint
+
+    return tuple(optimization_hint(size) for size in sizes)
+
+
+def _launched(symbolic: Problem, problem: Problem, tensors: list[Tensor | None]) -> Tensor:
+    """The op's launches on tensors that may have symbolic sizes; `problem` is the same call with numbers for them."""
+    from kernelpress.kernels.triton.launch import launching_with
+
+    kernel = triton.kernel_of(problem.op)
+    for at, (layout, spec) in enumerate(zip(kernel.layouts, problem.tensors, strict=True)):
+        t = tensors[at]
+        if t is not None and spec is not None and layout is not None and layout.spacing(*spec[:2]) is None:
+            tensors[at] = layout.copy(t)
+    y = torch.empty_strided(symbolic.shape, symbolic.stride, dtype=symbolic.dtype, device=symbolic.device)
+    with packing.traced(), launching_with(_wrapped):
+        triton.launch_into(kernel, problem, tensors, y)
+    return y
+
+
+def _wrapped(kernel: Any, grid: tuple[int], arguments: Any, constants: dict[str, Any], configuration: Any) -> None:
+    wrap_triton(kernel)[grid](*arguments, **constants, num_warps=configuration.warps, num_stages=configuration.stages)
