@@ -1,7 +1,7 @@
-"""Lets Inductor and AOTInductor see through ops on the `triton` backend: traced, an op becomes the launches of its kernel.
+"""Lets Inductor and AOTInductor see through ops on the `triton` backend: a traced op becomes its kernel's launches.
 
-`torch.library.triton_op` would do the same for an op of its own; here the rule stands with the ops that exist, and holds
-only where the registry chooses "triton". `torch.export` keeps the ops whole.
+`torch.library.triton_op` does the same for an op of its own; here the rule stands with the ops that there are, and
+holds only where the registry chooses "triton". `torch.export` keeps the ops whole.
 """
 
 from __future__ import annotations
