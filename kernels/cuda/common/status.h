@@ -9,7 +9,7 @@ namespace kernelpress::cuda {
 // In the order of DATA_TYPES in pyext/ops/cuda.py.
 enum class DataType : int64_t { float32, float16, bfloat16, int8, int32 };
 
-// In the order of ACTIVATIONS in kernels/reference.py.
+// In the order of ACTIVATIONS in kernels/reference/activation.py.
 enum class Activation : int64_t { identity, relu, relu6, silu, hardswish, hardsigmoid, sigmoid, gelu };
 
 // What heuristics and launchers may ask of the device that they launch on.
