@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -19,13 +20,22 @@ __all__ = ["TimingCache", "cache_folder", "device_key"]
 
 
 def device_key(device: torch.device) -> str:
-    """What a time depends on besides the layer: the processor, its threads, the kernels' variant, the versions."""
+    """What a time depends on besides the layer and its tile configuration: the processor, its threads, the kernels'
+    variant, the versions."""
     if device.type == "cuda":
         module = native.cuda()
-        where = f"{torch.cuda.get_device_name(device)}, {_build(module) if module else 'no native kernels'}"
+        kernels = _build(module) if module else "no native kernels"
+        where = f"{torch.cuda.get_device_name(device)}, {kernels}, triton {_version_of('triton')}"
     else:
         where = f"{_processor()}, {torch.get_num_threads()} threads, {_kernel_variant()}"
     return f"{where}, torch {torch.__version__}, kernelpress {kernelpress.__version__}"
+
+
+def _version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "absent"
 
 
 def _processor() -> str:

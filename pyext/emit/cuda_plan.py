@@ -74,7 +74,8 @@ class CudaPlan:
 
     @property
     def steps(self) -> list[str]:
-        """What runs, in order: `native depthwise_conv2d`, `torch conv2d[cudnn]`, `torch aten.cat.default`."""
+        """What runs, in order: `native depthwise_conv2d`, `native linear[triton]`, `torch conv2d[cudnn]`,
+        `torch aten.cat.default`."""
         return list(self._layers.steps.values())
 
     @property
@@ -107,6 +108,12 @@ class CudaPlan:
             leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._results]
             self._done.record(stream)
         return pytree.tree_unflatten(leaves, self._out_spec)
+
+
+def _step(op: str, backend: str) -> str:
+    if backend == "cuda":
+        return f"native {op}"
+    return f"{'native' if backend == 'triton' else 'torch'} {op}[{backend}]"
 
 
 class _Layers(Interpreter):
@@ -143,7 +150,7 @@ class _Layers(Interpreter):
             problem = registry.problem(entry, specs, options, registry.common_device(entry, tensors))
             chosen = registry.implementation(entry, problem, registry.requested_backend(backend))
             self._runs[n] = chosen.prepare(problem, tensors)
-            self.steps[n] = f"native {name}" if chosen.backend == "cuda" else f"torch {name}[{chosen.backend}]"
+            self.steps[n] = _step(name, chosen.backend)
         return self._runs[n](tensors)
 
     def _is_view(self, n: Node, result: Any) -> bool:

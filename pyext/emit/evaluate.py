@@ -15,6 +15,7 @@ from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.candidates import Candidate, constant, original
 from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.latency import Timing, time_alternately
+from kernelpress.ops import tuning
 from kernelpress.ops.step import native_steps
 
 __all__ = [
@@ -40,6 +41,8 @@ EVICTED_BYTES = 8 << 20
 INT8_TOLERANCE = 5e-3
 """Of int8 values: one that lies between two steps may be rounded to either, but few do. Tensors of a typical size
 (30, root mean square) stay below it if one value in fifty is off by a step."""
+
+TUNED_BACKENDS = frozenset({"cuda", "triton"})
 
 LARGEST_BATCH_OF_CANDIDATES = 48
 LARGEST_BATCH_OF_BYTES = 256 << 20
@@ -125,8 +128,9 @@ def evaluate(
     """Runs every candidate on random inputs of the examples' form: one evaluation each, in the order given.
 
     A candidate that raises, or whose output differs from that of the original operations by more than `tolerance`, is
-    refused with the reason. Equal layers at equal shapes are timed once. `cost` replaces timing; `advance` is told how
-    many candidates are done.
+    refused with the reason. Equal layers at equal shapes are timed once, in the tile configuration that calls run in:
+    CUDA and Triton kernels are tuned first, unless `KERNELPRESS_AUTOTUNE=0`. `cost` replaces timing; `advance` is told
+    how many candidates are done.
     """
     evaluations: list[Evaluation] = []
     for batch in _batches(candidates, examples):
@@ -163,11 +167,15 @@ def _evaluate_batch(
     expected: dict[frozenset[Node], Any] = {}
     checked: list[tuple[float | None, str | None]] = []
     calls: dict[str, Callable[[], object]] = {}
-    keys = [_key(graph_module, candidate, examples) for candidate in batch]
-    for candidate, key in zip(batch, keys, strict=True):
+    keys: list[str] = []
+    for candidate in batch:
         for node in candidate.inputs:
             if node not in inputs:
                 inputs[node] = examples[node].random()
+        key = _key(graph_module, candidate, examples)
+        if cost is None and candidate.variant in TUNED_BACKENDS:
+            key += f"; tiles {_tuned(graph_module, candidate, inputs) or 'by heuristic'}"
+        keys.append(key)
         if candidate.nodes not in expected:
             nodes = sorted(candidate.nodes, key=order.__getitem__)
             expected[candidate.nodes] = runnable(graph_module, original(nodes, "channels_last"), inputs)()
@@ -236,16 +244,29 @@ def runnable(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[No
 def _timed(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any]) -> Callable[[], Any]:
     """The candidate as it is timed: a layer on the `cpu` backend as the native step that plans make of it, since they
     are what speed is for; anything else as a call of torch, which it is in plans as well."""
-    if candidate.variant != "cpu":
-        return runnable(graph_module, candidate, inputs)
+    steps = native_steps([_op_call(graph_module, candidate, inputs)]) if candidate.variant == "cpu" else None
+    return steps or runnable(graph_module, candidate, inputs)
+
+
+def _tuned(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any]) -> str | None:
+    """The tile configuration that a layer runs in, found now if nothing like it was ever tuned; None for the
+    heuristic's."""
+    op, args, kwargs = _op_call(graph_module, candidate, inputs)
+    return tuning.best_known(op, *args, **kwargs)
+
+
+def _op_call(
+    graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any]
+) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    """The op of a layer of ours, with what its fragment calls it on."""
     known = dict(zip(candidate.placeholders, (inputs[node] for node in candidate.inputs), strict=True))
     known |= {node: constant(graph_module, node) for node in candidate.fragment.nodes if node.op == "get_attr"}
     for node in (node for node in candidate.fragment.nodes if node.op == "call_function"):
         args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
         if node.target.namespace == "kernelpress":
-            return native_steps([(candidate.name, args, kwargs)]) or runnable(graph_module, candidate, inputs)
+            return candidate.name, args, kwargs
         known[node] = node.target(*args, **kwargs)
-    return runnable(graph_module, candidate, inputs)
+    raise ValueError(f"candidate: expected a layer of ours, got {candidate.label}")
 
 
 def _check(

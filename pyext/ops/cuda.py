@@ -15,9 +15,9 @@ from torch import Tensor
 
 from kernelpress import native
 from kernelpress.kernels.reference import ACTIVATIONS
-from kernelpress.ops import packing, prepared, tuned
+from kernelpress.ops import packing, prepared, tuning
 from kernelpress.ops.layout import Layout
-from kernelpress.ops.registry import Implementation, Problem, Run, Tensors, native_spacings, operator
+from kernelpress.ops.registry import Candidates, Implementation, Problem, Run, Tensors, native_spacings, operator
 
 __all__ = [
     "DATA_TYPES",
@@ -204,10 +204,22 @@ def _fields(kernel: CudaKernel, problem: Problem, configuration: int) -> tuple[F
     )
 
 
+def _candidates(kernel: CudaKernel, problem: Problem, tensors: Tensors) -> Candidates:
+    names = tuple(_target.configurations(kernel.name))
+    return Candidates(
+        kernel.name,
+        device_of(problem).name,
+        names,
+        lambda name: prepare_with(kernel, problem, tensors, names.index(name)),
+    )
+
+
 def _prepare(kernel: CudaKernel, problem: Problem, tensors: Tensors) -> Run:
-    measured = tuned.recall(kernel.name, problem, device_of(problem).name)
-    known = _target.configurations(kernel.name) if measured is not None else ()
-    return prepare_with(kernel, problem, tensors, known.index(measured) if measured in known else HEURISTIC)
+    candidates = _candidates(kernel, problem, tensors)
+    name = tuning.chosen(candidates, problem, tensors)
+    if name is None:
+        return prepare_with(kernel, problem, tensors, HEURISTIC)
+    return candidates.prepare(name)
 
 
 def prepare_with(kernel: CudaKernel, problem: Problem, tensors: Tensors, configuration: int) -> Run:
@@ -282,4 +294,5 @@ def cuda_implementation(op: str, kernel: CudaKernel) -> Implementation:
         lambda: _target.reason(None),
         lambda problem: _supports(kernel, problem),
         lambda problem, tensors: _prepare(kernel, problem, tensors),
+        lambda problem, tensors: _candidates(kernel, problem, tensors),
     )

@@ -19,6 +19,7 @@ from kernelpress.ops.schema import pair
 
 __all__ = [
     "BACKENDS",
+    "Candidates",
     "Implementation",
     "NativeCall",
     "NativeKernel",
@@ -79,12 +80,29 @@ class Problem:
 
 
 @dataclass(frozen=True)
+class Candidates:
+    """The tile configurations that a kernel may run a problem in, by name.
+
+    `kernel` is what measurements of them are filed under, `device` the name of the devices that they hold for.
+    `prepare(name)` is `Implementation.prepare` in one of them; where that cannot run, it or its call raises one of
+    `refusals`.
+    """
+
+    kernel: str
+    device: str
+    names: tuple[str, ...]
+    prepare: Callable[[str], Run]
+    refusals: tuple[type[Exception], ...] = (RuntimeError,)
+
+
+@dataclass(frozen=True)
 class Implementation:
     """One op on one backend.
 
     `available()` tells why nothing of it runs on this machine, `supports(problem)` why it cannot run this problem;
     None means that it can. `prepare(problem, tensors)` gives the function from the op's tensors to its output, for
-    these parameters and activations like these.
+    these parameters and activations like these; `candidates(problem, tensors)` what it chose from, for a backend that
+    can be tuned.
     """
 
     op: str
@@ -92,6 +110,7 @@ class Implementation:
     available: Callable[[], str | None]
     supports: Callable[[Problem], str | None]
     prepare: Callable[[Problem, Tensors], Run]
+    candidates: Callable[[Problem, Tensors], Candidates] | None = None
 
     def reason_against(self, problem: Problem) -> str | None:
         """Why this implementation cannot run the problem, or None."""

@@ -2,14 +2,13 @@
 otherwise.
 
 Configurations come from the kernel's heuristic, or from the disk where `tuning.tune` measured some, unless
-`KERNELPRESS_AUTOTUNE=0`; with `KERNELPRESS_AUTOTUNE=1` the first call of a shape measures.
+`KERNELPRESS_AUTOTUNE=0`; with `KERNELPRESS_AUTOTUNE=1` the first call of a shape class measures (`tuning`).
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kernelpress.ops import prepared, tuned
+from kernelpress.ops import prepared, tuned, tuning
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.cuda import FLOATING
 from kernelpress.ops.layout import Layout
-from kernelpress.ops.registry import Implementation, Problem, Run, Tensors, operator
+from kernelpress.ops.registry import Candidates, Implementation, Problem, Run, Tensors, operator
 
 if TYPE_CHECKING:
     from kernelpress.kernels.triton.launch import Configuration, Device
@@ -158,18 +157,39 @@ def configurations(kernel: TritonKernel, problem: Problem, operands: Sequence[An
     return found
 
 
-def tuning_key(kernel: TritonKernel) -> str:
-    """What measured configurations of a kernel are filed under."""
-    return f"triton {kernel.name}"
+def _class_configurations(kernel: TritonKernel, problem: Problem, tensors: Tensors) -> dict[str, Configuration]:
+    """Those of the largest problem of the shape class, by name: what one problem of it measures, all others know."""
+    largest = tuned.shape_class(problem)
+    activations = operator(problem.op).activations
+    marked: list[Any] = [
+        spec if at in activations else t for at, (spec, t) in enumerate(zip(largest.tensors, tensors, strict=True))
+    ]
+    found = configurations(kernel, largest, kernel.operands(marked, problem.options))
+    return {str(configuration): configuration for configuration in found}
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    from triton import TritonError  # a configuration that cannot be compiled, or takes more than the device has
+
+    return RuntimeError, TritonError
+
+
+def _candidates(kernel: TritonKernel, problem: Problem, tensors: Tensors) -> Candidates:
+    known = _class_configurations(kernel, problem, tensors)
+    return Candidates(
+        f"triton {kernel.name}",
+        device_of(problem).name,
+        tuple(known),
+        lambda name: prepare_with(kernel, problem, tensors, known[name]),
+        _refusals(),
+    )
 
 
 def _chosen(kernel: TritonKernel, problem: Problem, tensors: Tensors) -> Configuration:
-    candidates = configurations(kernel, problem, kernel.operands(tensors, problem.options))
-    mode = os.environ.get("KERNELPRESS_AUTOTUNE", "")
-    if mode == "0":
-        return candidates[0]
-    measured = tuned.recall(tuning_key(kernel), problem, device_of(problem).name)
-    return next((candidate for candidate in candidates if str(candidate) == measured), candidates[0])
+    name = tuning.chosen(_candidates(kernel, problem, tensors), problem, tensors)
+    if name is not None:
+        return _class_configurations(kernel, problem, tensors)[name]
+    return configurations(kernel, problem, kernel.operands(tensors, problem.options))[0]
 
 
 def prepare_with(kernel: TritonKernel, problem: Problem, tensors: Tensors, configuration: Configuration) -> Run:
@@ -239,4 +259,5 @@ def triton_implementation(op: str, kernel: TritonKernel) -> Implementation:
         lambda: _target.reason(None),
         lambda problem: _supports(kernel, problem),
         lambda problem, tensors: _prepare(kernel, problem, tensors),
+        lambda problem, tensors: _candidates(kernel, problem, tensors),
     )
