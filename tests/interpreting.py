@@ -1,8 +1,8 @@
 """Triton kernels without a GPU: the backend "triton" on Triton's interpreter, in tiles of a test's choice.
 
 The interpreter of Triton 3.9 keeps bfloat16 as integers and multiplies them as such in `tl.dot` (and in any arithmetic
-that is not of float32, which kernels therefore avoid); and each call of a device function patches the language anew,
-which takes 5 ms. Both are mended here.
+that is not of float32, which kernels therefore avoid), and cuts off what it should round to it; and each call of a
+device function patches the language anew, which takes 5 ms. All of it is mended here.
 """
 
 from __future__ import annotations
@@ -53,6 +53,16 @@ def _widened(t: interpreter.TensorHandle) -> interpreter.TensorHandle:
     return interpreter.TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
 
+_cast = interpreter.InterpreterBuilder.cast_impl
+
+
+def _cast_to_nearest(builder: Any, source: Any, dtype: Any) -> Any:
+    if source.dtype.scalar != tl.float32 or dtype.scalar != tl.bfloat16:
+        return _cast(builder, source, dtype)
+    rounded = torch.from_numpy(np.array(source.data)).bfloat16().view(torch.int16)
+    return interpreter.TensorHandle(rounded.numpy().view(np.uint16), tl.bfloat16)
+
+
 _dot = interpreter.InterpreterBuilder.create_dot
 
 
@@ -67,20 +77,26 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         pytest.skip("TRITON_INTERPRET=1 must be set before a kernel is imported; tests/test_ops_on_cuda.py runs them")
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", _call_patched)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_of_widened)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast_to_nearest)
     with triton.running_on(INTERPRETED):
         yield
 
 
 def run_triton(
-    op: str, tensors: Sequence[Tensor | None], options: dict[str, Any], *tile: int, allow_tf32: bool = True
+    op: str,
+    tensors: Sequence[Tensor | None],
+    options: dict[str, Any],
+    *tile: int,
+    configuration: Any = None,
+    allow_tf32: bool = True,
 ) -> Tensor:
-    """The op on the backend "triton" in tiles of these sizes, or without them as the heuristic chooses."""
+    """The op on the backend "triton" in tiles of these sizes, or in a configuration, or as the heuristic chooses."""
     entry, kernel = registry.operator(op), triton.kernel_of(op)
     bound, named, _ = registry.bind(entry, tensors, options)
     specs = tuple(None if t is None else TensorSpec.of(t) for t in bound)
     problem = registry.problem(entry, specs, named, "cpu", allow_tf32)
     if tile:
         configuration = Configuration(tile, 4, 2)
-    else:
+    elif configuration is None:
         configuration = triton.configurations(kernel, problem, kernel.operands(bound, named))[0]
     return triton.prepare_with(kernel, problem, bound, configuration)(bound)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["activate", "affine", "finish_tile", "tile_offsets"]
+__all__ = ["activate", "affine", "finish_int8_tile", "finish_tile", "output_value", "requantize", "tile_offsets"]
 
 
 @triton.jit
@@ -70,4 +70,64 @@ def finish_tile(
         offsets = tile_offsets(pixels, channels, residual_spacing)
         value += tl.load(residual + offsets, mask=is_known, other=0.0).to(tl.float32)
     value = activate(value, ACTIVATION).to(y.dtype.element_ty)
+    tl.store(y + tile_offsets(pixels, channels, y_spacing), value, mask=is_known)
+
+
+@triton.jit
+def requantize(value, inverse_scale, zero_point):
+    """`clamp(round(value · inverse_scale) + zero_point)` of float32 as int8, half to even; NaN becomes the zero point.
+
+    Added to 1.5 · 2^23, a number is rounded as an integer, which the last bits of the sum are.
+    """
+    steps = value * inverse_scale
+    steps = tl.where(steps == steps, steps, 0.0)
+    steps = tl.minimum(tl.maximum(steps, -128.0 - zero_point), 127.0 - zero_point)
+    return ((steps + 12582912.0).to(tl.int32, bitcast=True) + zero_point).to(tl.int8)
+
+
+@triton.jit
+def output_value(value, y, inverse_scale, zero_point, ACTIVATION: tl.constexpr):
+    """The activation of float32, as `y` holds it: cast, or requantized where y is int8."""
+    value = activate(value, ACTIVATION)
+    if y.dtype.element_ty == tl.int8:
+        value = requantize(value, inverse_scale, zero_point)
+    return value.to(y.dtype.element_ty)
+
+
+@triton.jit
+def finish_int8_tile(
+    accumulator,
+    pixels,
+    channels,
+    is_pixel,
+    n_channels,
+    scale,
+    bias,
+    residual,
+    residual_spacing,
+    residual_scale,
+    residual_zero_point,
+    y,
+    y_spacing,
+    inverse_scale,
+    zero_point,
+    ACTIVATION: tl.constexpr,
+):
+    """Stores `reference.int8_epilogue` of `accumulator: [pixels, channels]`, exact sums in float32, each step rounded
+    where it is there: the explicit `fma` leaves the compiler no product to fuse into an addition."""
+    is_channel = channels < n_channels
+    is_known = is_pixel[:, None] & is_channel[None, :]
+    factor = tl.load(scale + channels, mask=is_channel, other=0.0)
+    term = tl.zeros_like(factor)
+    if bias is not None:
+        term = tl.load(bias + channels, mask=is_channel, other=0.0)
+    value = tl.fma(accumulator, factor[None, :], term[None, :])
+    if residual is not None:
+        offsets = tile_offsets(pixels, channels, residual_spacing)
+        more = tl.load(residual + offsets, mask=is_known, other=0)
+        if residual.dtype.element_ty == tl.int8:
+            value = tl.fma((more.to(tl.int32) - residual_zero_point).to(tl.float32), residual_scale, value)
+        else:
+            value += more.to(tl.float32)
+    value = output_value(value, y, inverse_scale, zero_point, ACTIVATION)
     tl.store(y + tile_offsets(pixels, channels, y_spacing), value, mask=is_known)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
-from kernelpress.ops import int8_cuda
+from kernelpress.ops import int8_cuda, int8_triton
 from kernelpress.ops.checks import (
     TensorSpec,
     check_activation,
@@ -36,6 +36,7 @@ from kernelpress.ops.quantization import (
 )
 from kernelpress.ops.registry import Operator
 from kernelpress.ops.schema import IntOrPair
+from kernelpress.ops.triton import triton_implementation
 
 __all__ = ["int8_conv2d", "int8_depthwise_conv2d", "int8_matmul"]
 
@@ -148,6 +149,7 @@ _MATMUL = publish(
         macs=lambda shapes, options, shape: math.prod(shape) * int(shapes[1][1]),
         implementations=(
             cuda_implementation("int8_matmul", int8_cuda.MATMUL),
+            triton_implementation("int8_matmul", int8_triton.MATMUL),
             reference_implementation("int8_matmul", reference.int8_matmul),
         ),
         native=None,
@@ -247,6 +249,7 @@ _CONV2D = publish(
         macs=lambda shapes, options, shape: math.prod(shape) * math.prod(shapes[1][1:]),
         implementations=(
             cuda_implementation("int8_conv2d", int8_cuda.CONV2D),
+            triton_implementation("int8_conv2d", int8_triton.CONV2D),
             reference_implementation("int8_conv2d", reference.int8_conv2d),
         ),
         native=None,
@@ -266,6 +269,7 @@ _DEPTHWISE = publish(
         macs=lambda shapes, options, shape: math.prod(shape) * math.prod(shapes[1][2:]),
         implementations=(
             cuda_implementation("int8_depthwise_conv2d", int8_cuda.DEPTHWISE),
+            triton_implementation("int8_depthwise_conv2d", int8_triton.DEPTHWISE),
             reference_implementation("int8_depthwise_conv2d", reference.int8_depthwise_conv2d),
         ),
         native=None,

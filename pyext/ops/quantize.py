@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
-from kernelpress.ops import int8_cuda
+from kernelpress.ops import int8_cuda, int8_triton
 from kernelpress.ops.checks import TensorSpec, check_activation, check_dtype, describe
 from kernelpress.ops.cuda import cuda_implementation
 from kernelpress.ops.fallback import reference_implementation
@@ -17,6 +17,7 @@ from kernelpress.ops.layout import IMAGES_OR_ROWS
 from kernelpress.ops.library import call, publish
 from kernelpress.ops.quantization import FLOATS, check_output, check_scale, check_zero_point, output_dtype
 from kernelpress.ops.registry import Operator
+from kernelpress.ops.triton import triton_implementation
 
 __all__ = ["dequantize", "int8_add", "quantize"]
 
@@ -89,6 +90,7 @@ _QUANTIZE = publish(
         macs=lambda shapes, options, shape: 0,
         implementations=(
             cuda_implementation("quantize", int8_cuda.QUANTIZE),
+            triton_implementation("quantize", int8_triton.QUANTIZE),
             reference_implementation("quantize", reference.quantize),
         ),
         native=None,
@@ -111,6 +113,7 @@ _DEQUANTIZE = publish(
         macs=lambda shapes, options, shape: 0,
         implementations=(
             cuda_implementation("dequantize", int8_cuda.DEQUANTIZE),
+            triton_implementation("dequantize", int8_triton.DEQUANTIZE),
             reference_implementation("dequantize", reference.dequantize),
         ),
         native=None,
@@ -155,6 +158,7 @@ _ADD = publish(
         macs=lambda shapes, options, shape: 0,
         implementations=(
             cuda_implementation("int8_add", int8_cuda.ADD),
+            triton_implementation("int8_add", int8_triton.ADD),
             reference_implementation("int8_add", reference.int8_add),
         ),
         native=None,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
-from kernelpress.ops import cuda
+from kernelpress.ops import cuda, triton
 from kernelpress.ops.checks import TensorSpec, check_dtype, describe
 from kernelpress.ops.interception import is_intercepted, is_plain
 from kernelpress.ops.layout import ROWS
@@ -46,17 +46,14 @@ def _by_reference(tensors: Sequence[Any], symmetric: bool) -> Any:
     return values.contiguous(), scale.contiguous(), zero_point.contiguous()
 
 
-def _unsupported(problem: Problem) -> str | None:
-    place = cuda.target()
+def _elsewhere(problem: Problem, device_type: str, reason: Callable[[int], str | None]) -> str | None:
     device = torch.device(problem.device)
-    if device.type != place.device_type:
-        return f"x is on {problem.device}"
-    return place.reason(device.index or 0)
+    return f"x is on {problem.device}" if device.type != device_type else reason(device.index or 0)
 
 
-def _prepare(problem: Problem, tensors: Sequence[Any]) -> Callable[..., Any]:
-    device = torch.device(problem.device)
-    shape, place, symmetric = problem.shape, cuda.target(), problem.options.symmetric
+def _into_new(problem: Problem, run: Callable[[Tensor, int, Tensor, Tensor, Tensor], None]) -> Callable[..., Any]:
+    """The prepared call that has `run(x, spacing of x, values, scale, zero_point)` fill its outputs."""
+    shape, device = problem.shape, torch.device(problem.device)
 
     def compute(tensors: Sequence[Any]) -> Any:
         x = tensors[0]
@@ -67,15 +64,38 @@ def _prepare(problem: Problem, tensors: Sequence[Any]) -> Callable[..., Any]:
         scale = torch.empty(shape[:-1], dtype=torch.float32, device=device)
         zero_point = torch.empty(shape[:-1], dtype=torch.int32, device=device)
         if values.numel():
-            fields = (
-                *(x.data_ptr(), values.data_ptr(), scale.data_ptr(), zero_point.data_ptr()),
-                *(scale.numel(), shape[-1], spacing),
-                *(int(symmetric), cuda.data_type(x.dtype), 0, -1),
-            )
-            place.launch("quantize_rows", (values, x, scale, zero_point), fields, device.index or 0)
+            run(x, spacing, values, scale, zero_point)
         return values, scale, zero_point
 
     return compute
+
+
+def _on_cuda(problem: Problem, tensors: Sequence[Any]) -> Callable[..., Any]:
+    place, index, symmetric = cuda.target(), torch.device(problem.device).index or 0, problem.options.symmetric
+
+    def run(x: Tensor, spacing: int, values: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        fields = (
+            *(x.data_ptr(), values.data_ptr(), scale.data_ptr(), zero_point.data_ptr()),
+            *(scale.numel(), values.shape[-1], spacing),
+            *(int(symmetric), cuda.data_type(x.dtype), 0, -1),
+        )
+        place.launch("quantize_rows", (values, x, scale, zero_point), fields, index)
+
+    return _into_new(problem, run)
+
+
+def _on_triton(problem: Problem, tensors: Sequence[Any]) -> Callable[..., Any]:
+    from kernelpress.kernels.triton import quantize as kernels
+
+    place, symmetric = triton.target(), problem.options.symmetric
+    index = torch.device(problem.device).index or 0
+    configuration = kernels.quantize_rows_configurations(triton.device_of(problem), problem)[0]
+
+    def run(x: Tensor, spacing: int, values: Tensor, scale: Tensor, zero_point: Tensor) -> None:
+        with place.guard(index):
+            kernels.quantize_rows(values, scale, zero_point, x, symmetric=symmetric, configuration=configuration)
+
+    return _into_new(problem, run)
 
 
 _OPERATOR = Operator(
@@ -88,7 +108,20 @@ _OPERATOR = Operator(
     reference=reference.quantize_rows,
     macs=lambda shapes, options, shape: 0,
     implementations=(
-        Implementation("quantize_rows", "cuda", lambda: cuda.target().reason(None), _unsupported, _prepare),
+        Implementation(
+            "quantize_rows",
+            "cuda",
+            lambda: cuda.target().reason(None),
+            lambda problem: _elsewhere(problem, cuda.target().device_type, cuda.target().reason),
+            _on_cuda,
+        ),
+        Implementation(
+            "quantize_rows",
+            "triton",
+            lambda: triton.target().reason(None),
+            lambda problem: _elsewhere(problem, triton.target().device_type, triton.target().reason),
+            _on_triton,
+        ),
         Implementation(
             "quantize_rows",
             "reference",
