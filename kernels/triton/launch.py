@@ -9,7 +9,18 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Configuration", "Device", "Launcher", "cdiv", "launch", "launching_with", "power_of_2", "spacing"]
+__all__ = [
+    "Configuration",
+    "Device",
+    "InTurn",
+    "Launcher",
+    "cdiv",
+    "launch",
+    "launching_with",
+    "power_of_2",
+    "spacing",
+    "unit",
+]
 
 
 class Configuration(NamedTuple):
@@ -21,6 +32,15 @@ class Configuration(NamedTuple):
 
     def __str__(self) -> str:
         return f"{'x'.join(map(str, self.tile))}, {self.warps} warps, {self.stages} stages"
+
+
+class InTurn(NamedTuple):
+    """The configurations of kernels that run one after the other."""
+
+    steps: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return "; ".join(map(str, self.steps))
 
 
 class Device(NamedTuple):
@@ -81,3 +101,12 @@ def spacing(t: Tensor | None) -> int:
     order = (3, 2, 0) if t.dim() == 4 else range(t.dim() - 2, -1, -1)
     channels = t.shape[1 if t.dim() == 4 else -1]
     return next((t.stride(dim) for dim in order if t.shape[dim] > 1), channels)
+
+
+def unit(*sizes: int) -> int:
+    """The power of two, 16 at most, that divides all sizes. A kernel that is given `size // unit` and the unit as a
+    constant knows what addresses are multiples of: Triton itself tells multiples of 16 from other numbers only."""
+    found = 16
+    while any(size % found for size in sizes):
+        found //= 2
+    return found

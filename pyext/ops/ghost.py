@@ -26,6 +26,7 @@ from kernelpress.ops.layout import PIXELS
 from kernelpress.ops.library import call, publish
 from kernelpress.ops.registry import Operator, Problem, Tensors
 from kernelpress.ops.schema import IntOrPair
+from kernelpress.ops.triton import TritonKernel, triton_implementation
 
 __all__ = ["ghost_conv2d"]
 
@@ -157,6 +158,17 @@ _CUDA = CudaKernel(
     sizes=_sizes,
 )
 
+
+def _triton_options(problem: Problem) -> dict[str, Any]:
+    options = problem.options._asdict()
+    del options["out_channels"]  # the operands tell
+    return {**options, "multiplier": _multiplier(problem.tensors)}
+
+
+_TRITON = TritonKernel(
+    family="ghost", name="ghost_conv2d", layouts=_CUDA.layouts, operands=_operands, options=_triton_options
+)
+
 _GHOST = publish(
     Operator(
         name="ghost_conv2d",
@@ -174,6 +186,7 @@ _GHOST = publish(
         macs=_macs,
         implementations=(
             cuda_implementation("ghost_conv2d", _CUDA),
+            triton_implementation("ghost_conv2d", _TRITON),
             reference_implementation("ghost_conv2d", reference.ghost_conv2d),
         ),
         native=None,

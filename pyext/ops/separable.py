@@ -29,6 +29,7 @@ from kernelpress.ops.layout import PIXELS
 from kernelpress.ops.library import call, publish
 from kernelpress.ops.registry import NativeKernel, Operator, Problem, Tensors
 from kernelpress.ops.schema import IntOrPair
+from kernelpress.ops.triton import TritonKernel, triton_implementation
 
 __all__ = ["inverted_residual", "separable_conv2d"]
 
@@ -169,6 +170,13 @@ _SEPARABLE_CUDA = CudaKernel(
     has_workspace=True,
 )
 
+_SEPARABLE_TRITON = TritonKernel(
+    family="separable",
+    name="separable_conv2d",
+    layouts=_SEPARABLE_CUDA.layouts,
+    operands=_separable_cuda_operands,
+)
+
 _SEPARABLE = publish(
     Operator(
         name="separable_conv2d",
@@ -186,6 +194,7 @@ _SEPARABLE = publish(
         macs=_separable_macs,
         implementations=(
             cuda_implementation("separable_conv2d", _SEPARABLE_CUDA),
+            triton_implementation("separable_conv2d", _SEPARABLE_TRITON),
             cpu_implementation("separable_conv2d", _SEPARABLE_KERNEL),
             reference_implementation("separable_conv2d", reference.separable_conv2d),
         ),
@@ -324,6 +333,13 @@ _INVERTED_CUDA = CudaKernel(
     has_workspace=True,
 )
 
+_INVERTED_TRITON = TritonKernel(
+    family="separable",
+    name="inverted_residual",
+    layouts=_INVERTED_CUDA.layouts,
+    operands=_inverted_cuda_operands,
+)
+
 _INVERTED = publish(
     Operator(
         name="inverted_residual",
@@ -351,6 +367,7 @@ _INVERTED = publish(
         macs=_inverted_macs,
         implementations=(
             cuda_implementation("inverted_residual", _INVERTED_CUDA),
+            triton_implementation("inverted_residual", _INVERTED_TRITON),
             cpu_implementation("inverted_residual", _INVERTED_KERNEL),
             reference_implementation("inverted_residual", reference.inverted_residual),
         ),
