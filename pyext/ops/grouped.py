@@ -27,6 +27,7 @@ from kernelpress.ops.library import call, publish
 from kernelpress.ops.onednn import onednn_implementation
 from kernelpress.ops.registry import Implementation, Operator, Problem, Run, Tensors
 from kernelpress.ops.schema import IntOrPair
+from kernelpress.ops.triton import TritonKernel, triton_implementation
 
 __all__ = ["channel_shuffle", "grouped_conv2d", "shuffle_concat"]
 
@@ -152,6 +153,14 @@ _GROUPED_CUDA = CudaKernel(
     sizes=_grouped_sizes,
 )
 
+_GROUPED_TRITON = TritonKernel(
+    family="grouped",
+    name="grouped_conv2d",
+    layouts=_GROUPED_CUDA.layouts,
+    operands=_grouped_operands,
+    options=lambda problem: {**problem.options._asdict(), **_grouping(problem)._asdict()},
+)
+
 _GROUPED = publish(
     Operator(
         name="grouped_conv2d",
@@ -168,6 +177,7 @@ _GROUPED = publish(
         macs=lambda shapes, options, shape: math.prod(shape) * math.prod(shapes[1][1:]),
         implementations=(
             cuda_implementation("grouped_conv2d", _GROUPED_CUDA),
+            triton_implementation("grouped_conv2d", _GROUPED_TRITON),
             _onednn(),
             reference_implementation("grouped_conv2d", reference.grouped_conv2d),
         ),
@@ -231,6 +241,13 @@ _SHUFFLE_CUDA = CudaKernel(
     sizes=_shuffle_sizes,
 )
 
+_SHUFFLE_TRITON = TritonKernel(
+    family="grouped",
+    name="channel_shuffle",
+    layouts=_SHUFFLE_CUDA.layouts,
+    operands=lambda tensors, options: (tensors[0],),
+)
+
 _SHUFFLE = publish(
     Operator(
         name="channel_shuffle",
@@ -243,6 +260,7 @@ _SHUFFLE = publish(
         macs=lambda shapes, options, shape: 0,
         implementations=(
             cuda_implementation("channel_shuffle", _SHUFFLE_CUDA),
+            triton_implementation("channel_shuffle", _SHUFFLE_TRITON),
             reference_implementation("channel_shuffle", reference.channel_shuffle),
         ),
         native=None,
@@ -285,6 +303,10 @@ _CONCAT_CUDA = CudaKernel(
     sizes=_shuffle_sizes,
 )
 
+_CONCAT_TRITON = TritonKernel(
+    family="grouped", name="shuffle_concat", layouts=_CONCAT_CUDA.layouts, operands=_CONCAT_CUDA.operands
+)
+
 _CONCAT = publish(
     Operator(
         name="shuffle_concat",
@@ -297,6 +319,7 @@ _CONCAT = publish(
         macs=lambda shapes, options, shape: 0,
         implementations=(
             cuda_implementation("shuffle_concat", _CONCAT_CUDA),
+            triton_implementation("shuffle_concat", _CONCAT_TRITON),
             reference_implementation("shuffle_concat", reference.shuffle_concat),
         ),
         native=None,

@@ -1,4 +1,4 @@
-"""Groups of a convolution as the CUDA kernel takes them: narrow ones merged, each with its window of input channels."""
+"""Groups of a convolution as the GPU kernels take them: narrow ones merged, each with its window of input channels."""
 
 from __future__ import annotations
 
