@@ -91,7 +91,8 @@ def test_without_biases_in_the_configuration_of_the_heuristic() -> None:
 
 
 def test_a_cheap_window_too_large_to_be_unrolled() -> None:
-    check(ghost(1, 4, 8, 3, 3, cheap=(9, 1)), {}, None)
+    in_turn = InTurn((TWO.steps[0], Configuration((1, 4, 16), 4, 1)))
+    check(ghost(1, 4, 8, 5, 3, cheap=(9, 1)), {}, in_turn)
 
 
 @pytest.mark.parametrize("configuration", [ONE, TWO], ids=["one kernel", "two kernels"])

@@ -384,8 +384,11 @@ def ghost_conv2d_configurations(
     found: dict[Configuration, None] = {}
     for (rows, columns, channels, depth), warps, stages in _PATCHES:
         rows, columns = min(rows + 3 - cheap_h, out_h), min(columns + 3 - cheap_w, out_w)
-        if min(rows, columns) > 0 and _lanes(rows, columns, cheap_h, cheap_w) <= _MOST_LANES:
-            depth = min(depth * 2 // size, power_of_2(c_in, 16))
+        depth = min(depth * 2 // size, power_of_2(c_in, 16))
+        if min(rows, columns) < 1:
+            continue
+        lanes = _lanes(rows, columns, cheap_h, cheap_w)
+        if lanes <= _MOST_LANES and stages * (lanes + channels) * depth * size <= device.shared_bytes:
             found[Configuration((rows, columns, channels, depth), warps, stages)] = None
 
     def cost(configuration: Configuration) -> float:

@@ -317,7 +317,8 @@ def _configurations(
         if (is_exact and tile_channels > _MOST_EXACT_CHANNELS) or tile_channels > power_of_2(c_out, 32):
             continue
         depth = min(_EXACT_DEPTH if is_exact else depth * 2 // element_bytes, power_of_2(channels, 16))
-        found[Configuration((rows, columns, tile_channels, depth), warps, stages)] = None
+        if (stages * tile_channels + rows * columns) * depth * element_bytes <= device.shared_bytes:
+            found[Configuration((rows, columns, tile_channels, depth), warps, stages)] = None
     steps = InTurn(
         (
             depthwise_configurations(device, (batch, channels, out_h, out_w), (kernel_h, kernel_w), stride, dilation)[
