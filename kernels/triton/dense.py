@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernelpress.kernels.reference import ACTIVATIONS
 from kernelpress.kernels.triton.epilogue import finish_tile, tile_offsets
-from kernelpress.kernels.triton.launch import Configuration, Device, cdiv, launch, spacing
+from kernelpress.kernels.triton.launch import Configuration, Device, cdiv, launch, spacing, unit
 from kernelpress.kernels.triton.tiles import product_configurations, product_precision, tile_of_program
 
 __all__ = ["linear", "linear_configurations", "pointwise_conv2d", "pointwise_conv2d_configurations"]
@@ -42,12 +42,16 @@ def product_kernel(
     x_spacing,
     residual_spacing,
     y_spacing,
+    X_UNIT: tl.constexpr,
+    Y_UNIT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     TILE_DEPTH: tl.constexpr,
 ):
+    c_in, x_spacing = c_in * X_UNIT, x_spacing * X_UNIT
+    c_out, residual_spacing, y_spacing = c_out * Y_UNIT, residual_spacing * Y_UNIT, y_spacing * Y_UNIT
     row_tile, column_tile = tile_of_program(
         tl.program_id(0), tl.cdiv(rows, TILE_ROWS), tl.cdiv(c_out, TILE_COLUMNS), GROUP=8
     )
@@ -144,12 +148,16 @@ def _product(
     configuration: Configuration,
 ) -> None:
     tile_rows, tile_columns, tile_depth = configuration.tile
+    x_unit, y_unit = unit(c_in, spacing(x)), unit(c_out, spacing(residual), spacing(y))
     launch(
         product_kernel,
         cdiv(rows, tile_rows) * cdiv(c_out, tile_columns),
         configuration,
         *(x, weight, bias, scale, residual, input_scale, y),
-        *(rows, c_in, c_out, positions, spacing(x), spacing(residual), spacing(y)),
+        *(rows, c_in // x_unit, c_out // y_unit, positions),
+        *(spacing(x) // x_unit, spacing(residual) // y_unit, spacing(y) // y_unit),
+        X_UNIT=x_unit,
+        Y_UNIT=y_unit,
         ACTIVATION=ACTIVATIONS.index(activation),
         PRECISION=product_precision(x.element_size(), allow_tf32),
         TILE_ROWS=tile_rows,

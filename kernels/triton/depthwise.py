@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kernelpress.kernels.reference import ACTIVATIONS
 from kernelpress.kernels.triton.epilogue import finish_tile
-from kernelpress.kernels.triton.launch import Configuration, Device, cdiv, launch, power_of_2, spacing
+from kernelpress.kernels.triton.launch import Configuration, Device, cdiv, launch, power_of_2, spacing, unit
 from kernelpress.kernels.triton.tiles import input_pixels
 
 __all__ = [
@@ -35,7 +35,17 @@ __all__ = [
 _UNROLLED = 7
 """The largest window, in either direction, whose rows are unrolled."""
 
-_TILES = ((8, 16, 64), (4, 16, 64), (8, 8, 64), (4, 8, 64), (2, 8, 64), (1, 8, 32))
+_TILES = (
+    (8, 16, 64),
+    (4, 16, 64),
+    (8, 8, 64),
+    (4, 8, 64),
+    (2, 8, 64),
+    (8, 16, 32),
+    (1, 8, 32),
+    (4, 8, 16),
+)
+"""The last is for whatever no other fits."""
 
 _PROGRAMS_AT_ONCE = 4
 """On a multiprocessor."""
@@ -193,6 +203,8 @@ def depthwise_rows_kernel(
     y_spacing,
     pad_h,
     pad_w,
+    X_UNIT: tl.constexpr,
+    Y_UNIT: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -203,6 +215,8 @@ def depthwise_rows_kernel(
     TILE_COLUMNS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
 ):
+    x_spacing, n_channels = x_spacing * X_UNIT, n_channels * Y_UNIT
+    residual_spacing, y_spacing = residual_spacing * Y_UNIT, y_spacing * Y_UNIT
     image, first_row, columns, channels = tile_of_outputs(
         tl.program_id(0), out_h, out_w, n_channels, TILE_ROWS, TILE_COLUMNS, TILE_CHANNELS
     )
@@ -249,6 +263,8 @@ def depthwise_taps_kernel(
     pad_w,
     dilation_h,
     dilation_w,
+    X_UNIT: tl.constexpr,
+    Y_UNIT: tl.constexpr,
     MULTIPLIER: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -258,6 +274,8 @@ def depthwise_taps_kernel(
     TILE_COLUMNS: tl.constexpr,
     TILE_CHANNELS: tl.constexpr,
 ):
+    x_spacing, n_channels = x_spacing * X_UNIT, n_channels * Y_UNIT
+    residual_spacing, y_spacing = residual_spacing * Y_UNIT, y_spacing * Y_UNIT
     image, row, columns, channels = tile_of_outputs(
         tl.program_id(0), out_h, out_w, n_channels, 1, TILE_COLUMNS, TILE_CHANNELS
     )
@@ -307,11 +325,14 @@ def depthwise_conv2d(
     batch, c_out, out_h, out_w = y.shape
     tile_rows, tile_columns, tile_channels = configuration.tile
     programs = batch * cdiv(out_h, tile_rows) * cdiv(out_w, tile_columns) * cdiv(c_out, tile_channels)
+    x_unit, y_unit = unit(spacing(x)), unit(c_out, spacing(residual), spacing(y))
     arguments = (
-        *(x, weight, bias, scale, residual, y, *x.shape[2:], c_out, out_h, out_w),
-        *(spacing(x), spacing(residual), spacing(y), *padding),
+        *(x, weight, bias, scale, residual, y, *x.shape[2:], c_out // y_unit, out_h, out_w),
+        *(spacing(x) // x_unit, spacing(residual) // y_unit, spacing(y) // y_unit, *padding),
     )
     constants: dict[str, Any] = {
+        "X_UNIT": x_unit,
+        "Y_UNIT": y_unit,
         "MULTIPLIER": c_out // x.shape[1],
         "KERNEL_H": kernel_h,
         "KERNEL_W": kernel_w,
@@ -340,11 +361,17 @@ def depthwise_configurations(
     batch, c_out, out_h, out_w = out
     unrolled = is_unrolled(kernel, dilation)
 
-    def fitted(tile: tuple[int, ...]) -> Configuration:
+    def fits(tile: tuple[int, ...]) -> bool:
         rows, columns, channels = tile
-        columns, channels = min(columns, power_of_2(out_w, 4)), min(channels, power_of_2(c_out, 16))
-        warps = max(1, min(4, columns * channels // 128))
-        return Configuration((min(rows, power_of_2(out_h)) if unrolled else 1, columns, channels), warps, 1)
+        return (
+            (rows <= power_of_2(out_h) or not unrolled)
+            and columns <= power_of_2(out_w, 8)
+            and channels <= power_of_2(c_out, 16)
+        )
+
+    def configured(tile: tuple[int, ...]) -> Configuration:
+        rows, columns, channels = tile
+        return Configuration((rows if unrolled else 1, columns, channels), max(1, min(4, columns * channels // 128)), 1)
 
     def cost(configuration: Configuration) -> float:
         rows, columns, channels = configuration.tile
@@ -353,7 +380,8 @@ def depthwise_configurations(
         loads = ((rows - 1) * stride[0] + kernel[0]) * kernel[1] if unrolled else rows * kernel[0] * kernel[1]
         return waves * (columns * channels * (loads + 4 * rows) + _PROGRAM_OVERHEAD)
 
-    return tuple(sorted(dict.fromkeys(map(fitted, _TILES)), key=cost))
+    fitting = [tile for tile in _TILES if fits(tile)] or _TILES[-1:]
+    return tuple(sorted(dict.fromkeys(map(configured, fitting)), key=cost))
 
 
 def depthwise_conv2d_configurations(
