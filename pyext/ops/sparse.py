@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
+from kernelpress.ops import packing
 from kernelpress.ops.block_csr import check_structure
 from kernelpress.ops.checks import (
     TensorSpec,
@@ -24,13 +25,14 @@ from kernelpress.ops.checks import (
     describe,
     one_floating_dtype,
 )
-from kernelpress.ops.cuda import cuda_implementation
+from kernelpress.ops.cuda import FLOATING, cuda_implementation, float_vector
 from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import PIXELS, ROWS
 from kernelpress.ops.library import call, publish
 from kernelpress.ops.registry import Implementation, Operator, Problem, Run, Tensors
 from kernelpress.ops.schema import IntOrPair
-from kernelpress.ops.sparse_cuda import sparse_cuda_kernel
+from kernelpress.ops.sparse_cuda import block_reason, sparse_cuda_kernel
+from kernelpress.ops.triton import TritonKernel, triton_implementation
 
 __all__ = ["sparse_conv2d", "sparse_matmul"]
 
@@ -177,6 +179,28 @@ def _checked(plain: Implementation) -> Implementation:
     return replace(plain, prepare=prepare)
 
 
+def _triton_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...]:
+    x, row_offsets, columns, blocks, bias, scale, residual = tensors
+    parts = (_contiguous(part) for part in (row_offsets, columns, blocks) if part is not None)
+    return (x, *parts, float_vector(bias), float_vector(scale), residual)
+
+
+def _contiguous(part: Tensor) -> Tensor:
+    return part if part.is_contiguous() else packing.packed(part, None, "contiguous", Tensor.contiguous)
+
+
+def _triton_kernel(op: str) -> TritonKernel:
+    layout = ROWS if op == "sparse_matmul" else PIXELS
+    return TritonKernel(
+        family="sparse",
+        name=op,
+        layouts=(layout, None, None, None, None, None, layout),
+        operands=_triton_operands,
+        supports=block_reason,
+        dtypes=(*FLOATING, torch.int8),
+    )
+
+
 _MATMUL = publish(
     Operator(
         name="sparse_matmul",
@@ -192,6 +216,7 @@ _MATMUL = publish(
         macs=lambda shapes, options, shape: math.prod(shape[:-1]) * math.prod(shapes[3]),
         implementations=(
             _checked(cuda_implementation("sparse_matmul", sparse_cuda_kernel("sparse_matmul"))),
+            _checked(triton_implementation("sparse_matmul", _triton_kernel("sparse_matmul"))),
             _checked(reference_implementation("sparse_matmul", reference.sparse_matmul)),
         ),
         native=None,
@@ -215,6 +240,7 @@ _CONV2D = publish(
         macs=lambda shapes, options, shape: shape[0] * math.prod(shape[2:]) * math.prod(shapes[3]),
         implementations=(
             _checked(cuda_implementation("sparse_conv2d", sparse_cuda_kernel("sparse_conv2d"))),
+            _checked(triton_implementation("sparse_conv2d", _triton_kernel("sparse_conv2d"))),
             _checked(reference_implementation("sparse_conv2d", reference.sparse_conv2d)),
         ),
         native=None,

@@ -14,7 +14,7 @@ from kernelpress.ops.layout import PIXELS, ROWS
 from kernelpress.ops.registry import Problem, Tensors
 from kernelpress.ops.sparse_schedule import longest_segment, make_schedule
 
-__all__ = ["sparse_cuda_kernel"]
+__all__ = ["block_reason", "sparse_cuda_kernel"]
 
 _BLOCK_SIZES = (16, 32, 64)
 _SMALL, _LARGE = 2**15, 2**31
@@ -35,13 +35,23 @@ def _pixels(problem: Problem) -> int:
     return math.prod(problem.shape) // problem.shape[problem.layout.channels]
 
 
-def _reason(problem: Problem) -> str | None:
-    x, _, _, blocks, *_ = problem.tensors
-    assert x is not None
+def block_reason(problem: Problem) -> str | None:
+    """Why a kernel for blocks of the usual sizes must not run, else None."""
+    blocks = problem.tensors[3]
     assert blocks is not None
     r, c = blocks.shape[1:]
     if r not in _BLOCK_SIZES or c not in _BLOCK_SIZES:
         return f"the kernel takes blocks of 16, 32 or 64 rows and columns, got {r}×{c}"
+    return None
+
+
+def _reason(problem: Problem) -> str | None:
+    reason = block_reason(problem)
+    if reason is not None:
+        return reason
+    x, _, _, blocks, *_ = problem.tensors
+    assert x is not None
+    assert blocks is not None
     image, _, kernel, stride, padding, dilation = _window(problem)
     reach = [d * (k - 1) + 1 + p for d, k, p in zip(dilation, kernel, padding, strict=True)]
     if max(*image, *reach, *stride) >= _SMALL:
