@@ -3,13 +3,16 @@
 The interpreter of Triton 3.9 keeps bfloat16 as integers and multiplies them as such in `tl.dot` (and in any arithmetic
 that is not of float32, which kernels therefore avoid), and cuts off what it should round to it; and each call of a
 device function patches the language anew, which takes 5 ms. All of it is mended here.
+
+Programs run in a random order, as on a GPU, so that two that write the same value differently are seen; and outputs are
+NaN, or the largest integer, before they are written.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -70,6 +73,28 @@ def _dot_of_widened(builder: Any, a: Any, b: Any, *others: Any) -> Any:
     return _dot(builder, _widened(a), _widened(b), *others)
 
 
+_set_grid_dim = interpreter.InterpreterBuilder.set_grid_dim
+_set_grid_idx = interpreter.InterpreterBuilder.set_grid_idx
+
+
+def _draw_order(builder: Any, *sizes: int) -> None:
+    builder.order = np.random.permutation(sizes[0])  # noqa: NPY002 - seeded with every test
+    _set_grid_dim(builder, *sizes)
+
+
+def _set_program(builder: Any, x: int, *others: int) -> None:
+    _set_grid_idx(builder, int(builder.order[x]), *others)
+
+
+@contextmanager
+def _poisoned_outputs() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture
 def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sends the backend "triton" to the interpreter, where it takes CPU tensors."""
@@ -78,7 +103,9 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", _call_patched)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_of_widened)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast_to_nearest)
-    with triton.running_on(INTERPRETED):
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_dim", _draw_order)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", _set_program)
+    with triton.running_on(INTERPRETED), _poisoned_outputs():
         yield
 
 

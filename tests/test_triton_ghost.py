@@ -56,6 +56,7 @@ CASES: dict[str, tuple[list[Tensor | None], dict[str, Any]]] = {
     "cheap 1x1": (ghost(1, 8, 16, 3, 4, cheap=(1, 1)), {}),
     "padding wider than the window": (ghost(1, 3, 8, 2, 2), {"padding": (1, 2)}),
     "channels cut off": (ghost(1, 8, 12, 4, 4), {"out_channels": 19}),
+    "patches around patches": (ghost(1, 4, 8, 13, 13), {}),
     "one value": (ghost(1, 1, 1, 1, 1), {}),
 }
 
