@@ -18,7 +18,7 @@ from kernelpress.kernels import reference
 from kernelpress.ops import registry
 from kernelpress.ops.block_csr import BlockCsr, conv_matrix
 
-__all__ = ["CASES", "FLOATS", "OpCase", "check", "run"]
+__all__ = ["CASES", "FLOATS", "OpCase", "absent_because", "check", "has_kernel", "run"]
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -197,6 +197,8 @@ def _int8_cases() -> list[OpCase]:
         found.append(case("int8_depthwise_conv2d", label, lambda: convolution((48, 1, 3, 3), 48), options))
         scales = {"input_scale": 0.2, "other_scale": 0.7, "other_zero_point": 3}
         found.append(case("int8_add", label, lambda: [bytes_of(2, 24, 7, 5), bytes_of(2, 24, 7, 5)], output | scales))
+    options = affine | _window(3)
+    found.append(case("int8_depthwise_conv2d", "five channels", lambda: convolution((5, 1, 3, 3), 5), options))
     found.append(case("dequantize", "an image", lambda: [bytes_of(2, 24, 7, 5)], {"scale": 0.1, "zero_point": 5}))
     for shape in ((2, 24, 7, 5), (33, 17)):
         make_x = floating(lambda s=shape: [image(*s) if len(s) == 4 else torch.randn(s)])
@@ -262,9 +264,14 @@ CASES: tuple[OpCase, ...] = (
 )
 
 
-def has_kernel(case: OpCase) -> bool:
-    """Whether the op has a CUDA kernel of ours."""
-    return any(entry.backend == "cuda" for entry in registry.operator(case.op).implementations)
+def has_kernel(case: OpCase, backend: str = "cuda") -> bool:
+    """Whether the op has a kernel of ours for that backend, on this machine or another."""
+    return any(entry.backend == backend for entry in registry.operator(case.op).implementations)
+
+
+def absent_because(case: OpCase, backend: str) -> str | None:
+    """Why a backend that has a kernel of the op runs nothing on this machine."""
+    return registry.availability()[case.op][backend]
 
 
 def run(case: OpCase, dtype: torch.dtype, device: torch.device, *, backend: str) -> tuple[list[Tensor | None], Tensor]:

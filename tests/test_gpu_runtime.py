@@ -24,7 +24,7 @@ from kernelpress.cuda_graph import Recording, record
 from kernelpress.emit import cuda_plan, evaluate, pipeline, plan
 from kernelpress.emit.cuda_plan import CudaPlan
 from kernelpress.measure import device_clock
-from kernelpress.ops import prepared
+from kernelpress.ops import prepared, triton
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -474,6 +474,70 @@ def test_a_wrong_result_is_no_contestant(gpu: Any) -> None:
     assert (
         next(entry.reason for entry in row.contestants if entry.name == "kernelpress") == "its result is off by 1.0e-01"
     )
+
+
+@pytest.mark.usefixtures("interpreted_triton")
+@pytest.mark.parametrize(("family", "op"), [("dense", "linear"), ("grouped", "channel_shuffle")])
+def test_a_triton_kernel_is_tuned_and_stands_beside_ours(
+    gpu: Any, family: str, op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gpu import place, results
+    from gpu.contest import TRITON, measure
+    from gpu.roofline import Roofline
+
+    tuned: list[str] = []
+    monkeypatch.setattr(place.ops, "tune", lambda name, *args, **options: tuned.append(f"{options['backend']} {name}"))
+    layer = next(layer for layer in gpu.kernels.workloads(family, place.DRY) if layer.op == op)
+    roofline = Roofline(4300.0, 790.0, 1600.0)
+    row = measure(layer, place.DRY, roofline)
+    assert tuned == [f"triton {op}"]
+    (entry,) = (entry for entry in row.contestants if entry.name == TRITON)
+    assert row.backend == "reference"
+    assert row.triton_ratio == pytest.approx(entry.ms / row.ms)
+    assert row.best_peer != TRITON
+    results.save(family, [row], place.DRY, roofline, tmp_path)
+    assert f"{row.triton_ratio:.2f}×" in (tmp_path / "dry-run" / "README.md").read_text()
+
+
+def test_without_a_triton_kernel_that_runs_there_is_none_beside_ours(gpu: Any) -> None:
+    from gpu.place import DRY
+
+    layers = gpu.kernels.workloads("dense", DRY)
+    assert [layer.make().triton for layer in layers[:3]] == [None] * 3
+
+
+def test_models_leave_triton_out_unless_asked(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons: list[str | None] = []
+    monkeypatch.setattr(gpu.networks, "capture_all", lambda place: reasons.append(triton.target().reason(None)) or 0)
+    before = triton.target().reason(None)
+    assert gpu.networks.main(["capture", "--dry-run"]) == 0
+    assert gpu.networks.main(["capture", "--dry-run", "--triton"]) == 0
+    assert reasons == ["left out: gpu.networks --triton", before]
+
+
+def test_triton_is_checked_by_families_where_it_is_installed(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = gpu.__main__
+    names = {stage.name for stage in driver._checks(None, False, 90.0)}
+    assert {f"triton-{family}" for family in FAMILIES} <= names
+    assert "triton-int8" in {stage.name for stage in driver._checks("int8", False, 90.0)}
+    assert not any("triton" in result.name for result in driver._absent(False))
+    monkeypatch.setattr(driver, "find_spec", lambda name: None)
+    assert not any("triton" in stage.name for stage in driver._checks(None, False, 90.0))
+    (absent,) = [result for result in driver._absent(False) if result.name == "triton"]
+    assert (absent.outcome, absent.is_good) == ("skipped", True)
+    assert "pip install triton" in absent.last_lines
+
+
+def test_every_case_with_a_triton_kernel_is_checked_on_it(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cuda_cases
+    from gpu import checks
+
+    ran: list[str] = []
+    monkeypatch.setattr(cuda_cases, "check", lambda case, dtype, device, backend: ran.append(f"{case.op} {backend}"))
+    outcomes = list(checks.triton(torch.device("cuda"), "depthwise"))
+    assert [outcome.result for outcome in outcomes] == ["passed"] * len(ran)
+    assert set(ran) == {"depthwise_conv2d triton"}
+    assert len(ran) == 3 * 7
 
 
 def test_models_are_captured_and_timed_in_a_dry_run(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
-"""Every op on a CUDA device, in every dtype, against the reference; and the same cases on the host emulator."""
+"""Every op on a CUDA device, in every dtype, against the reference; the same cases on what stands in for a device: the
+host emulator of CUDA kernels, Triton's interpreter."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from cuda_cases import CASES, OpCase, check, has_kernel
+from cuda_cases import CASES, OpCase, absent_because, check, has_kernel
 
 from kernelpress.ops import registry
 
@@ -12,21 +13,44 @@ needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device: torch.cuda.is_available() is False; `make gpu` runs it"
 )
 
-EVERY = [pytest.param(case, dtype, id=f"{case.name}, {dtype}") for case in CASES for dtype in case.dtypes]
-SMALLEST = list({case.op: case for case in reversed(CASES)}.values())
+EVERY = [
+    pytest.param(case, dtype, backend, id=f"{case.name}, {dtype}, {backend}")
+    for case in CASES
+    for dtype in case.dtypes
+    for backend in ("cuda", "triton", "auto")
+    if backend == "auto" or has_kernel(case, backend)
+]
+FIRST = list({case.op: case for case in reversed(CASES)}.values())
+
+
+def least_work(op: str) -> OpCase:
+    """The op's case with the smallest tensors."""
+
+    def elements(case: OpCase) -> int:
+        return sum(t.numel() for t in case.tensors(case.dtypes[0]) if t is not None)
+
+    return min((case for case in CASES if case.op == op), key=elements)
 
 
 @needs_cuda
-@pytest.mark.parametrize(("case", "dtype"), EVERY)
-def test_on_a_device(case: OpCase, dtype: torch.dtype) -> None:
-    for backend in (["cuda"] if has_kernel(case) else []) + ["auto"]:
-        check(case, dtype, torch.device("cuda"), backend=backend)
+@pytest.mark.parametrize(("case", "dtype", "backend"), EVERY)
+def test_on_a_device(case: OpCase, dtype: torch.dtype, backend: str) -> None:
+    if backend != "auto" and (reason := absent_because(case, backend)) is not None:
+        pytest.skip(reason)
+    check(case, dtype, torch.device("cuda"), backend=backend)
 
 
 @pytest.mark.usefixtures("emulated_cuda")
-@pytest.mark.parametrize("case", [case for case in SMALLEST if has_kernel(case)], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [case for case in FIRST if has_kernel(case)], ids=lambda case: case.name)
 def test_on_the_emulator(case: OpCase) -> None:
     check(case, case.dtypes[0], torch.device("cpu"), backend="cuda")
+
+
+@pytest.mark.usefixtures("interpreted_triton")
+@pytest.mark.parametrize("op", sorted({case.op for case in CASES if has_kernel(case, "triton")}))
+def test_on_the_interpreter(op: str) -> None:
+    case = least_work(op)
+    check(case, case.dtypes[0], torch.device("cpu"), backend="triton")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

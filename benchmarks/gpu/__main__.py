@@ -1,7 +1,7 @@
 """Build, checks and benchmarks on this machine's CUDA device: what `make gpu` runs.
 
-It needs Python, torch and nvcc. Everything it makes lies under `build/gpu/`, results in `benchmarks/results/<device>/`,
-and in the folder that GPU_OUT names.
+It needs Python, torch and nvcc; Triton's kernels take part where triton is installed. Everything it makes lies under
+`build/gpu/`, results in `benchmarks/results/<device>/`, and in the folder that GPU_OUT names.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from gpu import folder_name
@@ -41,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--out", type=Path, default=os.environ.get("GPU_OUT") or None, help="a copy of results and logs"
     )
     parser.add_argument("--seconds", type=float, default=None, help="time for all of it")
+    parser.add_argument(
+        "--triton", action="store_true", help="models may run on Triton's kernels too: minutes of compiling a model"
+    )
     parser.add_argument("--dry-run", action="store_true", help="no build, no device: everything once, tiny, on the CPU")
     options = parser.parse_args(arguments)
     begin = time.monotonic()
@@ -73,8 +77,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         link_packages(ROOT, site)
         checks = _checks(options.family, options.dry_run, min(CHECK_SECONDS, left()))
         run(*checks)
-        results += _absent_sanitizer(options.dry_run)
-        _benchmarks(options.family, options.dry_run, folder, run, left)
+        results += _absent(options.dry_run)
+        _benchmarks(options.family, options.dry_run, folder, run, left, with_triton=options.triton)
     _report(results, seconds - left(), folder / folder_name(device), logs, options.out)
     return int(not all(result.is_good for result in results))
 
@@ -149,6 +153,13 @@ def _checks(family: str | None, is_dry: bool, seconds: float) -> list[Stage]:
         Stage(check, _python("-m", "gpu.checks", check, *chosen, *dry), seconds)
         for check in (("ops", "smallest") if is_dry else ("golden", "ops", "opcheck"))
     ]
+    if has_triton() and not is_dry:
+        # Each kernel is compiled as it is first called, which takes a processor a second: families side by side.
+        stages += [
+            Stage(f"triton-{name}", _python("-m", "gpu.checks", "triton", "--family", name), seconds)
+            for name in FAMILIES
+            if family in (None, name)
+        ]
     sanitizer = None if is_dry else find_sanitizer()
     if sanitizer is not None:
         stages += [
@@ -176,14 +187,31 @@ def find_sanitizer() -> str | None:
     return next(filter(None, map(shutil.which, places)), None)
 
 
-def _absent_sanitizer(is_dry: bool) -> list[Result]:
-    if is_dry or find_sanitizer() is not None:
+def has_triton() -> bool:
+    """Whether triton is installed. Its kernels are then compiled, checked and measured too."""
+    return find_spec("triton") is not None
+
+
+def _absent(is_dry: bool) -> list[Result]:
+    """Checks that are left out, and why."""
+    if is_dry:
         return []
-    return [Result("compute-sanitizer", "skipped", 0.0, "not installed; the CUDA toolkit has it")]
+    left_out = []
+    if not has_triton():
+        left_out.append(Result("triton", "skipped", 0.0, "not installed: pip install triton"))
+    if find_sanitizer() is None:
+        left_out.append(Result("compute-sanitizer", "skipped", 0.0, "not installed; the CUDA toolkit has it"))
+    return left_out
 
 
 def _benchmarks(
-    family: str | None, is_dry: bool, folder: Path, run: Callable[..., bool], left: Callable[[], float]
+    family: str | None,
+    is_dry: bool,
+    folder: Path,
+    run: Callable[..., bool],
+    left: Callable[[], float],
+    *,
+    with_triton: bool,
 ) -> None:
     """One family after the other, alone on the device, each with its share of what time is left."""
     wanted = [family] if family else [*FAMILIES, "models"]
@@ -196,8 +224,8 @@ def _benchmarks(
             continue
         inside = str(max(limit - STARTING_SECONDS, 5.0))
         module = ("gpu.networks", "bench") if name == "models" else ("gpu.kernels", name)
-        dry = ["--dry-run"] if is_dry else []
-        command = _python("-m", *module, "--seconds", inside, "--out", str(folder), *dry)
+        flags = [*(["--dry-run"] if is_dry else []), *(["--triton"] if with_triton and name == "models" else [])]
+        command = _python("-m", *module, "--seconds", inside, "--out", str(folder), *flags)
         run(Stage(f"bench-{name}", command, limit, may_be_stopped=True))
 
 

@@ -1,7 +1,8 @@
-"""What must be right before anything is timed: `python -m gpu.checks golden|ops|opcheck|smallest`.
+"""What must be right before anything is timed: `python -m gpu.checks golden|ops|triton|opcheck|smallest`.
 
-golden: every PTX wrapper against computed vectors. ops: every op in every dtype against the reference, opcheck: torch's
-own check of operators, smallest: one call of every kernel, for compute-sanitizer to watch.
+golden: every PTX wrapper against computed vectors. ops: every op in every dtype against the reference, triton: the same
+on Triton's kernels, opcheck: torch's own check of operators, smallest: one call of every CUDA kernel, for
+compute-sanitizer to watch.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def golden(device: torch.device, family: str | None) -> Iterator[Outcome]:
 
 
 def ops(device: torch.device, family: str | None) -> Iterator[Outcome]:
-    """Every case of every op: forced onto our kernel where there is one, and as it chooses by itself."""
+    """Every case of every op: forced onto our CUDA kernel where there is one, and as it chooses by itself."""
     from cuda_cases import CASES, check, has_kernel
 
     for case in CASES:
@@ -42,6 +43,17 @@ def ops(device: torch.device, family: str | None) -> Iterator[Outcome]:
             for backend in backends:
                 call = functools.partial(check, case, dtype, device, backend=backend)
                 yield _outcome(f"{case.name}, {dtype}, {backend}", call)
+
+
+def triton(device: torch.device, family: str | None) -> Iterator[Outcome]:
+    """Every case of every op that has a Triton kernel, forced onto it."""
+    from cuda_cases import CASES, check, has_kernel
+
+    for case in CASES:
+        if family in (None, case.family) and has_kernel(case, "triton"):
+            for dtype in case.dtypes:
+                call = functools.partial(check, case, dtype, device, backend="triton")
+                yield _outcome(f"{case.name}, {dtype}, triton", call)
 
 
 def opcheck(device: torch.device, family: str | None) -> Iterator[Outcome]:
@@ -76,7 +88,7 @@ def _outcome(name: str, call: Callable[[], object]) -> Outcome:
     return Outcome(name, "passed")
 
 
-CHECKS = {"golden": golden, "ops": ops, "opcheck": opcheck, "smallest": smallest}
+CHECKS = {"golden": golden, "ops": ops, "triton": triton, "opcheck": opcheck, "smallest": smallest}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from gpu.contest import Contest, Workload
 from gpu.place import Call, Place
-from kernelpress import ops
 from kernelpress.kernels import reference
 from kernelpress.ops.block_csr import BlockCsr, conv_matrix
 
@@ -61,8 +60,7 @@ def _sparse_product(place: Place, size: int, block: int, sparsity: float) -> Wor
         weight = BlockCsr.from_dense(dense, block, mask=mask)
         arguments = [x, weight.row_offsets, weight.columns, weight.blocks, bias]
         return Contest(
-            backend=place.backend_of("sparse_matmul", arguments, {}),
-            ours=place.ours(lambda: ops.sparse_matmul(*arguments)),
+            **place.own("sparse_matmul", arguments, {}),
             peers={
                 "cuBLAS, dense": lambda: F.linear(x, dense, bias),
                 "torch BSR (Triton)": _bsr(x, dense, bias, block),
@@ -113,8 +111,7 @@ def _sparse_convolution(place: Place, batch: int, size: int, c_in: int, c_out: i
 
         x_nchw, dense_nchw = x.contiguous(), dense.contiguous()
         return Contest(
-            backend=place.backend_of("sparse_conv2d", arguments, options),
-            ours=place.ours(lambda: ops.sparse_conv2d(*arguments, **options)),
+            **place.own("sparse_conv2d", arguments, options),
             peers={
                 "cuDNN channels_last, dense": lambda: plain(x, dense, bias),
                 "cuDNN contiguous, dense": lambda: plain(x_nchw, dense_nchw, bias),
@@ -166,8 +163,7 @@ def _int8_product(place: Place, rows: int, c_in: int, c_out: int) -> Workload:
             return F.relu(product(x, transposed).float() * scale + bias).to(torch.bfloat16)
 
         return Contest(
-            backend=place.backend_of("int8_matmul", [x, weight, scale, bias], options),
-            ours=place.ours(lambda: ops.int8_matmul(x, weight, scale, bias, **options)),
+            **place.own("int8_matmul", [x, weight, scale, bias], options),
             peers={
                 "_int_mm + epilogue": lambda: separate(torch._int_mm),
                 "_int_mm alone": lambda: torch._int_mm(x, transposed),
@@ -213,8 +209,7 @@ def _int8_convolution(
         contiguous = [t.contiguous() for t in real]
         names = ("cuDNN bf16 channels_last", "cuDNN bf16 contiguous")
         return Contest(
-            backend=place.backend_of(op, [x, weight, scale, bias], options),
-            ours=place.ours(lambda: getattr(ops, op)(x, weight, scale, bias, **options)),
+            **place.own(op, [x, weight, scale, bias], options),
             peers=dict(zip(names, (lambda: plain(*real), lambda: plain(*contiguous)), strict=True)),
             expected=lambda: getattr(reference, op)(x, weight, scale, bias, **options),
             other_values=frozenset(names),

@@ -12,11 +12,23 @@ from gpu.place import Call, Place
 from gpu.roofline import Roofline
 from kernelpress.measure.latency import Timing
 
-__all__ = ["BATCHES", "OURS", "Contest", "Contestant", "Row", "Workload", "measure", "reason_of", "with_inductor"]
+__all__ = [
+    "BATCHES",
+    "OURS",
+    "TRITON",
+    "Contest",
+    "Contestant",
+    "Row",
+    "Workload",
+    "measure",
+    "reason_of",
+    "with_inductor",
+]
 
 BATCHES = (32, 256, 1)
 
 OURS = "kernelpress"
+TRITON = "kernelpress on Triton"
 UNFUSED = "kernelpress unfused"
 INDUCTOR = "Inductor"
 
@@ -26,15 +38,16 @@ MAX_RELATIVE_ERROR = 3e-2
 
 @dataclass(frozen=True)
 class Contest:
-    """A layer on tensors of its own. `ours` runs it, `parts` our kernels one by one where the op fuses several; `peers`
-    by name. `expected` is the result in float32. Peers in `partial` compute something less: they are timed, but are
-    never the best. Results of peers in `other_values` are not compared. `eager`, in plain torch, is what Inductor
-    compiles."""
+    """A layer on tensors of its own. `ours` runs it, `triton` on our Triton kernel where that is another one, `parts`
+    our kernels one by one where the op fuses several; `peers` by name. `expected` is the result in float32. Peers in
+    `partial` compute something less: they are timed, but are never the best. Results of peers in `other_values` are not
+    compared. `eager`, in plain torch, is what Inductor compiles."""
 
     backend: str
     ours: Call
     peers: dict[str, Call]
     expected: Call
+    triton: Call | None = None
     parts: Call | None = None
     partial: frozenset[str] = frozenset()
     other_values: frozenset[str] = frozenset()
@@ -87,6 +100,7 @@ class Row:
     best_peer: str | None
     ratio: float | None
     unfused_ratio: float | None
+    triton_ratio: float | None
     relative_error: float | None
     contestants: tuple[Contestant, ...] = field(default=())
 
@@ -98,7 +112,8 @@ def measure(workload: Workload, place: Place, roofline: Roofline) -> Row:
     """
     contest = workload.make()
     expected = _expected(contest)
-    candidates = {OURS: contest.ours} | ({UNFUSED: contest.parts} if contest.parts else {}) | contest.peers
+    own = {OURS: contest.ours, TRITON: contest.triton, UNFUSED: contest.parts}
+    candidates = {name: call for name, call in own.items() if call is not None} | contest.peers
     calls: dict[str, Call] = {}
     refused: dict[str, str] = {}
     errors: dict[str, float] = {}
@@ -130,6 +145,7 @@ def measure(workload: Workload, place: Place, roofline: Roofline) -> Row:
         best_peer=None,
         ratio=None,
         unfused_ratio=None,
+        triton_ratio=None,
         relative_error=errors.get(OURS),
         contestants=(
             *[Contestant(name, timing.median, timing.spread) for name, timing in timings.items()],
@@ -192,7 +208,7 @@ def _judged(row: Row, roofline: Roofline, partial: frozenset[str]) -> Row:
     if OURS not in times:
         return row
     mine = times.pop(OURS)
-    unfused = times.pop(UNFUSED, None)
+    unfused, on_triton = times.pop(UNFUSED, None), times.pop(TRITON, None)
     peers = {name: ms for name, ms in times.items() if name not in partial}
     best = min(peers, key=peers.__getitem__, default=None)
     bound = roofline.bound_ms(row.kind, row.flops, row.traffic_bytes)
@@ -205,4 +221,5 @@ def _judged(row: Row, roofline: Roofline, partial: frozenset[str]) -> Row:
         best_peer=best,
         ratio=None if best is None else peers[best] / mine,
         unfused_ratio=None if unfused is None else unfused / mine,
+        triton_ratio=None if on_triton is None else on_triton / mine,
     )

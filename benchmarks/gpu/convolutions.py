@@ -71,6 +71,7 @@ def _contest(case: Case, place: Place) -> Contest:
         ours=place.ours(call),
         peers=peers,
         expected=eager(case, _cast(inputs, torch.float32)),
+        triton=place.triton(case.op, *ours.arguments(case, inputs)),
         parts=None if parts is None else place.ours(parts),
         eager=plain,
     )

@@ -1,7 +1,8 @@
 """Whole models, captured as CUDA graphs: that each can be, and how fast, beside torch's own ways to run them.
 
 `python -m gpu.networks capture` captures every model and compares it with eager; `python -m gpu.networks bench
---seconds 90 --out FOLDER` times them.
+--seconds 90 --out FOLDER` times them. Layers may run on Triton's kernels only with `--triton`: to compile and tune them
+takes minutes a model.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from gpu.place import DRY, Place, on_device
 from gpu.roofline import measure_roofline
 from kernelpress.cuda_graph import record
 from kernelpress.emit import Candidate
+from kernelpress.ops import triton
 
 __all__ = ["MODELS", "ModelRow", "build", "main"]
 
@@ -230,11 +232,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=90.0)
     parser.add_argument("--out", type=Path, default=Path("build/gpu"))
     parser.add_argument("--dry-run", action="store_true", help="tiny images on the reference backend, on the CPU")
+    parser.add_argument("--triton", action="store_true", help="layers may run on Triton's kernels, tuned")
     options = parser.parse_args(arguments)
     place = DRY if options.dry_run else on_device()
-    if options.what == "capture":
-        return min(capture_all(place), 1)
-    return min(bench(place, options.seconds, options.out), 1)
+    with contextlib.nullcontext() if options.triton else without_triton():
+        failures = capture_all(place) if options.what == "capture" else bench(place, options.seconds, options.out)
+    return min(failures, 1)
+
+
+def without_triton() -> contextlib.AbstractContextManager[None]:
+    """No op runs on Triton's kernels inside."""
+    return triton.running_on(replace(triton.target(), reason=lambda index: "left out: gpu.networks --triton"))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import kernelpress
+from kernelpress import ops
 from kernelpress.measure.device_clock import time_graphs, time_on_device
 from kernelpress.measure.latency import Timing, time_alternately
 from kernelpress.ops import registry
@@ -20,6 +21,9 @@ __all__ = ["DRY", "Call", "Place", "on_device"]
 Call = Callable[[], Tensor]
 
 TINY_SIZE, TINY_CHANNELS = 8, 24
+
+TUNING_SECONDS = 3.0
+"""Of a layer's Triton kernel. Other layers find compiled what was compiled for this one."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,24 @@ class Place:
         """The backend that an op takes here."""
         reasons = registry.why_not(op, *tensors, **options)
         return "reference" if self.is_dry else next(name for name, reason in reasons.items() if reason is None)
+
+    def own(self, op: str, tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> dict[str, Any]:
+        """A contest's `backend`, `ours` and `triton` for a call of our ops."""
+        return {
+            "backend": self.backend_of(op, tensors, options),
+            "ours": self.ours(lambda: getattr(ops, op)(*tensors, **options)),
+            "triton": self.triton(op, tensors, options),
+        }
+
+    def triton(self, op: str, tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Call | None:
+        """A call of the op's Triton kernel, tuned for it here and now; None where it has none, or that cannot run it,
+        or takes it by itself."""
+        reasons = registry.why_not(op, *tensors, **options)
+        if reasons.get("triton", "no kernel") is not None or self.backend_of(op, tensors, options) == "triton":
+            return None
+        with contextlib.suppress(RuntimeError):  # the call itself will tell
+            ops.tune(op, *tensors, **options, backend="triton", seconds=TUNING_SECONDS)
+        return lambda: getattr(ops, op)(*tensors, **options, backend="triton")
 
     def time(self, calls: Mapping[str, Callable[[], object]], *, budget_seconds: float = 20e-3) -> dict[str, Timing]:
         """Times of layers, in turn: as CUDA graphs by the device's clock; in a dry run each call once."""

@@ -82,7 +82,8 @@ def write_page(folder: Path) -> Path:
         "",
         "Written by `make gpu` from the JSON files beside this page, never by hand; losses stay in. Times are medians",
         "of the best round, by CUDA events around one CUDA graph, from a flushed second-level cache (whole models: not",
-        "flushed). Ratios are the other's time ÷ ours: above 1× ours is faster.",
+        "flushed). Ratios are the other's time ÷ ours: above 1× ours is faster. “Triton” is our own Triton kernel of",
+        "the op, tuned; CUDA kernels run as their heuristics choose.",
         "",
     ]
     for name, content in loaded.items():
@@ -111,8 +112,8 @@ def _number(value: float | None, form: str) -> str:
 
 def _layer_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     header = ["network", "layer", "batch", "backend", "ms", "TFLOP/s", "GB/s", "of roofline"]
-    header += ["parts ÷ ours", "best peer ÷ ours", "best peer"]
-    return markdown(header, [_layer_cells(row) for row in rows], text=(0, 1, 3, 10))
+    header += ["parts ÷ ours", "Triton ÷ ours", "best peer ÷ ours", "best peer"]
+    return markdown(header, [_layer_cells(row) for row in rows], text=(0, 1, 3, 11))
 
 
 def _layer_cells(row: Mapping[str, Any]) -> list[str]:
@@ -130,6 +131,7 @@ def _layer_cells(row: Mapping[str, Any]) -> list[str]:
         _number(row["gbs"], ".0f"),
         ABSENT if fraction is None else f"{fraction:.0%} {row['limited_by']}",
         ratio_text(row["unfused_ratio"]),
+        ratio_text(row.get("triton_ratio")),
         ratio_text(row["ratio"]),
         row["best_peer"] or ABSENT,
     ]

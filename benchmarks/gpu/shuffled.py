@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from gpu.contest import Contest, Workload
 from gpu.place import Place
-from kernelpress import ops
 
 __all__ = ["ghost", "grouped"]
 
@@ -83,8 +82,7 @@ def _convolution(
 
         x_nchw, weight_nchw = x.contiguous(), weight.contiguous()
         return Contest(
-            backend=place.backend_of("grouped_conv2d", [x, weight, bias], options),
-            ours=place.ours(lambda: ops.grouped_conv2d(x, weight, bias, **options)),
+            **place.own("grouped_conv2d", [x, weight, bias], options),
             peers={
                 "cuDNN channels_last + shuffle": lambda: plain(x, weight, bias),
                 "cuDNN contiguous + shuffle": lambda: plain(x_nchw, weight_nchw, bias),
@@ -109,8 +107,7 @@ def _shuffle(place: Place, batch: int, size: int, channels: int) -> Workload:
         x = place.random(batch, channels, size, size)
         x_nchw = x.contiguous()
         return Contest(
-            backend=place.backend_of("channel_shuffle", [x], {"groups": 3}),
-            ours=place.ours(lambda: ops.channel_shuffle(x, groups=3)),
+            **place.own("channel_shuffle", [x], {"groups": 3}),
             peers={
                 "torch channels_last": lambda: shuffled(x, 3),
                 "torch contiguous": lambda: shuffled(x_nchw, 3),
@@ -136,8 +133,7 @@ def _concat(place: Place, batch: int, size: int, channels: int) -> Workload:
             return shuffled(torch.cat([a, b], 1), 2)
 
         return Contest(
-            backend=place.backend_of("shuffle_concat", [a, b], {"groups": 2}),
-            ours=place.ours(lambda: ops.shuffle_concat(a, b, groups=2)),
+            **place.own("shuffle_concat", [a, b], {"groups": 2}),
             peers={
                 "cat + shuffle, channels_last": lambda: plain(a, b),
                 "cat + shuffle, contiguous": lambda: plain(a_nchw, b_nchw),
@@ -178,8 +174,7 @@ def _ghost(place: Place, batch: int, size: int, c_in: int, c_out: int, is_active
 
         contiguous = [t.contiguous() for t in (x, *tensors)]
         return Contest(
-            backend=place.backend_of("ghost_conv2d", [x, *tensors], options),
-            ours=place.ours(lambda: ops.ghost_conv2d(x, *tensors, **options)),
+            **place.own("ghost_conv2d", [x, *tensors], options),
             peers={
                 "conv + conv + cat, channels_last": lambda: plain(x, *tensors),
                 "conv + conv + cat, contiguous": lambda: plain(*contiguous),

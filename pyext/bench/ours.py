@@ -16,15 +16,15 @@ from kernelpress.bench.shapes import Case, Stage
 from kernelpress.ops import registry
 from kernelpress.ops.step import native_steps
 
-__all__ = ["backend_of", "fused", "unfused"]
+__all__ = ["arguments", "backend_of", "fused", "unfused"]
 
 _Call = tuple[str, list[Tensor | None], dict[str, Any]]
 
 
 def fused(case: Case, inputs: LayerInputs) -> Callable[[], Tensor]:
     """The op of `case` as one step or call."""
-    arguments, options = _arguments(case, inputs)
-    return _steps_or_calls([(case.op, arguments, options)], backend_of(case, inputs))
+    tensors, options = arguments(case, inputs)
+    return _steps_or_calls([(case.op, tensors, options)], backend_of(case, inputs))
 
 
 def backend_of(case: Case, inputs: LayerInputs) -> str:
@@ -32,8 +32,8 @@ def backend_of(case: Case, inputs: LayerInputs) -> str:
     requested = registry.requested_backend("auto")
     if requested != "auto":
         return requested
-    arguments, options = _arguments(case, inputs)
-    reasons = registry.why_not(case.op, *arguments, **options)
+    tensors, options = arguments(case, inputs)
+    reasons = registry.why_not(case.op, *tensors, **options)
     return next(backend for backend, reason in reasons.items() if reason is None)
 
 
@@ -66,8 +66,8 @@ def _geometry(stage: Stage) -> dict[str, list[int]]:
     return {"stride": [stage.stride] * 2, "padding": [stage.padding] * 2}
 
 
-def _arguments(case: Case, inputs: LayerInputs) -> tuple[list[Tensor | None], dict[str, Any]]:
-    """Positional and keyword arguments of the op of `case`."""
+def arguments(case: Case, inputs: LayerInputs) -> tuple[list[Tensor | None], dict[str, Any]]:
+    """Positional and keyword arguments of the op of `case`: its tensors, its options."""
     last = case.stages[-1]
     if len(case.stages) == 1:
         options: dict[str, Any] = {"activation": last.activation}
