@@ -9,21 +9,26 @@ __all__ = ["activate", "affine", "finish_int8_tile", "finish_tile", "output_valu
 
 
 @triton.jit
+def between_0_and_6(value):
+    """The value cut off at 0 and 6; NaN stays NaN."""
+    value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(value, 6.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def activate(value, ACTIVATION: tl.constexpr):
     """The activation whose position in `reference.ACTIVATIONS` is given, of float32; NaN stays NaN."""
     tl.static_assert(ACTIVATION < 8)
     if ACTIVATION == 1:
-        value = tl.where(value < 0.0, 0.0, value)
+        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACTIVATION == 2:
-        value = tl.where(value < 0.0, 0.0, tl.where(value > 6.0, 6.0, value))
+        value = between_0_and_6(value)
     elif ACTIVATION == 3:
         value = value * tl.sigmoid(value)
     elif ACTIVATION == 4:
-        gate = value + 3.0
-        value = value * tl.where(gate < 0.0, 0.0, tl.where(gate > 6.0, 6.0, gate)) * (1.0 / 6.0)
+        value = value * between_0_and_6(value + 3.0) * (1.0 / 6.0)
     elif ACTIVATION == 5:
-        gate = value + 3.0
-        value = tl.where(gate < 0.0, 0.0, tl.where(gate > 6.0, 6.0, gate)) * (1.0 / 6.0)
+        value = between_0_and_6(value + 3.0) * (1.0 / 6.0)
     elif ACTIVATION == 6:
         value = tl.sigmoid(value)
     elif ACTIVATION == 7:
