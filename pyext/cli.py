@@ -74,7 +74,15 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="kernel microbenchmarks")
     bench.add_argument("--family", help="one family of kernels (default: all)")
-    bench.add_argument("--device", default="cpu", help="default cpu")
+    bench.add_argument(
+        "--backends",
+        type=_names,
+        metavar="A,B",
+        help="these side by side, such as cuda,triton; see doctor",
+    )
+    bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    bench.add_argument("--dtype", help="with --backends: fp32 (default), fp16 or bf16")
+    bench.add_argument("--batch", type=_positive, default=1, help="images per inference (default 1)")
     bench.add_argument("--peers", action="store_true", help="time PyTorch's own ways in turn with ours")
     bench.add_argument("--threads", type=_positive, help="torch's number of threads (default: as it is)")
     bench.set_defaults(run=_bench)
@@ -92,6 +100,10 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
     return value
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _console() -> Console:
@@ -224,10 +236,33 @@ def _bench(options: argparse.Namespace) -> int:
     from kernelpress import bench
 
     families = bench.FAMILIES if options.family is None else (options.family,)
+    backends = options.backends or (_backends_of_a_gpu() if options.device == "cuda" else None)
+    if backends is None and options.dtype:
+        raise ValueError("dtype: takes --backends")
+    if backends is not None and options.peers:
+        raise ValueError("peers: not with --backends or --device cuda; `make gpu` has all peers")
     for family in families:
-        rows = bench.run(family, options.device, options.peers, threads=options.threads)
-        console.print(bench.table(rows, bench.measure_roofline(options.threads)))
+        if backends is None:
+            rows = bench.run(family, options.device, options.peers, batch=options.batch, threads=options.threads)
+            console.print(bench.table(rows, bench.measure_roofline(options.threads)))
+        else:
+            sides = bench.run_backends(
+                *(family, backends, options.device),
+                dtype=options.dtype or "fp32",
+                batch=options.batch,
+                threads=options.threads,
+            )
+            console.print(bench.backend_table(sides))
     return 0
+
+
+def _backends_of_a_gpu() -> list[str]:
+    """Those that run something here, or the first if none does: it will tell why."""
+    from kernelpress.ops import availability
+
+    known = ("cuda", "triton", "cudnn")
+    usable = [name for name in known if any(reasons.get(name, "") is None for reasons in availability().values())]
+    return usable or list(known[:1])
 
 
 def _doctor(_: argparse.Namespace) -> int:

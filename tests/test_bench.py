@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernelpress import bench
+from kernelpress import bench, native
 from kernelpress.bench import Case, Roofline, Stage, ours, peers
 from kernelpress.bench.run import OURS, UNFUSED, measure_case, relative_error
 
@@ -169,6 +170,62 @@ def test_the_row_names_a_forced_backend() -> None:
     with use_backend("reference"):
         row = measure_case(SMALL["depthwise"], ROOFLINE, rounds=1, budget_seconds=0.005)
     assert row.backend == "reference"
+
+
+def test_backends_are_timed_side_by_side() -> None:
+    needed = [name for name in ("cpu", "reference") if name != "cpu" or native.cpu() is not None]
+    only = [SMALL["depthwise"], SMALL["separable"]]
+    for row, case in zip(
+        bench.run_backends("separable", needed, only=only, rounds=1, budget_seconds=2e-3), only, strict=True
+    ):
+        assert [entry.backend for entry in row.entries] == needed
+        first, last = row.entries[0], row.entries[-1]
+        assert first.ms is not None
+        assert last.ms is not None
+        assert row.ratio(first) == 1.0
+        assert row.ratio(last) == pytest.approx(first.ms / last.ms)
+        work = case.traffic_bytes if case.family == "depthwise" else case.flops
+        assert row.rate(last) == pytest.approx(work / last.ms * 1e-6)
+
+
+@pytest.mark.usefixtures("interpreted_triton")
+def test_triton_is_a_backend_like_others_and_what_it_lacks_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    rich = pytest.importorskip("rich.console", reason="rich prints the table; the extra `cli` installs it")
+    only = [SMALL["linear"], SMALL["stem"]]
+    options: dict[str, Any] = {"only": only, "rounds": 1, "budget_seconds": 2e-3}
+    rows = bench.run_backends("dense", ["reference", "triton"], dtype="fp16", **options)
+    linear, stem = rows
+    assert linear.traffic_bytes == SMALL["linear"].traffic_bytes // 2
+    assert linear.ratio(linear.entries[1]) is not None
+    assert stem.entries[1].ms is None
+    assert stem.entries[1].reason == "conv2d has no implementation on it"
+    assert stem.ratio(stem.entries[1]) is None
+    rich.Console(width=200).print(bench.backend_table(rows))
+    printed = capsys.readouterr().out
+    for part in (
+        "dense on cpu, fp16",
+        "triton cannot run conv2d: conv2d has no",
+        f"{linear.ratio(linear.entries[1]):.2f}×",
+    ):
+        assert part in printed
+    with pytest.raises(RuntimeError, match="'triton' cannot run dense on cpu in fp16: conv2d has no implementation"):
+        bench.run_backends("dense", ["reference", "triton"], dtype="fp16", **{**options, "only": only[1:]})
+
+
+def test_a_backend_that_computes_something_else_is_no_contestant(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ours.on_backend
+    monkeypatch.setattr(ours, "on_backend", lambda *given: lambda: right(*given)() * 1.01)
+    with pytest.raises(RuntimeError, match=r"linear .*: reference differs from eager by 1\.0e-02"):
+        bench.run_backends("dense", ["reference"], only=[SMALL["linear"]])
+
+
+def test_on_a_cuda_device_backends_are_timed_by_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernelpress.bench import backends
+
+    asked: list[torch.device] = []
+    monkeypatch.setattr(backends, "time_graphs", lambda calls, device, **options: asked.append(device) or {})
+    backends._timings({"cuda": torch.zeros_like}, torch.device("cuda", 0), 1, 1.0)
+    assert asked == [torch.device("cuda", 0)]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -126,6 +127,39 @@ class TestDoctor:
         rapl = next(finding for finding in findings if finding.name.startswith("RAPL"))
         assert (rapl.detail == "readable") == rapl.is_ok
 
+    def test_the_triton_backend_is_reported_with_its_version_and_the_reason_against_it(self, monkeypatch):
+        from kernelpress import doctor
+        from kernelpress.ops import triton
+
+        def finding():
+            return next(finding for finding in doctor.examine() if finding.name == "Triton kernels")
+
+        monkeypatch.setattr(doctor, "_version", lambda package: "3.9.0")
+        with triton.running_on(replace(triton.target(), reason=lambda index: None)):
+            assert (finding().is_ok, finding().detail) == (True, "3.9.0")
+        with triton.running_on(replace(triton.target(), reason=lambda index: "no device")):
+            assert (finding().is_ok, finding().detail) == (False, "3.9.0; no device")
+        monkeypatch.setattr(doctor, "_version", lambda package: None)
+        with triton.running_on(replace(triton.target(), reason=lambda index: "triton is not installed: pip ...")):
+            assert (finding().is_ok, finding().detail) == (False, "triton is not installed: pip ...")
+
+    @pytest.mark.parametrize(
+        ("value", "is_ok", "detail"),
+        [
+            ("", None, "as measured before"),
+            ("0", None, "by heuristic"),
+            ("1", None, "at first call"),
+            ("x", False, "got 'x'"),
+        ],
+    )
+    def test_how_kernels_are_tuned_is_reported(self, monkeypatch, value, is_ok, detail):
+        from kernelpress.doctor import examine
+
+        monkeypatch.setenv("KERNELPRESS_AUTOTUNE", value)
+        found = next(finding for finding in examine() if finding.name == "tile configurations")
+        assert found.is_ok is is_ok
+        assert detail in found.detail
+
     def test_unwritable_cache_is_reported(self, monkeypatch):
         from kernelpress import doctor
 
@@ -141,6 +175,37 @@ class TestBench:
 
     def test_unknown_device_is_refused(self, capsys):
         assert "device: expected one of cpu" in refusal(capsys, "bench", "--family", "depthwise", "--device", "abacus")
+
+    def test_backends_stand_side_by_side(self, capsys, monkeypatch):
+        from kernelpress import bench
+        from kernelpress.bench import backends
+
+        few = bench.cases("depthwise", batch=2)[-1:]
+        monkeypatch.setattr(backends, "cases", lambda family, batch: few if batch == 2 else ())
+        command = ("bench", "--family", "depthwise", "--backends", "cpu, reference", "--batch", "2", "--threads", "1")
+        assert cli.main(command) == 0
+        out = capsys.readouterr().out
+        for expected in (few[0].label, "cpu", "reference", "vs cpu", "GB/s", "fp32"):
+            assert expected in out
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--backends", "cpu,rocket"), "backends: expected some of cuda, .*reference, got rocket"),
+            (("--backends", "cpu", "--dtype", "fp8"), "dtype: expected one of fp32, fp16, bf16, got 'fp8'"),
+            (("--dtype", "bf16"), "dtype: takes --backends"),
+            (("--backends", "cpu", "--peers"), "peers: not with --backends"),
+        ],
+    )
+    def test_what_backends_cannot_do_is_refused(self, capsys, arguments, message):
+        assert re.search(message, refusal(capsys, "bench", "--family", "depthwise", *arguments))
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device; one without runs it")
+    def test_without_a_device_its_benchmark_says_so(self, capsys):
+        text = refusal(capsys, "bench", "--family", "depthwise", "--device", "cuda")
+        assert "torch.cuda.is_available() is False" in text
+        text = refusal(capsys, "bench", "--family", "depthwise", "--backends", "cpu,cuda")
+        assert "backends: 'cuda' cannot run depthwise on cpu in fp32: " in text
 
 
 class TestProcess:

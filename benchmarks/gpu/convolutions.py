@@ -52,7 +52,7 @@ def _workload(case: Case, place: Place) -> Workload:
 def _contest(case: Case, place: Place) -> Contest:
     with place.device:
         exact = random_inputs(case)
-    inputs = _cast(exact, place.dtype)
+    inputs = exact.to(place.dtype)
     with place.backend():
         call, backend = ours.fused(case, inputs), ours.backend_of(case, inputs)
         parts = ours.unfused(case, inputs) if len(case.stages) > 1 else None
@@ -70,22 +70,10 @@ def _contest(case: Case, place: Place) -> Contest:
         backend=backend,
         ours=place.ours(call),
         peers=peers,
-        expected=eager(case, _cast(inputs, torch.float32)),
+        expected=eager(case, inputs.to(torch.float32)),
         triton=place.triton(case.op, *ours.arguments(case, inputs)),
         parts=None if parts is None else place.ours(parts),
         eager=plain,
-    )
-
-
-def _cast(inputs: LayerInputs, dtype: torch.dtype) -> LayerInputs:
-    residual = inputs.residual
-    if residual is not None:
-        residual = residual.to(dtype)
-    return LayerInputs(
-        inputs.x.to(dtype),
-        tuple(weight.to(dtype) for weight in inputs.weights),
-        tuple(bias.to(dtype) for bias in inputs.biases),
-        residual,
     )
 
 

@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernelpress import ops
 from kernelpress.bench.peers import LayerInputs
 from kernelpress.bench.shapes import Case, Stage
 from kernelpress.ops import registry
 from kernelpress.ops.step import native_steps
 
-__all__ = ["arguments", "backend_of", "fused", "unfused"]
+__all__ = ["arguments", "backend_of", "fused", "on_backend", "unfused"]
 
 _Call = tuple[str, list[Tensor | None], dict[str, Any]]
 
@@ -25,6 +26,13 @@ def fused(case: Case, inputs: LayerInputs) -> Callable[[], Tensor]:
     """The op of `case` as one step or call."""
     tensors, options = arguments(case, inputs)
     return _steps_or_calls([(case.op, tensors, options)], backend_of(case, inputs))
+
+
+def on_backend(case: Case, inputs: LayerInputs, backend: str) -> Callable[[], Tensor]:
+    """The op of `case` on one backend: as a step of a plan on `cpu`, else as a call."""
+    tensors, options = arguments(case, inputs)
+    steps = native_steps([(case.op, tensors, options)]) if backend == "cpu" else None
+    return steps or (lambda: getattr(ops, case.op)(*tensors, **options, backend=backend))
 
 
 def backend_of(case: Case, inputs: LayerInputs) -> str:

@@ -44,6 +44,12 @@ class LayerInputs:
         residual = None if self.residual is None else self.residual.contiguous()
         return LayerInputs(self.x.contiguous(), tuple(w.contiguous() for w in self.weights), self.biases, residual)
 
+    def to(self, dtype: torch.dtype) -> LayerInputs:
+        """The same values in another dtype."""
+        weights, biases = ([t.to(dtype) for t in tensors] for tensors in (self.weights, self.biases))
+        residual = None if self.residual is None else self.residual.to(dtype)
+        return LayerInputs(self.x.to(dtype), tuple(weights), tuple(biases), residual)
+
 
 def random_inputs(case: Case) -> LayerInputs:
     """Fresh random tensors for `case`; weights scaled by their fan-in, so that values keep their size along a chain."""

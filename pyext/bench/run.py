@@ -98,7 +98,7 @@ def run(
     results disagree.
     """
     if device not in DEVICES:
-        raise ValueError(f"device: expected one of {', '.join(DEVICES)}, which have kernels; got {device!r}")
+        raise ValueError(f"device: expected one of {', '.join(DEVICES)}, or `run_backends`; got {device!r}")
     chosen = cases(family, batch=batch) if only is None else tuple(only)
     roofline = measure_roofline(threads)
     rows = [
