@@ -114,16 +114,22 @@ def _gpu() -> Iterator[Finding]:
             "GPU", "CUDA", False, f"torch is built for CUDA {torch.version.cuda}, but finds no device or driver"
         )
     yield from _cuda()
+    yield from _triton()
+
+
+def _triton() -> Iterator[Finding]:
+    """Whether the backend "triton" can be used, and what its kernels and the CUDA ones are tuned by."""
+    from kernelpress.ops import triton, tuning
+
+    reason = triton.target().reason(None)
     version = _version("triton")
-    if version is None:
-        yield Finding("GPU", "Triton", False, "not installed")
-    else:
-        yield Finding(
-            "GPU",
-            "Triton",
-            torch.cuda.is_available(),
-            version if torch.cuda.is_available() else f"{version}, without a GPU",
-        )
+    named = "" if version is None or reason is None else f"{version}; "
+    yield Finding("GPU", "Triton kernels", reason is None, f"{named}{reason or version}")
+    try:
+        found = {"": "as measured before, else by heuristic", "0": "by heuristic", "1": "at first call"}
+        yield Finding("GPU", "tile configurations", None, f"{found[tuning.autotune()]} (KERNELPRESS_AUTOTUNE)")
+    except ValueError as error:
+        yield Finding("GPU", "tile configurations", False, str(error))
 
 
 def _cuda() -> Iterator[Finding]:
