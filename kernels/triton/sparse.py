@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernelpress.kernels.reference import ACTIVATIONS
 from kernelpress.kernels.triton.epilogue import finish_int8_tile, finish_tile
-from kernelpress.kernels.triton.launch import Configuration, Device, cdiv, launch, power_of_2, spacing
+from kernelpress.kernels.triton.launch import Configuration, Device, cdiv, launch, power_of_2, spacing, unit
 from kernelpress.kernels.triton.tiles import input_pixels, product_precision, tile_of_program, window_corners
 
 __all__ = ["sparse_conv2d", "sparse_conv2d_configurations", "sparse_matmul", "sparse_matmul_configurations"]
@@ -72,6 +72,8 @@ def sparse_kernel(
     dilation_h,
     dilation_w,
     kernel_w,
+    X_UNIT: tl.constexpr,
+    Y_UNIT: tl.constexpr,
     IS_WINDOW: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
@@ -80,6 +82,8 @@ def sparse_kernel(
     TILE_PIXELS: tl.constexpr,
     TILE_DEPTH: tl.constexpr,
 ):
+    c_in, x_spacing = c_in * X_UNIT, x_spacing * X_UNIT
+    c_out, residual_spacing, y_spacing = c_out * Y_UNIT, residual_spacing * Y_UNIT, y_spacing * Y_UNIT
     pixel_tile, row = tile_of_program(tl.program_id(0), tl.cdiv(n_pixels, TILE_PIXELS), n_rows, GROUP=8)
     pixels = pixel_tile * TILE_PIXELS + tl.arange(0, TILE_PIXELS)
     is_pixel = pixels < n_pixels
@@ -211,12 +215,17 @@ def _product(
 ) -> None:
     rows = row_offsets.shape[0] - 1
     tile_pixels, tile_depth = configuration.tile
+    x_unit, y_unit = unit(c_in, spacing(x)), unit(c_out, spacing(residual), spacing(y))
     launch(
         sparse_kernel,
         cdiv(pixels, tile_pixels) * rows,
         configuration,
-        *(x, row_offsets, columns, blocks, bias, scale, residual, y, pixels, rows, c_in, c_out, *image, *out),
-        *(spacing(x), spacing(residual), spacing(y), *stride, *padding, *dilation, kernel_size[1]),
+        *(x, row_offsets, columns, blocks, bias, scale, residual, y),
+        *(pixels, rows, c_in // x_unit, c_out // y_unit, *image, *out),
+        *(spacing(x) // x_unit, spacing(residual) // y_unit, spacing(y) // y_unit),
+        *(*stride, *padding, *dilation, kernel_size[1]),
+        X_UNIT=x_unit,
+        Y_UNIT=y_unit,
         IS_WINDOW=(tuple(kernel_size), tuple(stride), tuple(padding)) != ((1, 1), (1, 1), (0, 0)),
         BLOCK_ROWS=blocks.shape[1],
         BLOCK_COLUMNS=blocks.shape[2],
