@@ -22,13 +22,16 @@ from torch import Tensor
 
 from kernelpress.kernels.reference import ACTIVATIONS
 from kernelpress.kernels.triton.epilogue import finish_int8_tile, tile_offsets
-from kernelpress.kernels.triton.launch import Configuration, Device, cdiv, launch, spacing
+from kernelpress.kernels.triton.launch import Configuration, Device, cdiv, launch, spacing, unit
 from kernelpress.kernels.triton.tiles import input_pixels, product_configurations, tile_of_program, window_corners
 
 __all__ = ["int8_conv2d", "int8_conv2d_configurations", "int8_matmul", "int8_matmul_configurations"]
 
 _FEW_CHANNELS = 32
 """Fewer are read together with those of the taps beside them; also the least sum that an instruction takes."""
+
+_LARGEST_OF_BYTES = 64
+"""Rows or columns of a tile that is read by single bytes."""
 
 _STEP_OVERHEAD = 16
 """Of a step, in values of its sum."""
@@ -63,18 +66,19 @@ def finish_sums(
     inverse_scale,
     zero_point,
     ACTIVATION: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    """Takes zero points off the sums of products, and stores their epilogue: 32 columns at a time, since registers that
-    hold a large tile have little room beside it."""
+    """Takes zero points off the sums of products, and stores their epilogue: `PART` columns at a time, since registers
+    that hold a large tile have little room beside it."""
     COLUMNS: tl.constexpr = sums.shape[1]
-    if COLUMNS > 32:
+    if COLUMNS > PART:
         parts, parts_channels = halves(sums), halves(channels[None, :])
         for part in tl.static_range(2):
             finish_sums(
                 *(parts[part], pixels, tl.reshape(parts_channels[part], (COLUMNS // 2,)), is_pixel, n_channels),
                 *(corrections, row_scale, row_zero_point, weight_sums, scale, bias),
                 *(residual, residual_spacing, residual_scale, residual_zero_point),
-                *(y, y_spacing, inverse_scale, zero_point, ACTIVATION),
+                *(y, y_spacing, inverse_scale, zero_point, ACTIVATION, PART),
             )
     else:
         is_channel = channels < n_channels
@@ -116,11 +120,16 @@ def int8_product_kernel(
     residual_zero_point,
     inverse_scale,
     zero_point,
+    X_UNIT: tl.constexpr,
+    Y_UNIT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PART: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     TILE_DEPTH: tl.constexpr,
 ):
+    c_in, x_spacing = c_in * X_UNIT, x_spacing * X_UNIT
+    c_out, residual_spacing, y_spacing = c_out * Y_UNIT, residual_spacing * Y_UNIT, y_spacing * Y_UNIT
     row_tile, column_tile = tile_of_program(
         tl.program_id(0), tl.cdiv(rows, TILE_ROWS), tl.cdiv(c_out, TILE_COLUMNS), GROUP=8
     )
@@ -140,7 +149,7 @@ def int8_product_kernel(
         *(sums, pixels, channels, is_pixel, c_out),
         *(corrections, row_scale, row_zero_point, weight_sums, scale, bias),
         *(residual, residual_spacing, residual_scale, residual_zero_point),
-        *(y, y_spacing, inverse_scale, zero_point, ACTIVATION),
+        *(y, y_spacing, inverse_scale, zero_point, ACTIVATION, PART),
     )
 
 
@@ -161,9 +170,9 @@ def int8_convolution_kernel(
     out_h,
     out_w,
     c_out,
-    run,
     kernel_h,
-    runs_of_row,
+    kernel_w,
+    taps,
     stride_h,
     stride_w,
     pad_h,
@@ -179,12 +188,18 @@ def int8_convolution_kernel(
     inverse_scale,
     zero_point,
     MERGES_TAPS: tl.constexpr,
+    X_UNIT: tl.constexpr,
+    Y_UNIT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    PART: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     TILE_COLUMNS: tl.constexpr,
     TILE_DEPTH: tl.constexpr,
 ):
-    """`run`: the neighbours in memory that a step's values are part of, one tap or all of a row of the window."""
+    """Steps of `taps` at a time, one or all of a row of the window: a run of neighbours in memory."""
+    c_in, x_spacing = c_in * X_UNIT, x_spacing * X_UNIT
+    c_out, residual_spacing, y_spacing = c_out * Y_UNIT, residual_spacing * Y_UNIT, y_spacing * Y_UNIT
+    run = c_in * taps
     row_tile, column_tile = tile_of_program(
         tl.program_id(0), tl.cdiv(rows, TILE_ROWS), tl.cdiv(c_out, TILE_COLUMNS), GROUP=8
     )
@@ -194,27 +209,28 @@ def int8_convolution_kernel(
     is_pixel, is_channel = pixels < rows, channels < c_out
     image, first_row, first_column = window_corners(pixels, out_h, out_w, stride_h, stride_w, pad_h, pad_w)
     weight_tile = weight + tile_offsets(channels, depth, weight_spacing)
-    steps_of_run = tl.cdiv(run, TILE_DEPTH)
+    runs_of_row, steps_of_run = kernel_w // taps, tl.cdiv(run, TILE_DEPTH)
     sums = tl.zeros((TILE_ROWS, TILE_COLUMNS), tl.int32)
     for step in range(kernel_h * runs_of_row * steps_of_run):
         at, start = step // steps_of_run, step % steps_of_run * TILE_DEPTH
         row, column = first_row + at // runs_of_row * dilation_h, first_column + at % runs_of_row * dilation_w
         sources, is_inside = input_pixels(image, row, column, in_h, in_w)
+        inside = x + tile_offsets(sources, start + depth, x_spacing)
+        in_run = (depth < run - start)[None, :]
         if MERGES_TAPS:
             tap_column = column[:, None] + ((start + depth) // c_in)[None, :]
-            is_inside = ((row >= 0) & (row < in_h))[:, None] & (tap_column >= 0) & (tap_column < in_w)
+            is_inside = (is_pixel & (row >= 0) & (row < in_h))[:, None] & (tap_column >= 0) & (tap_column < in_w)
+            values = tl.load(inside, mask=is_inside & in_run, other=0)
+            values = tl.where(is_inside, values, tl.load(padding))
         else:
-            is_inside = is_inside[:, None]
-        inside = x + tile_offsets(sources, start + depth, x_spacing)
-        outside = padding + (start + depth)[None, :]
-        in_run = (depth < run - start)[None, :]
-        values = tl.load(tl.where(is_inside & is_pixel[:, None], inside, outside), mask=in_run, other=0)
+            outside = padding + (start + depth)[None, :]
+            values = tl.load(tl.where((is_inside & is_pixel)[:, None], inside, outside), mask=in_run, other=0)
         weights = tl.load(weight_tile + at * run + start, mask=is_channel[:, None] & in_run, other=0)
         sums = tl.dot(values, tl.trans(weights), sums)
     finish_sums(
         *(sums, pixels, channels, is_pixel, c_out, corrections, None, None, None, scale, bias),
         *(residual, residual_spacing, residual_scale, residual_zero_point),
-        *(y, y_spacing, inverse_scale, zero_point, ACTIVATION),
+        *(y, y_spacing, inverse_scale, zero_point, ACTIVATION, PART),
     )
 
 
@@ -280,19 +296,23 @@ def int8_conv2d(
             *(c_in, c_out, activation, configuration, scalars),
         )
         return
-    merges_taps = _merges_taps(c_in, dilation) and spacing(x) == c_in
+    merges_taps = _merges_taps(kernel, c_in, dilation) and spacing(x) == c_in
     taps = kernel[1] if merges_taps else 1
     rows = batch * out_h * out_w
+    x_unit, y_unit = unit(c_in, spacing(x)), unit(c_out, spacing(residual), spacing(y))
     tile_rows, tile_columns, tile_depth = configuration.tile
     launch(
         int8_convolution_kernel,
         cdiv(rows, tile_rows) * cdiv(c_out, tile_columns),
         configuration,
         *(x, weight, padding_values, corrections, scale, bias, residual, y),
-        *(rows, in_h, in_w, c_in, out_h, out_w, c_out, taps * c_in, kernel[0], kernel[1] // taps),
-        *(*stride, *padding, *dilation, spacing(x), weight.shape[1], spacing(residual), spacing(y), *scalars),
+        *(rows, in_h, in_w, c_in // x_unit, out_h, out_w, c_out // y_unit, *kernel, taps, *stride, *padding, *dilation),
+        *(spacing(x) // x_unit, weight.shape[1], spacing(residual) // y_unit, spacing(y) // y_unit, *scalars),
         MERGES_TAPS=merges_taps,
+        X_UNIT=x_unit,
+        Y_UNIT=y_unit,
         ACTIVATION=ACTIVATIONS.index(activation),
+        PART=_part(configuration),
         TILE_ROWS=tile_rows,
         TILE_COLUMNS=tile_columns,
         TILE_DEPTH=tile_depth,
@@ -317,35 +337,51 @@ def _product(
     scalars: tuple[float, int, float, int],
 ) -> None:
     rows = x.numel() // c_in
+    x_unit, y_unit = unit(c_in, spacing(x)), unit(c_out, spacing(residual), spacing(y))
     tile_rows, tile_columns, tile_depth = configuration.tile
     launch(
         int8_product_kernel,
         cdiv(rows, tile_rows) * cdiv(c_out, tile_columns),
         configuration,
         *(x, weight, corrections, scale, bias, residual, row_scale, row_zero_point, weight_sums, y),
-        *(rows, c_in, c_out, spacing(x), weight.shape[1], spacing(residual), spacing(y), *scalars),
+        *(rows, c_in // x_unit, c_out // y_unit),
+        *(spacing(x) // x_unit, weight.shape[1], spacing(residual) // y_unit, spacing(y) // y_unit, *scalars),
+        X_UNIT=x_unit,
+        Y_UNIT=y_unit,
         ACTIVATION=ACTIVATIONS.index(activation),
+        PART=_part(configuration),
         TILE_ROWS=tile_rows,
         TILE_COLUMNS=tile_columns,
         TILE_DEPTH=tile_depth,
     )
 
 
-def _merges_taps(c_in: int, dilation: tuple[int, ...]) -> bool:
-    return c_in < _FEW_CHANNELS and dilation[1] == 1
+def _part(configuration: Configuration) -> int:
+    """Columns that a program finishes together: 16 values a thread."""
+    return max(16, 16 * 32 * configuration.warps // configuration.tile[0])
 
 
-def _configurations(rows: int, c_out: int, run: int, device: Device) -> tuple[Configuration, ...]:
-    """Those of a product, in steps that do not reach far beyond the runs that they read."""
-    found = product_configurations(rows, c_out, run, 1, "ieee", device)
+def _merges_taps(kernel: tuple[int, int], c_in: int, dilation: tuple[int, ...]) -> bool:
+    return kernel[1] > 1 and c_in < _FEW_CHANNELS and c_in % 16 != 0 and dilation[1] == 1
+
+
+def _configurations(rows: int, c_out: int, c_in: int, reads_bytes: bool, device: Device) -> tuple[Configuration, ...]:
+    """Those of a product, in steps that do not reach far beyond the runs that they read; small ones where each byte has
+    an address of its own, and a register for it."""
 
     def step(longest: int) -> int:
         steps = [size for size in (128, 64, 32) if size <= longest]
-        return min(steps, key=lambda size: cdiv(run, size) * (size + _STEP_OVERHEAD))
+        return min(steps, key=lambda size: cdiv(c_in, size) * (size + _STEP_OVERHEAD))
 
+    found = product_configurations(rows, c_out, c_in, 1, "ieee", device)
     return tuple(
-        Configuration((*configuration.tile[:2], step(configuration.tile[2])), *configuration[1:])
-        for configuration in found
+        Configuration(
+            (tile_rows, tile_columns, _FEW_CHANNELS if reads_bytes else step(longest)),
+            8 if tile_rows >= 128 else warps,
+            stages,
+        )
+        for (tile_rows, tile_columns, longest), warps, stages in found
+        if not (reads_bytes and max(tile_rows, tile_columns) > _LARGEST_OF_BYTES)
     )
 
 
@@ -354,7 +390,7 @@ def int8_matmul_configurations(
 ) -> tuple[Configuration, ...]:
     """What `int8_matmul` may run in, the best guess first."""
     c_in, c_out = x.shape[-1], y.shape[-1]
-    return _configurations(max(1, math.prod(x.shape) // c_in), c_out, c_in, device)
+    return _configurations(max(1, math.prod(x.shape) // c_in), c_out, c_in, c_in % 4 != 0, device)
 
 
 def int8_conv2d_configurations(
@@ -362,5 +398,6 @@ def int8_conv2d_configurations(
 ) -> tuple[Configuration, ...]:
     """What `int8_conv2d` may run in, the best guess first."""
     batch, c_out, out_h, out_w = y.shape
-    run = x.shape[1] * (kernel[1] if _merges_taps(x.shape[1], dilation) else 1)
-    return _configurations(batch * out_h * out_w, c_out, run, device)
+    c_in = x.shape[1]
+    reads_bytes = c_in % 4 != 0 or _merges_taps(kernel, c_in, dilation)
+    return _configurations(batch * out_h * out_w, c_out, c_in, reads_bytes, device)
