@@ -1,5 +1,6 @@
 """What every test shares: a seed that can be varied, few threads, and the instruction sets of the native module."""
 
+import importlib.util
 import os
 import random
 import zlib
@@ -8,11 +9,24 @@ from collections.abc import Iterator
 import numpy
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, as torch does below kernelpress
+
 from hypothesis import settings
-from interpreting import interpreted_triton  # noqa: F401 - a fixture
 from simt.fixtures import emulated_cuda, simt  # noqa: F401 - fixtures
 
 from kernelpress import native
+
+if importlib.util.find_spec("triton") is not None:
+    from interpreting import interpreted_triton
+else:
+
+    @pytest.fixture
+    def interpreted_triton() -> None:
+        """Where Triton has no wheel."""
+        pytest.skip("triton is not installed: pip install triton")
+
 
 SEED = int(os.environ.get("KERNELPRESS_TEST_SEED", "0"))
 

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+
 import kernelpress  # noqa: F401 - registers the ops
 
 
@@ -27,7 +29,7 @@ def run(what: str) -> Any:
 
 def test_a_traced_op_makes_the_launches_of_a_call() -> None:
     found = run("ops")
-    assert {"depthwise_conv2d", "depthwise_conv2d, symbolic", "pointwise_conv2d", "linear"} <= set(found)
+    assert {"depthwise_conv2d", "depthwise_conv2d, any batch", "pointwise_conv2d", "linear"} <= set(found)
     for name, launches in found.items():
         assert launches["called"], name
         assert launches["traced"] == launches["called"], name

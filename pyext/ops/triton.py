@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Target",
     "TritonKernel",
+    "configuration_of",
     "configurations",
     "device_of",
     "kernel_of",
@@ -185,7 +186,8 @@ def _candidates(kernel: TritonKernel, problem: Problem, tensors: Tensors) -> Can
     )
 
 
-def _chosen(kernel: TritonKernel, problem: Problem, tensors: Tensors) -> Configuration:
+def configuration_of(kernel: TritonKernel, problem: Problem, tensors: Tensors) -> Configuration:
+    """The tile configuration of a call: the measured one where there is one, else the heuristic's."""
     name = tuning.chosen(_candidates(kernel, problem, tensors), problem, tensors)
     if name is not None:
         return _class_configurations(kernel, problem, tensors)[name]
@@ -224,9 +226,10 @@ def prepare_with(kernel: TritonKernel, problem: Problem, tensors: Tensors, confi
     return compute
 
 
-def launch_into(kernel: TritonKernel, problem: Problem, tensors: Tensors, y: Tensor) -> None:
+def launch_into(
+    kernel: TritonKernel, problem: Problem, tensors: Tensors, y: Tensor, configuration: Configuration
+) -> None:
     """Runs a kernel into `y` at once; tensors lie as it reads them."""
-    configuration = _chosen(kernel, problem, tensors)
     run = getattr(kernel.module, kernel.name)
     run(y, *kernel.operands(tensors, problem.options), **_keywords(kernel, problem), configuration=configuration)
 
@@ -234,7 +237,7 @@ def launch_into(kernel: TritonKernel, problem: Problem, tensors: Tensors, y: Ten
 def _prepare(kernel: TritonKernel, problem: Problem, tensors: Tensors) -> Run:
     if 0 in problem.shape:
         return prepare_with(kernel, problem, tensors, None)  # type: ignore[arg-type]
-    return prepare_with(kernel, problem, tensors, _chosen(kernel, problem, tensors))
+    return prepare_with(kernel, problem, tensors, configuration_of(kernel, problem, tensors))
 
 
 _kernels: dict[str, TritonKernel] = {}

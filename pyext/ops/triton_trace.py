@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.library import Library, register_torch_dispatch, wrap_triton
+from torch.utils._python_dispatch import _disable_current_modes
 
 from kernelpress.ops import packing, registry, triton
 from kernelpress.ops.checks import TensorSpec
@@ -60,14 +61,21 @@ def _launched(symbolic: Problem, problem: Problem, tensors: list[Tensor | None])
     from kernelpress.kernels.triton.launch import launching_with
 
     kernel = triton.kernel_of(problem.op)
+    with packing.traced(), _disable_current_modes():
+        without_values = [None if spec is None else _meta(spec) for spec in problem.tensors]
+        configuration = triton.configuration_of(kernel, problem, without_values)
     for at, (layout, spec) in enumerate(zip(kernel.layouts, problem.tensors, strict=True)):
         t = tensors[at]
         if t is not None and spec is not None and layout is not None and layout.spacing(*spec[:2]) is None:
             tensors[at] = layout.copy(t)
     y = torch.empty_strided(symbolic.shape, symbolic.stride, dtype=symbolic.dtype, device=symbolic.device)
     with packing.traced(), launching_with(_wrapped):
-        triton.launch_into(kernel, problem, tensors, y)
+        triton.launch_into(kernel, problem, tensors, y, configuration)
     return y
+
+
+def _meta(spec: TensorSpec) -> Tensor:
+    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device="meta")
 
 
 def _wrapped(kernel: Any, grid: tuple[int], arguments: Any, constants: dict[str, Any], configuration: Any) -> None:
