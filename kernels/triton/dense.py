@@ -167,19 +167,54 @@ def _product(
 
 
 def pointwise_conv2d_configurations(
-    device: Device, y: Any, x: Any, weight: Any, *others: Any, allow_tf32: bool, **options: Any
+    device: Device,
+    y: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    scale: Any,
+    residual: Any,
+    input_scale: Any,
+    *,
+    allow_tf32: bool,
+    **options: Any,
 ) -> tuple[Configuration, ...]:
     """What `pointwise_conv2d` may run in, the best guess first."""
-    batch, c_in, height, width = x.shape
-    precision = product_precision(x.dtype.itemsize, allow_tf32)
-    return product_configurations(batch * height * width, weight.shape[0], c_in, x.dtype.itemsize, precision, device)
+    batch, _, height, width = x.shape
+    return _configurations(
+        device, batch * height * width, weight, x.dtype.itemsize, allow_tf32, scale, residual, input_scale
+    )
 
 
 def linear_configurations(
-    device: Device, y: Any, x: Any, weight: Any, *others: Any, allow_tf32: bool, **options: Any
+    device: Device,
+    y: Any,
+    x: Any,
+    weight: Any,
+    bias: Any,
+    scale: Any,
+    residual: Any,
+    *,
+    allow_tf32: bool,
+    **options: Any,
 ) -> tuple[Configuration, ...]:
     """What `linear` may run in, the best guess first."""
-    c_out, c_in = weight.shape
-    rows = max(1, math.prod(x.shape) // c_in)
-    precision = product_precision(x.dtype.itemsize, allow_tf32)
-    return product_configurations(rows, c_out, c_in, x.dtype.itemsize, precision, device)
+    rows = max(1, math.prod(x.shape) // weight.shape[1])
+    return _configurations(device, rows, weight, x.dtype.itemsize, allow_tf32, scale, residual, None)
+
+
+def _configurations(
+    device: Device,
+    rows: int,
+    weight: Any,
+    element_bytes: int,
+    allow_tf32: bool,
+    scale: Any,
+    residual: Any,
+    input_scale: Any,
+) -> tuple[Configuration, ...]:
+    return product_configurations(
+        *(rows, *weight.shape[:2], element_bytes, product_precision(element_bytes, allow_tf32), device),
+        has_more_operands=scale is not None or residual is not None,
+        has_factors=input_scale is not None,
+    )

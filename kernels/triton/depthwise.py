@@ -371,7 +371,7 @@ def depthwise_configurations(
 
     def configured(tile: tuple[int, ...]) -> Configuration:
         rows, columns, channels = tile
-        return Configuration((rows if unrolled else 1, columns, channels), max(1, min(4, columns * channels // 128)), 1)
+        return Configuration((rows if unrolled else 1, columns, channels), max(1, min(8, columns * channels // 128)), 1)
 
     def cost(configuration: Configuration) -> float:
         rows, columns, channels = configuration.tile

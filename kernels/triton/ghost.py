@@ -364,7 +364,9 @@ def ghost_conv2d_configurations(
     primary_weight: Any,
     primary_bias: Any,
     cheap_weight: Any,
-    *others: Any,
+    cheap_bias: Any = None,
+    residual: Any = None,
+    *,
     multiplier: int,
     allow_tf32: bool,
     **options: Any,
@@ -375,7 +377,8 @@ def ghost_conv2d_configurations(
     batch, _, out_h, out_w = y.shape
     pixels, size = batch * out_h * out_w, x.dtype.itemsize
     precision = product_precision(size, allow_tf32)
-    first = product_configurations(pixels, primary, kernel_h * kernel_w * c_in, size, precision, device)[0]
+    sizes = (pixels, primary, kernel_h * kernel_w * c_in, size, precision, device)
+    first, *_ = product_configurations(*sizes, has_more_operands=residual is not None)
     second = depthwise_configurations(device, (batch, max(1, kept), out_h, out_w), (cheap_h, cheap_w), (1, 1), (1, 1))
     in_turn = InTurn((first, second[0]))
     if multiplier != 1 or kept == 0:

@@ -234,28 +234,27 @@ def _rows_and_channels(shape: Sequence[int]) -> tuple[int, int]:
     return math.prod(shape) // channels, channels
 
 
-def _configuration(rows: int, channels: int, elements: int) -> Configuration:
+def _configuration(channels: int, elements: int) -> Configuration:
     """A tile of whole rows, or of a part of one."""
     tile_channels = min(power_of_2(channels, 16), elements)
-    tile_rows = min(power_of_2(rows), max(1, _TILE // tile_channels))
-    return Configuration((tile_rows, tile_channels), 8 if tile_channels > _TILE else 4, 1)
+    return Configuration((max(1, _TILE // tile_channels), tile_channels), 8 if tile_channels > _TILE else 4, 1)
 
 
 def quantize_configurations(device: Device, y: Any, *others: Any, **options: Any) -> tuple[Configuration, ...]:
     """What `quantize` runs in."""
-    return (_configuration(*_rows_and_channels(y.shape), _TILE),)
+    return (_configuration(_rows_and_channels(y.shape)[1], _TILE),)
 
 
 def dequantize_configurations(device: Device, y: Any, *others: Any, **options: Any) -> tuple[Configuration, ...]:
     """What `dequantize` runs in."""
-    return (_configuration(*_rows_and_channels(y.shape), _TILE),)
+    return (_configuration(_rows_and_channels(y.shape)[1], _TILE),)
 
 
 def int8_add_configurations(device: Device, y: Any, *others: Any, **options: Any) -> tuple[Configuration, ...]:
     """What `int8_add` runs in."""
-    return (_configuration(*_rows_and_channels(y.shape), _TILE),)
+    return (_configuration(_rows_and_channels(y.shape)[1], _TILE),)
 
 
 def quantize_rows_configurations(device: Device, x: Any) -> tuple[Configuration, ...]:
     """What `quantize_rows` runs in."""
-    return (_configuration(math.prod(x.shape[:-1]), x.shape[-1], _LONGEST_HELD),)
+    return (_configuration(x.shape[-1], _LONGEST_HELD),)

@@ -283,6 +283,7 @@ def _configurations(
     dilation: tuple[int, ...],
     element_bytes: int,
     allow_tf32: bool,
+    residual: Any,
 ) -> tuple[Configuration | InTurn, ...]:
     """What a separable convolution may run in, the cheapest by the model first."""
     batch, c_out, out_h, out_w = out
@@ -319,14 +320,11 @@ def _configurations(
         depth = min(_EXACT_DEPTH if is_exact else depth * 2 // element_bytes, power_of_2(channels, 16))
         if (stages * tile_channels + rows * columns) * depth * element_bytes <= device.shared_bytes:
             found[Configuration((rows, columns, tile_channels, depth), warps, stages)] = None
-    steps = InTurn(
-        (
-            depthwise_configurations(device, (batch, channels, out_h, out_w), (kernel_h, kernel_w), stride, dilation)[
-                0
-            ],
-            product_configurations(pixels, c_out, channels, element_bytes, precision, device)[0],
-        )
-    )
+    hidden = (batch, channels, out_h, out_w)
+    first, *_ = depthwise_configurations(device, hidden, (kernel_h, kernel_w), stride, dilation)
+    sizes = (pixels, c_out, channels, element_bytes, precision, device)
+    second, *_ = product_configurations(*sizes, has_more_operands=residual is not None)
+    steps = InTurn((first, second))
     fitting = sorted(found, key=fused)
     return (steps, *fitting) if in_turn() < fused(fitting[0]) else (*fitting, steps)
 
@@ -336,7 +334,11 @@ def separable_conv2d_configurations(
     y: Any,
     x: Any,
     depthwise_weight: Any,
-    *others: Any,
+    depthwise_bias: Any = None,
+    pointwise_weight: Any = None,
+    pointwise_bias: Any = None,
+    residual: Any = None,
+    *,
     stride: Any,
     dilation: Any,
     allow_tf32: bool,
@@ -344,7 +346,8 @@ def separable_conv2d_configurations(
 ) -> tuple[Configuration | InTurn, ...]:
     """What `separable_conv2d` may run in, the best guess first."""
     in_pixels = x.shape[0] * math.prod(x.shape[2:])
-    return _configurations(device, y.shape, in_pixels, depthwise_weight, stride, dilation, x.dtype.itemsize, allow_tf32)
+    how = (stride, dilation, x.dtype.itemsize, allow_tf32, residual)
+    return _configurations(device, y.shape, in_pixels, depthwise_weight, *how)
 
 
 def inverted_residual_configurations(
@@ -354,7 +357,11 @@ def inverted_residual_configurations(
     expand_weight: Any,
     expand_bias: Any,
     depthwise_weight: Any,
-    *others: Any,
+    depthwise_bias: Any = None,
+    project_weight: Any = None,
+    project_bias: Any = None,
+    residual: Any = None,
+    *,
     stride: Any,
     dilation: Any,
     allow_tf32: bool,
@@ -364,5 +371,6 @@ def inverted_residual_configurations(
     in_pixels, element_bytes = x.shape[0] * math.prod(x.shape[2:]), x.dtype.itemsize
     precision = product_precision(element_bytes, allow_tf32)
     expand, *_ = product_configurations(in_pixels, expand_weight.shape[0], x.shape[1], element_bytes, precision, device)
-    rest = _configurations(device, y.shape, in_pixels, depthwise_weight, stride, dilation, element_bytes, allow_tf32)
+    how = (stride, dilation, element_bytes, allow_tf32, residual)
+    rest = _configurations(device, y.shape, in_pixels, depthwise_weight, *how)
     return tuple(InTurn((expand, configuration)) for configuration in rest)

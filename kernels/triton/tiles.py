@@ -26,7 +26,7 @@ _MOST_EXACT_ELEMENTS = 64 * 64
 """Of a float32 tile without TF32: its product is done in registers."""
 
 _MOST_REGISTERS = 128 * 128
-"""Elements of a tile where `mma` takes its operands from registers, as it does before sm_90."""
+"""Elements of a tile where `mma` takes its operands from registers, as it does before sm_90, or its end takes more."""
 
 _WAVES = 0.75
 """The least share of the multiprocessors that a tile size should occupy before a smaller one is better."""
@@ -38,19 +38,33 @@ def product_precision(element_bytes: int, allow_tf32: bool) -> str:
 
 
 def product_configurations(
-    rows: int, columns: int, depth: int, element_bytes: int, precision: str, device: Device
+    rows: int,
+    columns: int,
+    depth: int,
+    element_bytes: int,
+    precision: str,
+    device: Device,
+    *,
+    has_more_operands: bool = False,
+    has_factors: bool = False,
 ) -> tuple[Configuration, ...]:
     """The configurations that a product of this size may take, the best guess first: the largest tiles that neither
-    waste half of themselves nor leave multiprocessors idle."""
+    waste half of themselves nor leave multiprocessors idle.
+
+    An epilogue that `has_more_operands` than a bias finds no registers in the largest tile. Rows that `has_factors` for
+    each of their values take the shared memory of twice as many.
+    """
     is_exact = element_bytes == 4 and precision == "ieee"
+    needs_registers = has_more_operands or device.capability < 90
     fitting = []
     for (tile_rows, tile_columns, step), warps, stages in _PRODUCTS:
         step = step * 2 // element_bytes
         if is_exact and tile_rows * tile_columns > _MOST_EXACT_ELEMENTS:
             continue
-        if device.capability < 90 and tile_rows * tile_columns > _MOST_REGISTERS:
+        if needs_registers and tile_rows * tile_columns > _MOST_REGISTERS:
             continue
-        if (tile_rows + tile_columns) * step * element_bytes * stages > device.shared_bytes:
+        staged = tile_rows * (2 if has_factors else 1) + tile_columns
+        if staged * step * element_bytes * stages > device.shared_bytes:
             continue
         if tile_rows > power_of_2(rows, 16) or tile_columns > power_of_2(columns, 16):
             continue
