@@ -18,7 +18,7 @@ help:
 	@echo 'make test       the tests'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make build      compile what changed of the native modules'
-	@echo 'make resources  registers, shared memory and spills of the CUDA kernels; writes the table in docs/gpu.md'
+	@echo 'make resources  registers, shared memory and spills of the CUDA and Triton kernels; writes the tables in docs/gpu.md'
 	@echo 'make bench      kernels and whole models beside the peers; writes benchmarks/results/'
 	@echo 'make gpu        on a machine with an NVIDIA GPU: build, checks, benchmarks; FAMILY=int8 for one family, GPU_OUT=folder'
 	@echo 'make wheel      a wheel in dist/'
@@ -44,6 +44,7 @@ build: $(INSTALLED)
 
 resources: build
 	$(BIN)/python benchmarks/resources.py
+	$(BIN)/python benchmarks/triton_resources.py
 
 bench: build $(PEERS)
 	$(BIN)/python -m pytest $(filter-out %_models.py,$(wildcard benchmarks/bench_*.py)) --record

@@ -17,11 +17,23 @@ from pathlib import Path
 from kernelpress import native
 from kernelpress.files import write_atomically
 
-__all__ = ["BEGIN", "END", "PAGE", "ROOT", "Use", "object_folder", "parse", "read", "table", "write_table"]
+__all__ = [
+    "MARKS",
+    "PAGE",
+    "ROOT",
+    "Use",
+    "object_folder",
+    "parse",
+    "read",
+    "read_table",
+    "span",
+    "table",
+    "write_table",
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "gpu.md"
-BEGIN, END = "<!-- resources: written by `make resources` -->", "<!-- /resources -->"
+MARKS = ("<!-- resources: written by `make resources` -->", "<!-- /resources -->")
 
 _ENTRY = re.compile(r"Compiling entry function '(?P<name>[^']+)' for '(?P<architecture>[^']+)'")
 _SPILLS = re.compile(r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads")
@@ -125,28 +137,38 @@ def table(uses: Sequence[Use]) -> str:
     ]
     for (family, kernel), of_kernel in groupby(uses, key=lambda use: (use.family, use.template)):
         found = list(of_kernel)
-        registers = [_range(use.registers for use in found if use.architecture == name) for name in architectures]
+        registers = [span(use.registers for use in found if use.architecture == name) for name in architectures]
         row = [family, f"`{kernel}`", str(len({use.kernel for use in found})), *registers]
-        row += [_range(use.shared_bytes for use in found), str(sum(use.spilled_bytes for use in found))]
+        row += [span(use.shared_bytes for use in found), str(sum(use.spilled_bytes for use in found))]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines)
 
 
-def _range(values: Iterable[int]) -> str:
+def span(values: Iterable[int]) -> str:
+    """`3–5`, or the one value, or a dash for none."""
     found = sorted(values)
     if not found:
         return "–"
     return str(found[0]) if found[0] == found[-1] else f"{found[0]}–{found[-1]}"
 
 
-def write_table(page: Path, text: str) -> None:
+def read_table(page: Path, marks: tuple[str, str] = MARKS) -> str:
+    """What stands between the marks of a page. Raises `ValueError` where it has none."""
+    return _parts(page, marks)[1]
+
+
+def write_table(page: Path, text: str, marks: tuple[str, str] = MARKS) -> None:
     """Puts `text` between the marks of a page. Raises `ValueError` where it has none."""
-    content = page.read_text(encoding="utf-8")
-    before, begin, rest = content.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, _, after = _parts(page, marks)
+    write_atomically(page, f"{before}{marks[0]}\n{text}\n{marks[1]}{after}".encode())
+
+
+def _parts(page: Path, marks: tuple[str, str]) -> tuple[str, str, str]:
+    before, begin, rest = page.read_text(encoding="utf-8").partition(marks[0])
+    text, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"{page}: expected the marks {BEGIN!r} and {END!r}, each on a line of its own")
-    write_atomically(page, f"{before}{begin}\n{text}\n{end}{after}".encode())
+        raise ValueError(f"{page}: expected the marks {marks[0]!r} and {marks[1]!r}, each on a line of its own")
+    return before, text, after
 
 
 if __name__ == "__main__":

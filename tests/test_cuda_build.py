@@ -106,9 +106,7 @@ def test_no_kernel_spills_registers(uses, family: str) -> None:
 
 @needs_module
 def test_the_table_in_the_documentation_has_every_kernel_and_no_other(resources, uses) -> None:
-    _, _, rest = resources.PAGE.read_text(encoding="utf-8").partition(resources.BEGIN)
-    written, end, _ = rest.partition(resources.END)
-    assert end, f"docs/gpu.md lacks the marks {resources.BEGIN} and {resources.END}"
+    written = resources.read_table(resources.PAGE)
     listed = set(re.findall(r"^\| (\w+) \| `(\w+)` \| (\d+) \|", written, re.MULTILINE))
     now = {(use.family, use.template): set() for use in uses}
     for use in uses:
@@ -138,7 +136,7 @@ ptxas info    : Used 8 registers, used 0 barriers
 
 def test_the_table_is_written_between_its_marks(resources, tmp_path: Path) -> None:
     page = tmp_path / "gpu.md"
-    page.write_text(f"before\n{resources.BEGIN}\nold\n{resources.END}\nafter\n")
+    page.write_text("before\n{}\nold\n{}\nafter\n".format(*resources.MARKS))
     uses = [
         resources.Use("toy", f"ring<{kernel}>", name, registers, 0, 0)
         for kernel, name, registers in (("3", "sm_80", 40), ("5", "sm_80", 64), ("3", "sm_90", 42), ("5", "sm_90", 42))

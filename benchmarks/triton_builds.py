@@ -1,0 +1,402 @@
+"""Compiles Triton kernels for devices that are not here, and reads what became of them.
+
+`launches(family)` runs its launchers on tensors without memory in every configuration that a device's heuristic names,
+and notes what they would launch. Each `variant` is compiled for each target: of launches that differ in window,
+operands, divisibility or the length of a step only, the most demanding one stands for the others, and bfloat16 for
+float16. For AMD's device it is what an op tries first. `sample` is a part of all that: each tile on each target,
+bfloat16, TF32, exact float32 and int8 by turns.
+
+`build(family)` compiles in a process of its own: nothing can be compiled where TRITON_INTERPRET is set, as in tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from triton_layers import DEMANDING, DEVICE, FORMS, Call, usual_layers
+
+from kernelpress.kernels.triton import quantize
+from kernelpress.kernels.triton.launch import Configuration, Device, launching_with
+from kernelpress.ops import registry, triton
+from kernelpress.ops.checks import TensorSpec
+
+__all__ = [
+    "KINDS",
+    "TARGETS",
+    "Build",
+    "Launch",
+    "Target",
+    "build",
+    "families",
+    "faults",
+    "kinds_of",
+    "launches",
+    "launches_of",
+    "ops",
+    "sample",
+]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device to compile for; `backend`, `architecture` and `lanes` of a warp are what Triton calls it by."""
+
+    name: str
+    device: Device
+    backend: str
+    architecture: int | str
+    lanes: int
+
+
+TARGETS = (
+    Target("sm_80", Device("A100", 80, 108, 163 * 1024), "cuda", 80, 32),
+    Target("sm_90", Device("H200", 90, 132, 227 * 1024), "cuda", 90, 32),
+    Target("sm_100", Device("B200", 100, 148, 227 * 1024), "cuda", 100, 32),
+    Target("gfx942", Device("MI300X", 0, 304, 64 * 1024), "hip", "gfx942", 64),
+)
+
+KINDS: Mapping[str, tuple[torch.dtype, bool]] = {
+    "bf16": (torch.bfloat16, True),
+    "tf32": (torch.float32, True),
+    "fp32": (torch.float32, False),
+    "int8": (torch.int8, True),
+    "fp16": (torch.float16, True),
+}
+"""The dtype of x, and whether float32 may be rounded to TF32."""
+
+_OF_ROWS = (torch.float32, torch.int32)
+"""Dtypes of what `quantize_rows` tells of a row."""
+
+_OF_A_TILE = re.compile(r"TILE_(?!DEPTH)|BLOCK_")
+_OF_A_PATCH = re.compile(r"TILE_CHANNELS|LANES")
+
+_TENSOR_MEMORY_COLUMNS = 512
+"""Of a multiprocessor of sm_100."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with the arguments and constants of one launch."""
+
+    op: str
+    form: str
+    kind: str
+    kernel: Any
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    configuration: Configuration
+
+    @property
+    def name(self) -> str:
+        """Of the kernel."""
+        return str(self.kernel.fn.__name__)
+
+    @property
+    def family(self) -> str:
+        """The file that the kernel is in."""
+        return str(self.kernel.fn.__module__).rpartition(".")[2]
+
+    @property
+    def shape(self) -> tuple[Any, ...]:
+        """Kernel and tile. Steps of a sum are left out, as shorter ones need less than the longest; patches are alike
+        that fill as many lanes; the blocks of a sparse weight are a part of the tile."""
+        of_tile = _OF_A_PATCH if "LANES" in self.constants else _OF_A_TILE
+        parts = [value for value in sorted(self.constants.items()) if of_tile.match(value[0])]
+        return self.name, self.configuration.warps, self.configuration.stages, *parts
+
+    @property
+    def reading(self) -> tuple[str, bool]:
+        """The kind, and whether channels of 8 and 16 bits are read one by one, each with an address of its own."""
+        kind = "bf16" if self.kind == "fp16" else self.kind
+        units = [value for name, value in self.constants.items() if name.endswith("UNIT")]
+        return kind, kind in ("bf16", "int8") and 1 in units
+
+    @property
+    def variant(self) -> tuple[Any, ...]:
+        """What must have been compiled once for each device."""
+        return self.shape, self.reading
+
+    @property
+    def source(self) -> tuple[Any, ...]:
+        """What tells compiled code apart, but for what is divisible by what."""
+        kinds = tuple(a.dtype if isinstance(a, torch.Tensor) else a is None for a in self.arguments)
+        return self.name, self.configuration, kinds, tuple(sorted(self.constants.items()))
+
+
+def ops() -> tuple[str, ...]:
+    """Every op with a Triton kernel; `quantize_rows`, which has three outputs, stands in no registry."""
+    entries = registry.operators()
+    found = (entry.name for entry in entries if any(it.backend == "triton" for it in entry.implementations))
+    return (*found, "quantize_rows")
+
+
+def family_of(op: str) -> str:
+    """The file that an op's launcher is in."""
+    return "quantize" if op == "quantize_rows" else triton.kernel_of(op).family
+
+
+def families() -> tuple[str, ...]:
+    """Every family of an op."""
+    return tuple(dict.fromkeys(map(family_of, ops())))
+
+
+def kinds_of(op: str) -> tuple[str, ...]:
+    """Those of `KINDS` that an op's kernel takes."""
+    taken = triton.kernel_of("quantize" if op == "quantize_rows" else op).dtypes
+    return tuple(kind for kind, (dtype, _) in KINDS.items() if dtype in taken)
+
+
+def launches_of(op: str, call: Call, kind: str, device: Device, form: str = "") -> Iterator[list[Launch]]:
+    """What a call launches in each of its configurations, the best guess first; nothing where it is not supported."""
+    place = triton.Target(DEVICE, lambda index: None, lambda index: device, lambda index: nullcontext())
+    found: list[Launch] = []
+
+    def note(kernel: Any, grid: object, arguments: Any, constants: Any, configuration: Configuration) -> None:
+        is_exact = kind == "tf32" and constants.get("PRECISION") != "tf32"
+        found.append(Launch(op, form, "fp32" if is_exact else kind, kernel, arguments, constants, configuration))
+
+    with triton.running_on(place), launching_with(note):
+        for run in _rows_runs(call, device) if op == "quantize_rows" else _runs(op, call, kind):
+            run()
+            yield found.copy()
+            found.clear()
+
+
+def _runs(op: str, call: Call, kind: str) -> Iterator[Callable[[], object]]:
+    entry, kernel = registry.operator(op), triton.kernel_of(op)
+    bound, named, _ = registry.bind(entry, *call)
+    specs = tuple(None if t is None else TensorSpec.of(t) for t in bound)
+    problem = registry.problem(entry, specs, named, DEVICE, KINDS[kind][1])
+    if kernel.supports(problem) is None:
+        for configuration in triton.configurations(kernel, problem, kernel.operands(bound, named)):
+            yield partial(triton.prepare_with(kernel, problem, bound, configuration), bound)
+
+
+def _rows_runs(call: Call, device: Device) -> Iterator[Callable[[], object]]:
+    (x,), options = call
+    assert x is not None
+    outputs = [x.new_empty(x.shape, dtype=torch.int8), *(x.new_empty(x.shape[:-1], dtype=of) for of in _OF_ROWS)]
+    for configuration in quantize.quantize_rows_configurations(device, x):
+        yield partial(quantize.quantize_rows, *outputs, x, **options, configuration=configuration)
+
+
+def _first_choices(op: str, device: Device) -> Iterator[Launch]:
+    """All forms in all kinds, and all windows in bfloat16 or what there is instead."""
+    (plain, _), *_ = FORMS[op].items()
+    for at, kind in enumerate(kinds_of(op)):
+        for layer in DEMANDING if at == 0 else DEMANDING[:1]:
+            for name, form in FORMS[op].items():
+                if kind != "fp16" or name == plain:
+                    yield from next(launches_of(op, form(layer, KINDS[kind][0]), kind, device, name), [])
+
+
+def _all_choices(op: str, device: Device) -> Iterator[Launch]:
+    """Of the form that stands for the others, in layers of all sizes, the most demanding first."""
+    (name, form), *_ = FORMS[op].items()
+    for layer in (*DEMANDING, *usual_layers()):
+        for kind in kinds_of(op):
+            if kind != "fp16":
+                for launched in launches_of(op, form(layer, KINDS[kind][0]), kind, device, name):
+                    yield from launched
+
+
+@functools.cache
+def launches(family: str) -> Mapping[str, tuple[Launch, ...]]:
+    """Target → what is to be compiled for it of kernels that no other family's file has."""
+    own = [op for op in ops() if family_of(op) == family]
+    others = set(families()) - {family}
+    chosen: dict[str, tuple[Launch, ...]] = {}
+    for target in TARGETS:
+        found: list[Launch] = []
+        sources, variants, names = set(), set(), set()
+        for launch in (launch for op in own for launch in _first_choices(op, target.device)):
+            if launch.source not in sources and launch.family not in others:
+                found.append(launch)
+                sources.add(launch.source)
+                variants.add(launch.variant)
+                names.add(launch.name)
+        for launch in (launch for op in own for launch in _all_choices(op, target.device)):
+            is_new = launch.variant not in variants if target.backend == "cuda" else launch.name not in names
+            if is_new and launch.family not in others:
+                found.append(launch)
+                variants.add(launch.variant)
+                names.add(launch.name)
+        chosen[target.name] = tuple(found)
+    return chosen
+
+
+def sample(found: Sequence[Launch], target: Target) -> tuple[Launch, ...]:
+    """Of launches that differ in the kind only one, so that all targets together see several kinds."""
+    by_shape: dict[tuple[Any, ...], list[Launch]] = {}
+    for launch in found:
+        by_shape.setdefault((launch.shape, launch.form), []).append(launch)
+    turn = TARGETS.index(target)
+    chosen = []
+    for at, alike in enumerate(by_shape.values()):
+        classes = list(dict.fromkeys(launch.reading for launch in alike))
+        of_turn = classes[(at + turn) % len(classes)]
+        chosen += [launch for launch in alike if launch.reading == of_turn]
+    return tuple(chosen)
+
+
+@dataclass(frozen=True)
+class Build:
+    """What became of a launch: `spilled_bytes` of local memory a thread, `tensor_columns` of sm_100's tensor memory;
+    `error` says why there is nothing."""
+
+    family: str
+    kernel: str
+    op: str
+    form: str
+    kind: str
+    configuration: str
+    target: str
+    registers: int = 0
+    spilled_bytes: int = 0
+    shared_bytes: int = 0
+    tensor_columns: int = 0
+    has_product: bool = False
+    instructions: tuple[str, ...] = ()
+    error: str | None = None
+
+    def __str__(self) -> str:
+        form = f" ({self.form})" if self.form else ""
+        return f"{self.op}{form}, {self.kernel} in {self.configuration}, {self.kind} for {self.target}"
+
+
+def faults(build: Build) -> Iterator[str]:
+    """What is wrong with a build, if anything."""
+    if build.error is not None:
+        yield f"{build}: {build.error}"
+        return
+    target = next(target for target in TARGETS if target.name == build.target)
+    if build.spilled_bytes:
+        yield f"{build}: {build.spilled_bytes} bytes spilled at {build.registers} registers"
+    if build.shared_bytes > target.device.shared_bytes:
+        device = target.device
+        yield f"{build}: {build.shared_bytes} bytes of shared memory, {device.name} has {device.shared_bytes}"
+    if build.tensor_columns > _TENSOR_MEMORY_COLUMNS:
+        yield f"{build}: {build.tensor_columns} columns of tensor memory of {_TENSOR_MEMORY_COLUMNS}"
+    meant = _MEANT[target.backend][build.kind] if build.has_product else None
+    if meant is not None and not any(re.search(meant, name) for name in build.instructions):
+        yield f"{build}: no product on tensor cores like {meant}, but {', '.join(build.instructions) or 'none at all'}"
+    if meant is None and build.instructions:
+        yield f"{build}: expected no product on tensor cores, got {', '.join(build.instructions)}"
+
+
+_MEANT: Mapping[str, Mapping[str, str | None]] = {
+    "cuda": {"bf16": r"bf16|kind::f16", "fp16": r"f16", "tf32": "tf32", "fp32": None, "int8": r"s8|kind::i8"},
+    "hip": {"bf16": "bf16", "fp16": r"_f16", "tf32": r"f32|xf32", "fp32": "f32", "int8": "i8"},
+}
+"""Backend → kind → what must stand in the name of an instruction."""
+
+_PRODUCTS = re.compile(r"\b(?:(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]+|v_mfma_\w+)")
+_USE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) .*?LOCAL:(?P<local>\d+)")
+
+
+def _compile(launch: Launch, target: Target, folder: Path) -> Build:
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile, make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    described = GPUTarget(target.backend, target.architecture, target.lanes)
+    backend, kernel = make_backend(described), launch.kernel
+    settings = {
+        "num_warps": launch.configuration.warps,
+        "num_stages": launch.configuration.stages,
+        "enable_fp_fusion": True,
+    }
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, _ = bind(*launch.arguments, **launch.constants, **settings)
+    _, signature, constants, attributes = kernel._pack_args(backend, settings, bound, specialization, None)
+    built = compile(ASTSource(kernel, signature, constants, attributes), target=described, options=settings)
+    text = built.asm["ptx" if target.backend == "cuda" else "amdgcn"]
+    registers, spilled = _use_of_cubin(built.asm["cubin"], folder) if target.backend == "cuda" else _use_of_amdgcn(text)
+    return Build(
+        *_identity(launch, target),
+        registers=registers,
+        spilled_bytes=spilled,
+        shared_bytes=built.metadata.shared,
+        tensor_columns=getattr(built.metadata, "tmem_size", None) or 0,
+        has_product="tt.dot" in built.asm["ttir"],
+        instructions=tuple(sorted(set(_PRODUCTS.findall(text)))),
+    )
+
+
+def _identity(launch: Launch, target: Target) -> tuple[str, ...]:
+    blocks = [f"{name.lower()} {value}" for name, value in launch.constants.items() if name.startswith("BLOCK_")]
+    configuration = ", ".join([str(launch.configuration), *blocks])
+    return launch.family, launch.name, launch.op, launch.form, launch.kind, configuration, target.name
+
+
+def _use_of_cubin(cubin: bytes, folder: Path) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its stack and local memory."""
+    from triton import knobs
+
+    path = folder / "kernel.cubin"
+    path.write_bytes(cubin)
+    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    use = _USE.search(told)
+    if use is None:
+        raise ValueError(f"cuobjdump: expected REG, STACK and LOCAL, got {told!r}")
+    return int(use["registers"]), int(use["stack"]) + int(use["local"])
+
+
+def _use_of_amdgcn(text: str) -> tuple[int, int]:
+    """Vector registers of a thread, and bytes of its scratch memory."""
+    registers, scratch = (
+        int(found[1])
+        for name in ("vgpr_count", "private_segment_fixed_size")
+        if (found := re.search(rf"^\s*\.{name}:\s*(\d+)", text, re.MULTILINE)) is not None
+    )
+    return registers, scratch
+
+
+def build(family: str, *, is_sample: bool) -> list[Build]:
+    """Compiles the launches of a family, or a sample of them, in a process of its own with an empty cache.
+
+    Raises `RuntimeError` with what it said where that process dies.
+    """
+    command = [sys.executable, __file__, family, *(["--sample"] if is_sample else [])]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    with tempfile.TemporaryDirectory() as cache:
+        environment |= {"TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"{family}: the compiling process ended with {result.returncode}: {result.stderr[-3000:]}")
+    return [Build(**json.loads(line)) for line in result.stdout.splitlines()]
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser(description="Compiles the Triton kernels of a family; a line of JSON for each.")
+    parser.add_argument("family", choices=families())
+    parser.add_argument("--sample", action="store_true", help="each tile for each target, but not in every dtype")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for target in TARGETS:
+            found = launches(options.family)[target.name]
+            for launch in sample(found, target) if options.sample else found:
+                try:
+                    made = _compile(launch, target, Path(folder))
+                except Exception as error:  # whatever the compiler raises is a fault of this build alone
+                    made = Build(*_identity(launch, target), error=f"{type(error).__name__}: {error}")
+                print(json.dumps(asdict(made)), flush=True)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,83 @@
+"""Registers, shared memory, spills and tensor-core instructions of every Triton kernel on devices that are not here.
+
+`python benchmarks/triton_resources.py` compiles every configuration in every dtype, for minutes, and writes the table
+into docs/gpu.md; it ends with 1 where a build has a fault. `make resources` runs it.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
+
+from resources import PAGE, read_table, span, write_table
+from triton_builds import KINDS, TARGETS, Build, build, families, faults, launches
+
+__all__ = ["MARKS", "expected_rows", "table", "written_rows"]
+
+MARKS = ("<!-- triton resources: written by `make resources` -->", "<!-- /triton resources -->")
+
+_PROCESSES = 2
+
+_ROW = re.compile(r"^\| (?P<family>\w+) \| `(?P<kernel>\w+)` \| [\w, ]+ \| (?P<builds>\d+) \|", re.MULTILINE)
+
+_INSTRUCTIONS = ("mma.sync", "tcgen05.mma", "v_mfma", "wgmma")
+
+Rows = Mapping[tuple[str, str], int]
+"""(family, kernel) → builds."""
+
+
+def table(builds: Sequence[Build]) -> str:
+    """A Markdown table with a row for each kernel; ranges run over its configurations and dtypes."""
+    targets = [target.name for target in TARGETS]
+    head = ["family", "kernel", "of", "builds", *(f"registers, {name}" for name in targets)]
+    head += ["shared memory, KiB", "spilled bytes", "instructions"]
+    lines = ["| " + " | ".join(head) + " |", "|---|---|---|" + "---:|" * (len(head) - 4) + "---|"]
+    for (family, kernel), alike in groupby(sorted(builds, key=_of_kernel), key=_of_kernel):
+        found = list(alike)
+        kinds = [kind for kind in KINDS if any(it.kind == kind for it in found)]
+        registers = [span(it.registers for it in found if it.target == name) for name in targets]
+        row = [family, f"`{kernel}`", ", ".join(kinds), str(len(found)), *registers]
+        row += [span(-(-it.shared_bytes // 1024) for it in found), span(it.spilled_bytes for it in found)]
+        lines.append("| " + " | ".join([*row, _short(name for it in found for name in it.instructions)]) + " |")
+    return "\n".join(lines)
+
+
+def _of_kernel(build: Build) -> tuple[str, str]:
+    return build.family, build.kernel
+
+
+def _short(instructions: Iterable[str]) -> str:
+    """`mma.sync`, `wgmma`, …"""
+    names = {known for name in instructions for known in _INSTRUCTIONS if name.startswith(known)}
+    return ", ".join(f"`{name}`" for name in sorted(names)) or "–"
+
+
+def expected_rows() -> Rows:
+    """What the table should have now."""
+    counts: dict[tuple[str, str], int] = {}
+    for launch in (launch for family in families() for found in launches(family).values() for launch in found):
+        counts[launch.family, launch.name] = counts.get((launch.family, launch.name), 0) + 1
+    return counts
+
+
+def written_rows() -> Rows:
+    """What it has."""
+    return {(row["family"], row["kernel"]): int(row["builds"]) for row in _ROW.finditer(read_table(PAGE, MARKS))}
+
+
+def main() -> int:
+    """Writes the table; returns 1 where a build has a fault."""
+    with ThreadPoolExecutor(_PROCESSES) as pool:
+        found = pool.map(lambda family: build(family, is_sample=False), families())
+        builds = [made for of_family in found for made in of_family]
+    write_table(PAGE, table([made for made in builds if made.error is None]), MARKS)
+    wrong = [fault for made in builds for fault in faults(made)]
+    print(*wrong, sep="\n", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
