@@ -80,7 +80,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help="these side by side, such as cuda,triton; see doctor",
     )
-    bench.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    bench.add_argument("--device", help="cpu or cuda (default: cuda where all --backends are a GPU's, else cpu)")
     bench.add_argument("--dtype", help="with --backends: fp32 (default), fp16 or bf16")
     bench.add_argument("--batch", type=_positive, default=1, help="images per inference (default 1)")
     bench.add_argument("--peers", action="store_true", help="time PyTorch's own ways in turn with ours")
@@ -236,18 +236,19 @@ def _bench(options: argparse.Namespace) -> int:
     from kernelpress import bench
 
     families = bench.FAMILIES if options.family is None else (options.family,)
-    backends = options.backends or (_backends_of_a_gpu() if options.device == "cuda" else None)
+    device = options.device or ("cuda" if options.backends and set(options.backends) <= set(_GPU_BACKENDS) else "cpu")
+    backends = options.backends or (_backends_of_a_gpu() if device == "cuda" else None)
     if backends is None and options.dtype:
         raise ValueError("dtype: takes --backends")
     if backends is not None and options.peers:
         raise ValueError("peers: not with --backends or --device cuda; `make gpu` has all peers")
     for family in families:
         if backends is None:
-            rows = bench.run(family, options.device, options.peers, batch=options.batch, threads=options.threads)
+            rows = bench.run(family, device, options.peers, batch=options.batch, threads=options.threads)
             console.print(bench.table(rows, bench.measure_roofline(options.threads)))
         else:
             sides = bench.run_backends(
-                *(family, backends, options.device),
+                *(family, backends, device),
                 dtype=options.dtype or "fp32",
                 batch=options.batch,
                 threads=options.threads,
@@ -256,13 +257,17 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
+_GPU_BACKENDS = ("cuda", "triton", "cudnn")
+
+
 def _backends_of_a_gpu() -> list[str]:
     """Those that run something here, or the first if none does: it will tell why."""
     from kernelpress.ops import availability
 
-    known = ("cuda", "triton", "cudnn")
-    usable = [name for name in known if any(reasons.get(name, "") is None for reasons in availability().values())]
-    return usable or list(known[:1])
+    usable = [
+        name for name in _GPU_BACKENDS if any(reasons.get(name, "") is None for reasons in availability().values())
+    ]
+    return usable or list(_GPU_BACKENDS[:1])
 
 
 def _doctor(_: argparse.Namespace) -> int:

@@ -204,6 +204,7 @@ class TestBench:
     def test_without_a_device_its_benchmark_says_so(self, capsys):
         text = refusal(capsys, "bench", "--family", "depthwise", "--device", "cuda")
         assert "torch.cuda.is_available() is False" in text
+        assert text == refusal(capsys, "bench", "--family", "depthwise", "--backends", "cuda,triton")
         text = refusal(capsys, "bench", "--family", "depthwise", "--backends", "cpu,cuda")
         assert "backends: 'cuda' cannot run depthwise on cpu in fp32: " in text
 

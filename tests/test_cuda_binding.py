@@ -305,9 +305,7 @@ def test_a_measurement_that_cannot_be_kept_is_an_error_with_the_file(recorder, c
 
 
 def test_what_has_no_cuda_kernel_or_no_gpu_cannot_be_tuned(recorder) -> None:
-    with pytest.raises(
-        ValueError, match=rf"can be tuned on cuda \(.*{TOY}.*\), got 'max_pool2d'"
-    ):
+    with pytest.raises(ValueError, match=rf"can be tuned on cuda \(.*{TOY}.*\), got 'max_pool2d'"):
         ops.tune("max_pool2d", image(1, 4, 2, 2), kernel_size=2, stride=2)
     with cuda.launching_on(recorder.target("cuda")), pytest.raises(RuntimeError, match="x is on cpu"):
         ops.tune(TOY, image(1, 4, 2, 2), torch.randn(4))

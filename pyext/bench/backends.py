@@ -33,6 +33,8 @@ MAX_RELATIVE_ERROR = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 
 MOVING = frozenset({"depthwise"})
 """Families whose rate is told in GB/s; that of the others is in GFLOP/s."""
 
+_NOT_IMPLEMENTED = "has no implementation on it"
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -106,7 +108,9 @@ def run_backends(
     refusals = [_refusals(case, names, where, dtype) for case in chosen]
     for name in names:
         if all(reasons[name] is not None for reasons in refusals):
-            raise RuntimeError(f"backends: {name!r} cannot run {family} on {device} in {dtype}: {refusals[0][name]}")
+            telling = [reasons[name] for reasons in refusals if not str(reasons[name]).endswith(_NOT_IMPLEMENTED)]
+            reason = telling[0] if telling else refusals[0][name]
+            raise RuntimeError(f"backends: {name!r} cannot run {family} on {device} in {dtype}: {reason}")
     with threads_set_to(threads), torch.no_grad():
         return [
             _measured(case, reasons, where, dtype, rounds, budget_seconds)
@@ -123,7 +127,7 @@ def _refusals(case: Case, backends: Sequence[str], device: torch.device, dtype: 
     """Why a backend cannot run a case, None where it can."""
     tensors, options = ours.arguments(case, _inputs(case, device).to(DTYPES[dtype]))
     implemented = registry.why_not(case.op, *tensors, **options)
-    return {name: implemented.get(name, f"{case.op} has no implementation on it") for name in backends}
+    return {name: implemented.get(name, f"{case.op} {_NOT_IMPLEMENTED}") for name in backends}
 
 
 def _measured(
