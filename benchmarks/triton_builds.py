@@ -120,10 +120,9 @@ class Launch:
 
     @property
     def reading(self) -> tuple[str, bool]:
-        """The kind, and whether channels of 8 and 16 bits are read one by one, each with an address of its own."""
-        kind = "bf16" if self.kind == "fp16" else self.kind
+        """The kind, and whether channels are read one by one, each with an address of its own."""
         units = [value for name, value in self.constants.items() if name.endswith("UNIT")]
-        return kind, kind in ("bf16", "int8") and 1 in units
+        return "bf16" if self.kind == "fp16" else self.kind, 1 in units
 
     @property
     def variant(self) -> tuple[Any, ...]:
@@ -189,9 +188,10 @@ def _runs(op: str, call: Call, kind: str) -> Iterator[Callable[[], object]]:
 def _rows_runs(call: Call, device: Device) -> Iterator[Callable[[], object]]:
     (x,), options = call
     assert x is not None
-    outputs = [x.new_empty(x.shape, dtype=torch.int8), *(x.new_empty(x.shape[:-1], dtype=of) for of in _OF_ROWS)]
+    values = x.new_empty(x.shape, dtype=torch.int8)
+    scale, zero_point = (x.new_empty(x.shape[:-1], dtype=of) for of in _OF_ROWS)
     for configuration in quantize.quantize_rows_configurations(device, x):
-        yield partial(quantize.quantize_rows, *outputs, x, **options, configuration=configuration)
+        yield partial(quantize.quantize_rows, values, scale, zero_point, x, **options, configuration=configuration)
 
 
 def _first_choices(op: str, device: Device) -> Iterator[Launch]:
@@ -327,7 +327,7 @@ def _compile(launch: Launch, target: Target, folder: Path) -> Build:
     text = built.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     registers, spilled = _use_of_cubin(built.asm["cubin"], folder) if target.backend == "cuda" else _use_of_amdgcn(text)
     return Build(
-        *_identity(launch, target),
+        **_identity(launch, target),
         registers=registers,
         spilled_bytes=spilled,
         shared_bytes=built.metadata.shared,
@@ -337,10 +337,19 @@ def _compile(launch: Launch, target: Target, folder: Path) -> Build:
     )
 
 
-def _identity(launch: Launch, target: Target) -> tuple[str, ...]:
+def _identity(launch: Launch, target: Target) -> dict[str, Any]:
+    """The fields of a build that tell what was compiled."""
     blocks = [f"{name.lower()} {value}" for name, value in launch.constants.items() if name.startswith("BLOCK_")]
     configuration = ", ".join([str(launch.configuration), *blocks])
-    return launch.family, launch.name, launch.op, launch.form, launch.kind, configuration, target.name
+    return {
+        "family": launch.family,
+        "kernel": launch.name,
+        "op": launch.op,
+        "form": launch.form,
+        "kind": launch.kind,
+        "configuration": configuration,
+        "target": target.name,
+    }
 
 
 def _use_of_cubin(cubin: bytes, folder: Path) -> tuple[int, int]:
@@ -394,7 +403,7 @@ def _main() -> None:
                 try:
                     made = _compile(launch, target, Path(folder))
                 except Exception as error:  # whatever the compiler raises is a fault of this build alone
-                    made = Build(*_identity(launch, target), error=f"{type(error).__name__}: {error}")
+                    made = Build(**_identity(launch, target), error=f"{type(error).__name__}: {error}")
                 print(json.dumps(asdict(made)), flush=True)
 
 

@@ -176,8 +176,8 @@ def _concat(layer: Layer, dtype: torch.dtype) -> Call:
 def _ghost(layer: Layer, dtype: torch.dtype, *, kernel: int = 1) -> Call:
     primary, cheap = layer.c_out, max(3, layer.kernel // 2 * 2 + 1)
     shapes = ((primary, layer.c_in, kernel, kernel), (primary,), (primary, 1, cheap, cheap), (primary,))
-    sides = ((side - 1) // layer.stride + 1 for side in (layer.height, layer.width))
-    residual = _image(layer.batch, 2 * primary, *sides, dtype)
+    height, width = ((side - 1) // layer.stride + 1 for side in (layer.height, layer.width))
+    residual = _image(layer.batch, 2 * primary, height, width, dtype)
     options = {"stride": [layer.stride] * 2, "padding": [kernel // 2] * 2}
     activations = {"activation": ACTIVATION, "cheap_activation": ACTIVATION}
     return [_x(layer, dtype), *(_tensor(dtype, *shape) for shape in shapes), residual], options | activations

@@ -44,6 +44,7 @@ from kernelpress.kernels.triton.launch import (
 )
 from kernelpress.kernels.triton.tiles import (
     input_pixels,
+    is_scattered,
     product_configurations,
     product_precision,
     tile_of_program,
@@ -59,6 +60,12 @@ _PATCHES = (
     Configuration((6, 6, 32, 64), 4, 3),
 )
 """With a window of 3×3, patches fill 256, 128 and 64 lanes. TILE_DEPTH is of 16-bit elements."""
+
+_MOST_PRIMARY = 64 * 64
+"""Elements of a tile of the product, where registers hold its operands too, as before sm_90."""
+
+_LEAST_DEPTH = 16
+"""For scattered values, whose addresses take registers, and for exact float32."""
 
 _MOST_LANES = 256
 
@@ -377,17 +384,22 @@ def ghost_conv2d_configurations(
     batch, _, out_h, out_w = y.shape
     pixels, size = batch * out_h * out_w, x.dtype.itemsize
     precision = product_precision(size, allow_tf32)
-    sizes = (pixels, primary, kernel_h * kernel_w * c_in, size, precision, device)
-    first, *_ = product_configurations(*sizes, has_more_operands=residual is not None)
-    second = depthwise_configurations(device, (batch, max(1, kept), out_h, out_w), (cheap_h, cheap_w), (1, 1), (1, 1))
-    in_turn = InTurn((first, second[0]))
+    sizes = (pixels, primary, c_in, size, precision, device)
+    products = product_configurations(*sizes, has_more_operands=residual is not None)
+    if device.capability < 90:
+        products = tuple(it for it in products if it.tile[0] * it.tile[1] <= _MOST_PRIMARY) or products[-1:]
+    cheap = depthwise_configurations(device, (batch, max(1, kept), out_h, out_w), (cheap_h, cheap_w), (1, 1), (1, 1))
+    if not is_unrolled((cheap_h, cheap_w), (1, 1)):
+        cheap = (min(cheap, key=lambda it: it.tile[2]),)
+    in_turn = InTurn((products[0], cheap[0]))
     if multiplier != 1 or kept == 0:
         return (in_turn,)
 
     found: dict[Configuration, None] = {}
     for (rows, columns, channels, depth), warps, stages in _PATCHES:
         rows, columns = min(rows + 3 - cheap_h, out_h), min(columns + 3 - cheap_w, out_w)
-        depth = min(depth * 2 // size, power_of_2(c_in, 16))
+        is_short = is_scattered(c_in, size) or (size == 4 and precision == "ieee")
+        depth = _LEAST_DEPTH if is_short else min(depth * 2 // size, power_of_2(c_in, 16))
         if min(rows, columns) < 1:
             continue
         lanes = _lanes(rows, columns, cheap_h, cheap_w)
@@ -405,7 +417,7 @@ def ghost_conv2d_configurations(
         return _LAUNCH + max(rounds * busy, cdiv(rounds, _PROGRAMS_AT_ONCE) * waiting)
 
     moved = x.shape[0] * x.shape[2] * x.shape[3] * c_in + pixels * (2 * primary + kept)
-    steps = kernel_h * kernel_w * cdiv(c_in, first.tile[2])
+    steps = kernel_h * kernel_w * cdiv(c_in, products[0].tile[2])
     two_kernels = moved * size / _MEMORY_BYTES / device.multiprocessors + 2 * (_LAUNCH + _PROGRAM) + steps * _STEP
     fitting = sorted(found, key=cost)
     return (*fitting, in_turn) if fitting and cost(fitting[0]) < two_kernels else (in_turn, *fitting)

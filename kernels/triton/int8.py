@@ -30,8 +30,8 @@ __all__ = ["int8_conv2d", "int8_conv2d_configurations", "int8_matmul", "int8_mat
 _FEW_CHANNELS = 32
 """Fewer are read together with those of the taps beside them; also the least sum that an instruction takes."""
 
-_LARGEST_OF_BYTES = 64
-"""Rows or columns of a tile that is read by single bytes."""
+_LARGEST_OF_BYTES = 64 * 32
+"""Elements of a tile that is read by single bytes."""
 
 _STEP_OVERHEAD = 16
 """Of a step, in values of its sum."""
@@ -381,7 +381,7 @@ def _configurations(rows: int, c_out: int, c_in: int, reads_bytes: bool, device:
             stages,
         )
         for (tile_rows, tile_columns, longest), warps, stages in found
-        if not (reads_bytes and max(tile_rows, tile_columns) > _LARGEST_OF_BYTES)
+        if not (reads_bytes and tile_rows * tile_columns > _LARGEST_OF_BYTES)
     )
 
 

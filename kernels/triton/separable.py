@@ -39,7 +39,7 @@ from kernelpress.kernels.triton.launch import (
     spacing,
     unit,
 )
-from kernelpress.kernels.triton.tiles import product_configurations, product_precision
+from kernelpress.kernels.triton.tiles import is_scattered, product_configurations, product_precision
 from kernelpress.kernels.triton.windows import patch_of_program
 
 __all__ = [
@@ -53,14 +53,20 @@ _TILES = (
     Configuration((8, 8, 32, 64), 4, 2),
     Configuration((8, 8, 64, 64), 4, 2),
     Configuration((8, 8, 128, 64), 4, 2),
-    Configuration((8, 8, 256, 64), 8, 2),
     Configuration((4, 16, 64, 64), 4, 2),
     Configuration((4, 16, 128, 64), 4, 2),
+    Configuration((8, 8, 256, 64), 8, 2),
 )
 """TILE_DEPTH is of 16-bit elements."""
 
-_MOST_EXACT_CHANNELS, _EXACT_DEPTH = 64, 16
+_MOST_EXACT_CHANNELS = 64
 """Of a float32 tile without TF32: its product is done in registers."""
+
+_SCATTERED_CHANNELS = 64
+"""Of a tile where the addresses of scattered values take registers."""
+
+_LEAST_DEPTH = 16
+"""Of scattered values, and of exact float32: more would spill."""
 
 _TENSOR_MACS = {2: 1200, 4: 300}
 """Multiply-additions of a multiprocessor's tensor cores per clock, by bytes of an element."""
@@ -314,10 +320,17 @@ def _configurations(
         return 2 * (_LAUNCH + _PROGRAM) + first + max(pixels * (channels + c_out) * share, product)
 
     found: dict[Configuration, None] = {}
+    scattered = is_scattered(channels, element_bytes) or is_scattered(c_out, element_bytes)
+    least, most = 32, _MOST_EXACT_CHANNELS if is_exact else _TILES[-1].tile[2]
+    if scattered:
+        least = most = most // 2 if is_exact else _SCATTERED_CHANNELS
     for (rows, columns, tile_channels, depth), warps, stages in _TILES:
-        if (is_exact and tile_channels > _MOST_EXACT_CHANNELS) or tile_channels > power_of_2(c_out, 32):
+        if not least <= tile_channels <= min(most, power_of_2(c_out, least)):
             continue
-        depth = min(_EXACT_DEPTH if is_exact else depth * 2 // element_bytes, power_of_2(channels, 16))
+        if element_bytes == 4 and device.capability >= 100 and tile_channels == 128:
+            continue  # it would spill
+        depth = min(depth * 2 // element_bytes, power_of_2(channels, 16))
+        depth = _LEAST_DEPTH if is_exact or scattered else depth
         if (stages * tile_channels + rows * columns) * depth * element_bytes <= device.shared_bytes:
             found[Configuration((rows, columns, tile_channels, depth), warps, stages)] = None
     hidden = (batch, channels, out_h, out_w)

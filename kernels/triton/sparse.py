@@ -23,7 +23,13 @@ from torch import Tensor
 from kernelpress.kernels.reference import ACTIVATIONS
 from kernelpress.kernels.triton.epilogue import finish_int8_tile, finish_tile
 from kernelpress.kernels.triton.launch import Configuration, Device, cdiv, launch, power_of_2, spacing, unit
-from kernelpress.kernels.triton.tiles import input_pixels, product_precision, tile_of_program, window_corners
+from kernelpress.kernels.triton.tiles import (
+    input_pixels,
+    is_scattered,
+    product_precision,
+    tile_of_program,
+    window_corners,
+)
 
 __all__ = ["sparse_conv2d", "sparse_conv2d_configurations", "sparse_matmul", "sparse_matmul_configurations"]
 
@@ -39,6 +45,12 @@ _TILES = (
 
 _MOST_EXACT_PIXELS, _EXACT_DEPTH = 64, 16
 """Of a float32 tile without TF32: its product is done in registers."""
+
+_SPILLED_ON_SM_100 = (64, 32)
+"""Pixels and rows of a block of the one float32 tile that ptxas spills there, at 72 registers."""
+
+_SCATTERED_DEPTH = {1: 32, 2: 16, 4: 16}
+"""Where values are read in less than 8 bytes, by bytes of an element: a thread keeps the address of each access."""
 
 _PROGRAM_OVERHEAD = 100_000
 """Of starting a program and storing its tile, in bytes that a multiprocessor reads meanwhile: about 2 µs."""
@@ -237,16 +249,21 @@ def _product(
 
 
 def _configurations(
-    device: Device, pixels: int, rows: int, blocks: Any, element_bytes: int, allow_tf32: bool
+    device: Device, pixels: int, channels: int, rows: int, blocks: Any, element_bytes: int, allow_tf32: bool
 ) -> tuple[Configuration, ...]:
     """The best guess first: that of least time on the busiest multiprocessor, counted in bytes of the second-level
     cache, where programs that run together share what starting one costs."""
     count, block_rows, block_columns = blocks.shape
     is_exact = product_precision(element_bytes, allow_tf32) == "ieee" and element_bytes == 4
+    scattered = is_scattered(channels, element_bytes)
     fitting = []
     for (tile_pixels, depth), warps, stages in _TILES:
         depth = _EXACT_DEPTH if is_exact else min(depth, 128 // element_bytes)
-        if is_exact and tile_pixels > _MOST_EXACT_PIXELS:
+        if scattered:
+            depth = min(depth, _SCATTERED_DEPTH[element_bytes])
+        if (is_exact or scattered) and tile_pixels > _MOST_EXACT_PIXELS:
+            continue
+        if device.capability >= 100 and element_bytes == 4 and (tile_pixels, block_rows) == _SPILLED_ON_SM_100:
             continue
         if _shared_bytes(tile_pixels, block_rows, depth, element_bytes, stages) > device.shared_bytes:
             continue
@@ -281,7 +298,7 @@ def sparse_matmul_configurations(
 ) -> tuple[Configuration, ...]:
     """What `sparse_matmul` may run in, the best guess first."""
     pixels = math.prod(y.shape) // y.shape[-1]
-    return _configurations(device, pixels, row_offsets.shape[0] - 1, blocks, x.dtype.itemsize, allow_tf32)
+    return _configurations(device, pixels, x.shape[-1], row_offsets.shape[0] - 1, blocks, x.dtype.itemsize, allow_tf32)
 
 
 def sparse_conv2d_configurations(
@@ -297,4 +314,4 @@ def sparse_conv2d_configurations(
 ) -> tuple[Configuration, ...]:
     """What `sparse_conv2d` may run in, the best guess first."""
     pixels = math.prod(y.shape) // y.shape[1]
-    return _configurations(device, pixels, row_offsets.shape[0] - 1, blocks, x.dtype.itemsize, allow_tf32)
+    return _configurations(device, pixels, x.shape[1], row_offsets.shape[0] - 1, blocks, x.dtype.itemsize, allow_tf32)

@@ -7,7 +7,14 @@ import triton.language as tl
 
 from kernelpress.kernels.triton.launch import Configuration, Device, cdiv, power_of_2
 
-__all__ = ["input_pixels", "product_configurations", "product_precision", "tile_of_program", "window_corners"]
+__all__ = [
+    "input_pixels",
+    "is_scattered",
+    "product_configurations",
+    "product_precision",
+    "tile_of_program",
+    "window_corners",
+]
 
 _PRODUCTS = (
     Configuration((128, 256, 64), 8, 3),
@@ -16,7 +23,7 @@ _PRODUCTS = (
     Configuration((64, 128, 64), 4, 4),
     Configuration((64, 64, 64), 4, 4),
     Configuration((32, 64, 64), 4, 5),
-    Configuration((64, 32, 64), 4, 5),
+    Configuration((64, 32, 64), 8, 5),
     Configuration((64, 16, 64), 4, 5),
     Configuration((16, 32, 128), 4, 4),
 )
@@ -28,6 +35,9 @@ _MOST_EXACT_ELEMENTS = 64 * 64
 _MOST_REGISTERS = 128 * 128
 """Elements of a tile where `mma` takes its operands from registers, as it does before sm_90, or its end takes more."""
 
+_MOST_SCATTERED = 64 * 128
+"""Elements of a tile whose operands are scattered."""
+
 _WAVES = 0.75
 """The least share of the multiprocessors that a tile size should occupy before a smaller one is better."""
 
@@ -37,10 +47,16 @@ def product_precision(element_bytes: int, allow_tf32: bool) -> str:
     return "tf32" if element_bytes == 4 and allow_tf32 else "ieee"
 
 
+def is_scattered(channels: int, element_bytes: int) -> bool:
+    """Whether pixels of so many channels are read in less than 8 bytes at once. A thread has a register or two for the
+    address of each access then: steps must be short."""
+    return channels * element_bytes % 8 != 0
+
+
 def product_configurations(
     rows: int,
     columns: int,
-    depth: int,
+    channels: int,
     element_bytes: int,
     precision: str,
     device: Device,
@@ -51,14 +67,20 @@ def product_configurations(
     """The configurations that a product of this size may take, the best guess first: the largest tiles that neither
     waste half of themselves nor leave multiprocessors idle.
 
-    An epilogue that `has_more_operands` than a bias finds no registers in the largest tile. Rows that `has_factors` for
-    each of their values take the shared memory of twice as many.
+    It sums over `channels` that are neighbours in memory, maybe several times. An epilogue that `has_more_operands`
+    than a bias finds no registers in the largest tile. Rows that `has_factors` for each of their values take the shared
+    memory of twice as many.
     """
+    scattered = element_bytes > 1 and is_scattered(channels, element_bytes)
     is_exact = element_bytes == 4 and precision == "ieee"
     needs_registers = has_more_operands or device.capability < 90
     fitting = []
     for (tile_rows, tile_columns, step), warps, stages in _PRODUCTS:
         step = step * 2 // element_bytes
+        if scattered:
+            step, warps = step // 2, 8 if tile_rows * tile_columns == _MOST_SCATTERED else warps
+            if tile_rows * tile_columns > _MOST_SCATTERED:
+                continue
         if is_exact and tile_rows * tile_columns > _MOST_EXACT_ELEMENTS:
             continue
         if needs_registers and tile_rows * tile_columns > _MOST_REGISTERS:
