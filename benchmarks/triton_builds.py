@@ -36,6 +36,7 @@ from kernelpress.ops.checks import TensorSpec
 
 __all__ = [
     "KINDS",
+    "PARTS",
     "TARGETS",
     "Build",
     "Launch",
@@ -46,6 +47,7 @@ __all__ = [
     "kinds_of",
     "launches",
     "launches_of",
+    "one_of_each",
     "ops",
     "sample",
 ]
@@ -120,9 +122,10 @@ class Launch:
 
     @property
     def reading(self) -> tuple[str, bool]:
-        """The kind, and whether channels are read one by one, each with an address of its own."""
+        """The kind, and whether channels are read in less than 8 bytes at once: an address for each access."""
         units = [value for name, value in self.constants.items() if name.endswith("UNIT")]
-        return "bf16" if self.kind == "fp16" else self.kind, 1 in units
+        element_bytes = KINDS[self.kind][0].itemsize
+        return "bf16" if self.kind == "fp16" else self.kind, any(unit * element_bytes < 8 for unit in units)
 
     @property
     def variant(self) -> tuple[Any, ...]:
@@ -376,12 +379,25 @@ def _use_of_amdgcn(text: str) -> tuple[int, int]:
     return registers, scratch
 
 
-def build(family: str, *, is_sample: bool) -> list[Build]:
-    """Compiles the launches of a family, or a sample of them, in a process of its own with an empty cache.
+def one_of_each(launches: Sequence[Launch], target: Target) -> list[Launch]:
+    """The first launch of every kernel in the sample."""
+    return list({launch.name: launch for launch in reversed(sample(launches, target))}.values())[::-1]
+
+
+PARTS: Mapping[str, Callable[[Sequence[Launch], Target], Sequence[Launch]]] = {
+    "all": lambda launches, target: launches,
+    "sample": sample,
+    "one": one_of_each,
+}
+"""Of a family's launches for a target."""
+
+
+def build(family: str, part: str = "sample") -> list[Build]:
+    """Compiles a part of the launches of a family, one of `PARTS`, in a process of its own with an empty cache.
 
     Raises `RuntimeError` with what it said where that process dies.
     """
-    command = [sys.executable, __file__, family, *(["--sample"] if is_sample else [])]
+    command = [sys.executable, __file__, family, "--part", part]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     with tempfile.TemporaryDirectory() as cache:
         environment |= {"TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
@@ -394,12 +410,12 @@ def build(family: str, *, is_sample: bool) -> list[Build]:
 def _main() -> None:
     parser = argparse.ArgumentParser(description="Compiles the Triton kernels of a family; a line of JSON for each.")
     parser.add_argument("family", choices=families())
-    parser.add_argument("--sample", action="store_true", help="each tile for each target, but not in every dtype")
+    parser.add_argument("--part", choices=PARTS, default="all")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for target in TARGETS:
             found = launches(options.family)[target.name]
-            for launch in sample(found, target) if options.sample else found:
+            for launch in PARTS[options.part](found, target):
                 try:
                     made = _compile(launch, target, Path(folder))
                 except Exception as error:  # whatever the compiler raises is a fault of this build alone

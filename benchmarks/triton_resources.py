@@ -1,8 +1,8 @@
 """Registers, shared memory, spills and tensor-core instructions of every Triton kernel on devices that are not here.
 
-`python benchmarks/triton_resources.py` compiles every tile on every target, the dtypes by turns, and writes the table
-into docs/gpu.md; it ends with 1 where a build has a fault. `make resources` runs it. With `--all` it compiles every
-configuration in every dtype, three times as many, and writes nothing.
+`python benchmarks/triton_resources.py` compiles one tile of every kernel for every target and writes the table into
+docs/gpu.md; it ends with 1 where a build has a fault. `make resources` runs it. With `--all` it compiles every
+configuration in every dtype, for half an hour, and writes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 from resources import PAGE, read_table, span, write_table
-from triton_builds import KINDS, TARGETS, Build, build, families, faults, launches, sample
+from triton_builds import KINDS, TARGETS, Build, build, families, faults, launches, one_of_each
 
 __all__ = ["MARKS", "expected_rows", "table", "written_rows"]
 
@@ -60,7 +60,7 @@ def expected_rows() -> Rows:
     """What the table should have now."""
     counts: dict[tuple[str, str], int] = {}
     for found in map(launches, families()):
-        for launch in (launch for target in TARGETS for launch in sample(found[target.name], target)):
+        for launch in (launch for target in TARGETS for launch in one_of_each(found[target.name], target)):
             counts[launch.family, launch.name] = counts.get((launch.family, launch.name), 0) + 1
     return counts
 
@@ -72,11 +72,11 @@ def written_rows() -> Rows:
 
 def main() -> int:
     """Writes the table; returns 1 where a build has a fault."""
-    is_sample = "--all" not in sys.argv[1:]
+    part = "all" if "--all" in sys.argv[1:] else "one"
     with ThreadPoolExecutor(_PROCESSES) as pool:
-        found = pool.map(lambda family: build(family, is_sample=is_sample), families())
+        found = pool.map(lambda family: build(family, part), families())
         builds = [made for of_family in found for made in of_family]
-    if is_sample:
+    if part == "one":
         write_table(PAGE, table([made for made in builds if made.error is None]), MARKS)
     wrong = [fault for made in builds for fault in faults(made)]
     print(*wrong, sep="\n", file=sys.stderr)

@@ -1,7 +1,8 @@
 """What Triton's compiler makes of the kernels for devices that are not here: nothing fails, nothing spills, products
 run on tensor cores. A family is compiled in a process of its own, as this one has Triton's interpreter.
 
-Of the dtypes of a tile one is compiled here for each target, by turns; `make resources` compiles all of them.
+Of the dtypes of a tile one is compiled here for each target, by turns;
+`python benchmarks/triton_resources.py --all` compiles all of them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ WITHOUT_PRODUCT = {
 
 @pytest.mark.parametrize("family", triton_builds.families())
 def test_every_tile_compiles_for_every_target(family: str) -> None:
-    builds = triton_builds.build(family, is_sample=True)
+    builds = triton_builds.build(family)
     assert {build.target for build in builds} == {target.name for target in TARGETS}
     wrong = [fault for build in builds for fault in triton_builds.faults(build)]
     assert not wrong, "\n".join(wrong)
