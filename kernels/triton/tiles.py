@@ -74,6 +74,7 @@ def product_configurations(
     scattered = element_bytes > 1 and is_scattered(channels, element_bytes)
     is_exact = element_bytes == 4 and precision == "ieee"
     needs_registers = has_more_operands or device.capability < 90
+    most = _MOST_REGISTERS // 2 if device.capability >= 100 else _MOST_REGISTERS
     fitting = []
     for (tile_rows, tile_columns, step), warps, stages in _PRODUCTS:
         step = step * 2 // element_bytes
@@ -83,7 +84,7 @@ def product_configurations(
                 continue
         if is_exact and tile_rows * tile_columns > _MOST_EXACT_ELEMENTS:
             continue
-        if needs_registers and tile_rows * tile_columns > _MOST_REGISTERS:
+        if needs_registers and tile_rows * tile_columns > most:
             continue
         staged = tile_rows * (2 if has_factors else 1) + tile_columns
         if staged * step * element_bytes * stages > device.shared_bytes:
