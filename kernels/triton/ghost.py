@@ -386,7 +386,7 @@ def ghost_conv2d_configurations(
     precision = product_precision(size, allow_tf32)
     sizes = (pixels, primary, c_in, size, precision, device)
     products = product_configurations(*sizes, has_more_operands=residual is not None)
-    if device.capability < 90:
+    if not 90 <= device.capability < 100:
         products = tuple(it for it in products if it.tile[0] * it.tile[1] <= _MOST_PRIMARY) or products[-1:]
     cheap = depthwise_configurations(device, (batch, max(1, kept), out_h, out_w), (cheap_h, cheap_w), (1, 1), (1, 1))
     if not is_unrolled((cheap_h, cheap_w), (1, 1)):
