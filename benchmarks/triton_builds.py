@@ -47,7 +47,6 @@ __all__ = [
     "kinds_of",
     "launches",
     "launches_of",
-    "one_of_each",
     "ops",
     "sample",
 ]
@@ -208,13 +207,13 @@ def _first_choices(op: str, device: Device) -> Iterator[Launch]:
 
 
 def _all_choices(op: str, device: Device) -> Iterator[Launch]:
-    """Of the form that stands for the others, in layers of all sizes, the most demanding first."""
-    (name, form), *_ = FORMS[op].items()
-    for layer in (*DEMANDING, *usual_layers()):
-        for kind in kinds_of(op):
-            if kind != "fp16":
-                for launched in launches_of(op, form(layer, KINDS[kind][0]), kind, device, name):
-                    yield from launched
+    """In layers of all sizes, those of the form that stands for the others and the most demanding ones first."""
+    for name, form in FORMS[op].items():
+        for layer in (*DEMANDING, *usual_layers()):
+            for kind in kinds_of(op):
+                if kind != "fp16":
+                    for launched in launches_of(op, form(layer, KINDS[kind][0]), kind, device, name):
+                        yield from launched
 
 
 @functools.cache
@@ -308,6 +307,7 @@ _MEANT: Mapping[str, Mapping[str, str | None]] = {
 """Backend → kind → what must stand in the name of an instruction."""
 
 _PRODUCTS = re.compile(r"\b(?:(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]+|v_mfma_\w+)")
+_OF_STACK = re.compile(r"\b(?:STL|LDL)\b")
 _USE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) .*?LOCAL:(?P<local>\d+)")
 
 
@@ -356,17 +356,21 @@ def _identity(launch: Launch, target: Target) -> dict[str, Any]:
 
 
 def _use_of_cubin(cubin: bytes, folder: Path) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack and local memory."""
+    """Registers of a thread, and bytes of its stack and local memory; ptxas may reserve some that nothing touches."""
     from triton import knobs
 
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
-    command = [knobs.nvidia.cuobjdump.path, "-res-usage", str(path)]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    use = _USE.search(told)
+
+    def told(what: str) -> str:
+        command = [knobs.nvidia.cuobjdump.path, what, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    use = _USE.search(told("-res-usage"))
     if use is None:
-        raise ValueError(f"cuobjdump: expected REG, STACK and LOCAL, got {told!r}")
-    return int(use["registers"]), int(use["stack"]) + int(use["local"])
+        raise ValueError(f"cuobjdump: expected REG, STACK and LOCAL, got {told('-res-usage')!r}")
+    memory = int(use["stack"]) + int(use["local"])
+    return int(use["registers"]), memory if memory and _OF_STACK.search(told("-sass")) else 0
 
 
 def _use_of_amdgcn(text: str) -> tuple[int, int]:
@@ -379,32 +383,36 @@ def _use_of_amdgcn(text: str) -> tuple[int, int]:
     return registers, scratch
 
 
-def one_of_each(launches: Sequence[Launch], target: Target) -> list[Launch]:
-    """The first launch of every kernel in the sample."""
-    return list({launch.name: launch for launch in reversed(sample(launches, target))}.values())[::-1]
-
-
 PARTS: Mapping[str, Callable[[Sequence[Launch], Target], Sequence[Launch]]] = {
     "all": lambda launches, target: launches,
     "sample": sample,
-    "one": one_of_each,
 }
 """Of a family's launches for a target."""
 
 
-def build(family: str, part: str = "sample") -> list[Build]:
-    """Compiles a part of the launches of a family, one of `PARTS`, in a process of its own with an empty cache.
+def build(family: str, part: str = "sample", tell: Callable[[Build], object] | None = None) -> list[Build]:
+    """Compiles a part of the launches of a family, one of `PARTS`, in a process of its own with an empty cache; `tell`
+    gets each build as soon as it is there.
 
     Raises `RuntimeError` with what it said where that process dies.
     """
     command = [sys.executable, __file__, family, "--part", part]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
-    with tempfile.TemporaryDirectory() as cache:
+    found: list[Build] = []
+    with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryFile("w+") as said:
         environment |= {"TRITON_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(f"{family}: the compiling process ended with {result.returncode}: {result.stderr[-3000:]}")
-    return [Build(**json.loads(line)) for line in result.stdout.splitlines()]
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                found.append(Build(**json.loads(line)))
+                if tell is not None:
+                    tell(found[-1])
+        if process.returncode != 0:
+            said.seek(0)
+            raise RuntimeError(
+                f"{family}: the compiling process ended with {process.returncode}: {said.read()[-3000:]}"
+            )
+    return found
 
 
 def _main() -> None:

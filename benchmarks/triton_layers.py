@@ -56,14 +56,14 @@ the one that stands for others."""
 def usual_layers() -> Iterator[Layer]:
     """Layers of each class of sizes that heuristics tell apart: images that fill a device many times or not once, sides
     and channels on either side of each tile's."""
-    sides = ((1, 1), (2, 2), (4, 4), (1, 14), (14, 1), (7, 7), (14, 14), (4, 56), (56, 56))
+    sides = ((1, 1), (2, 2), (4, 4), (1, 14), (14, 1), (7, 7), (14, 14), (21, 21), (2, 56), (4, 56), (56, 56))
     even = ((8, 16), (24, 32), (40, 40), (64, 128), (960, 160), (512, 1000))
     odd = ((13, 7), (31, 25), (127, 63), (511, 999), (512, 999))
     for batch, (height, width), (c_in, c_out) in itertools.product((1, 64), sides, even + odd):
         yield Layer(batch, c_in, c_out, height, width, kernel=7)
     for kernel, stride, groups, block in ((3, 1, 8, 16), (5, 2, 4, 64), (1, 1, 3, 32), (9, 1, 32, 16)):
-        for batch, side, (c_in, c_out) in itertools.product((1, 64), (1, 4, 7, 14, 56), (*even[::2], *odd)):
-            yield Layer(batch, c_in, c_out, side, side, kernel, stride, groups, block)
+        for batch, (height, width), (c_in, c_out) in itertools.product((1, 64), sides, (*even[::2], *odd)):
+            yield Layer(batch, c_in, c_out, height, width, kernel, stride, groups, block)
     for c_in in (256, 2048, 4096, 8192, 16384):
         yield Layer(8, c_in, 64, 14, 14, kernel=1)
 
@@ -148,13 +148,6 @@ def _inverted(layer: Layer, dtype: torch.dtype) -> Call:
     weights = _pair_of_weights(layer, dtype, hidden)
     activations = {"expand_activation": ACTIVATION, "depthwise_activation": ACTIVATION}
     return [_x(layer, dtype), *expand, *weights, _residual(layer, dtype)], {**_window(layer), **activations}
-
-
-def _stem(layer: Layer, dtype: torch.dtype) -> Call:
-    hidden = min(layer.c_in, 64)
-    stem = [_tensor(dtype, hidden, 3, 3, 3), _tensor(dtype, hidden)]
-    options = {"stem_stride": [2, 2], "stem_padding": [1, 1], **_window(layer), "depthwise_activation": ACTIVATION}
-    return [_x(layer, dtype, 3), *stem, *_pair_of_weights(layer, dtype, hidden)], options
 
 
 def _grouped(layer: Layer, dtype: torch.dtype, *, shuffle: bool = False) -> Call:
@@ -275,7 +268,6 @@ FORMS: Mapping[str, Mapping[str, Form]] = {
     "depthwise_conv2d": {"": _depthwise},
     "separable_conv2d": {"": _separable},
     "inverted_residual": {"": _inverted},
-    "separable_stem": {"": _stem},
     "grouped_conv2d": {"": _grouped, "shuffled": lambda layer, dtype: _grouped(layer, dtype, shuffle=True)},
     "channel_shuffle": {"": _shuffle},
     "shuffle_concat": {"": _concat},

@@ -1,8 +1,8 @@
 """Registers, shared memory, spills and tensor-core instructions of every Triton kernel on devices that are not here.
 
-`python benchmarks/triton_resources.py` compiles one tile of every kernel for every target and writes the table into
-docs/gpu.md; it ends with 1 where a build has a fault. `make resources` runs it. With `--all` it compiles every
-configuration in every dtype, for half an hour, and writes nothing.
+`python benchmarks/triton_resources.py` compiles the sample that the tests compile, for some minutes, and writes the
+table into docs/gpu.md; it ends with 1 where a build has a fault. `make resources` runs it. With `--all` it compiles
+every configuration in every dtype, for most of an hour, and writes nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 from resources import PAGE, read_table, span, write_table
-from triton_builds import KINDS, TARGETS, Build, build, families, faults, launches, one_of_each
+from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+from triton_builds import KINDS, TARGETS, Build, build, families, faults, launches, sample
 
 __all__ = ["MARKS", "expected_rows", "table", "written_rows"]
 
@@ -60,7 +61,7 @@ def expected_rows() -> Rows:
     """What the table should have now."""
     counts: dict[tuple[str, str], int] = {}
     for found in map(launches, families()):
-        for launch in (launch for target in TARGETS for launch in one_of_each(found[target.name], target)):
+        for launch in (launch for target in TARGETS for launch in sample(found[target.name], target)):
             counts[launch.family, launch.name] = counts.get((launch.family, launch.name), 0) + 1
     return counts
 
@@ -72,14 +73,19 @@ def written_rows() -> Rows:
 
 def main() -> int:
     """Writes the table; returns 1 where a build has a fault."""
-    part = "all" if "--all" in sys.argv[1:] else "one"
-    with ThreadPoolExecutor(_PROCESSES) as pool:
-        found = pool.map(lambda family: build(family, part), families())
-        builds = [made for of_family in found for made in of_family]
-    if part == "one":
+    part = "all" if "--all" in sys.argv[1:] else "sample"
+    with Progress(SpinnerColumn(), "{task.description}: {task.completed} builds", TimeElapsedColumn()) as progress:
+
+        def build_family(family: str) -> list[Build]:
+            task = progress.add_task(family, total=None)
+            return build(family, part, lambda made: progress.advance(task))
+
+        with ThreadPoolExecutor(_PROCESSES) as pool:
+            builds = [made for of_family in pool.map(build_family, families()) for made in of_family]
+    if part == "sample":
         write_table(PAGE, table([made for made in builds if made.error is None]), MARKS)
     wrong = [fault for made in builds for fault in faults(made)]
-    print(*wrong, sep="\n", file=sys.stderr)
+    print(*wrong, f"{len(builds)} builds, {len(wrong)} faults", sep="\n", file=sys.stderr)
     return 1 if wrong else 0
 
 

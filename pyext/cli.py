@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         help="these side by side, such as cuda,triton; see doctor",
     )
     bench.add_argument("--device", help="cpu or cuda (default: cuda where all --backends are a GPU's, else cpu)")
-    bench.add_argument("--dtype", help="with --backends: fp32 (default), fp16 or bf16")
+    bench.add_argument("--dtype", help="with --backends: fp32 (default), fp16 or bf16; int8 layers are int8")
     bench.add_argument("--batch", type=_positive, default=1, help="images per inference (default 1)")
     bench.add_argument("--peers", action="store_true", help="time PyTorch's own ways in turn with ours")
     bench.add_argument("--threads", type=_positive, help="torch's number of threads (default: as it is)")
@@ -235,25 +235,45 @@ def _bench(options: argparse.Namespace) -> int:
     console = _console()
     from kernelpress import bench
 
-    families = bench.FAMILIES if options.family is None else (options.family,)
     device = options.device or ("cuda" if options.backends and set(options.backends) <= set(_GPU_BACKENDS) else "cpu")
     backends = options.backends or (_backends_of_a_gpu() if device == "cuda" else None)
     if backends is None and options.dtype:
         raise ValueError("dtype: takes --backends")
     if backends is not None and options.peers:
         raise ValueError("peers: not with --backends or --device cuda; `make gpu` has all peers")
+    if backends is not None:
+        return _bench_backends(options, backends, device)
+    if options.family in bench.ALL_FAMILIES and options.family not in bench.FAMILIES:
+        raise ValueError(f"family: {options.family} takes --backends; without, {', '.join(bench.FAMILIES)}")
+    for family in bench.FAMILIES if options.family is None else (options.family,):
+        rows = bench.run(family, device, options.peers, batch=options.batch, threads=options.threads)
+        console.print(bench.table(rows, bench.measure_roofline(options.threads)))
+    return 0
+
+
+def _bench_backends(options: argparse.Namespace, backends: list[str], device: str) -> int:
+    """Backends side by side; of all families those that every backend runs some of."""
+    console = _console()
+    from kernelpress import bench
+
+    left_out: list[bench.CannotRunError] = []
+    families = bench.ALL_FAMILIES if options.family is None else (options.family,)
     for family in families:
-        if backends is None:
-            rows = bench.run(family, device, options.peers, batch=options.batch, threads=options.threads)
-            console.print(bench.table(rows, bench.measure_roofline(options.threads)))
-        else:
-            sides = bench.run_backends(
+        try:
+            rows = bench.run_backends(
                 *(family, backends, device),
                 dtype=options.dtype or "fp32",
                 batch=options.batch,
                 threads=options.threads,
             )
-            console.print(bench.backend_table(sides))
+        except bench.CannotRunError as refusal:
+            left_out.append(refusal)
+            if len(left_out) == len(families):
+                raise
+            continue
+        console.print(bench.backend_table(rows))
+    for reason in left_out:
+        console.print(f"left out: {reason}", markup=False)
     return 0
 
 

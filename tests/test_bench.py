@@ -12,8 +12,18 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernelpress import bench, native
+from kernelpress import bench, native, ops
 from kernelpress.bench import Case, Roofline, Stage, ours, peers
+from kernelpress.bench.layers import (
+    channel_shuffle,
+    ghost_conv2d,
+    grouped_conv2d,
+    int8_conv2d,
+    int8_matmul,
+    shuffle_concat,
+    sparse_conv2d,
+    sparse_matmul,
+)
 from kernelpress.bench.run import OURS, UNFUSED, measure_case, relative_error
 
 ROOFLINE = Roofline(
@@ -174,8 +184,8 @@ def test_the_row_names_a_forced_backend() -> None:
 
 def test_backends_are_timed_side_by_side() -> None:
     needed = [name for name in ("cpu", "reference") if name != "cpu" or native.cpu() is not None]
-    only = [SMALL["depthwise"], SMALL["separable"]]
-    for row, case in zip(
+    only = [bench.layer_of_case(SMALL[name]) for name in ("depthwise", "separable")]
+    for row, layer in zip(
         bench.run_backends("separable", needed, only=only, rounds=1, budget_seconds=2e-3), only, strict=True
     ):
         assert [entry.backend for entry in row.entries] == needed
@@ -184,14 +194,14 @@ def test_backends_are_timed_side_by_side() -> None:
         assert last.ms is not None
         assert row.ratio(first) == 1.0
         assert row.ratio(last) == pytest.approx(first.ms / last.ms)
-        work = case.traffic_bytes if case.family == "depthwise" else case.flops
+        work = layer.traffic_bytes(torch.float32) if layer.family == "depthwise" else layer.flops
         assert row.rate(last) == pytest.approx(work / last.ms * 1e-6)
 
 
 @pytest.mark.usefixtures("interpreted_triton")
 def test_triton_is_a_backend_like_others_and_what_it_lacks_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     rich = pytest.importorskip("rich.console", reason="rich prints the table; the extra `cli` installs it")
-    only = [SMALL["linear"], SMALL["stem"]]
+    only = [bench.layer_of_case(SMALL[name]) for name in ("linear", "stem")]
     options: dict[str, Any] = {"only": only, "rounds": 1, "budget_seconds": 2e-3}
     rows = bench.run_backends("dense", ["reference", "triton"], dtype="fp16", **options)
     linear, stem = rows
@@ -215,8 +225,55 @@ def test_triton_is_a_backend_like_others_and_what_it_lacks_is_told(capsys: pytes
 def test_a_backend_that_computes_something_else_is_no_contestant(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ours.on_backend
     monkeypatch.setattr(ours, "on_backend", lambda *given: lambda: right(*given)() * 1.01)
-    with pytest.raises(RuntimeError, match=r"linear .*: reference differs from eager by 1\.0e-02"):
-        bench.run_backends("dense", ["reference"], only=[SMALL["linear"]])
+    with pytest.raises(RuntimeError, match=r"linear .*: reference differs from the reference by 1\.0e-02"):
+        bench.run_backends("dense", ["reference"], only=[bench.layer_of_case(SMALL["linear"])])
+
+
+SMALL_LAYERS = {
+    "grouped": grouped_conv2d("test", 2, 5, 6, 9, 3, 3, shuffle=3),
+    "channel_shuffle": channel_shuffle("test", 2, 4, 6, 3),
+    "shuffle_concat": shuffle_concat("test", 1, 4, 3),
+    "ghost": ghost_conv2d("test", 2, 5, 6, 8, "relu"),
+    "sparse_matmul": sparse_matmul("test", 5, 32, 48, 16, 0.0),
+    "sparse_conv2d": sparse_conv2d("test", 2, 5, 16, 32, 3, 16, 0.0),
+    "int8_matmul": int8_matmul("test", 3, 20, 7),
+    "int8_conv2d": int8_conv2d("test", 2, 5, 6, 7, 3),
+    "int8_depthwise": int8_conv2d("test", 2, 5, 6, 6, 3, depthwise=True),
+}
+
+
+@pytest.mark.parametrize("layer", SMALL_LAYERS.values(), ids=SMALL_LAYERS.keys())
+def test_work_and_traffic_of_a_layer_are_those_of_its_tensors(layer: bench.Layer) -> None:
+    tensors, options = layer.make(torch.device("cpu"), torch.float32)
+    y = getattr(ops, layer.op)(*tensors, **options, backend="reference")
+    indices = {torch.int32}
+    moved = sum(t.nbytes for t in (*tensors, y) if t is not None and t.dtype not in indices)
+    assert layer.traffic_bytes(torch.float32) == moved
+    weights = [t for t in tensors if t is not None and t.dim() > 1 and t is not tensors[0] and t.dtype not in indices]
+    positions = y.numel() // y.shape[1]
+    products = 0 if layer.op == "shuffle_concat" else sum(w.numel() for w in weights) * positions
+    assert layer.flops == 2 * products
+
+
+@pytest.mark.parametrize("family", bench.ALL_FAMILIES)
+def test_layers_of_a_family_are_told_apart_and_scale_with_the_batch(family: str) -> None:
+    found, twice = bench.layers(family), bench.layers(family, batch=2)
+    assert len({(layer.op, layer.title) for layer in found}) == len(found)
+    for one, two in zip(found, twice, strict=True):
+        assert one.family == family
+        assert two.flops == 2 * one.flops
+        assert one.elements < two.elements <= 2 * one.elements
+
+
+@pytest.mark.usefixtures("interpreted_triton")
+@pytest.mark.parametrize("layer", SMALL_LAYERS.values(), ids=SMALL_LAYERS.keys())
+def test_every_kind_of_layer_runs_on_backends_side_by_side(layer: bench.Layer) -> None:
+    options: dict[str, Any] = {"only": [layer], "rounds": 1, "budget_seconds": 2e-3, "dtype": "bf16"}
+    (row,) = bench.run_backends(layer.family, ["reference", "triton"], **options)
+    assert row.dtype == ("int8" if layer.family == "int8" else "bf16")
+    rates = [row.rate(entry) for entry in row.entries]
+    assert None not in rates
+    assert row.unit == ("GFLOP/s" if layer.flops > 0 and "depthwise" not in layer.op else "GB/s")
 
 
 def test_on_a_cuda_device_backends_are_timed_by_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:

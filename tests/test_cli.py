@@ -180,13 +180,28 @@ class TestBench:
         from kernelpress import bench
         from kernelpress.bench import backends
 
-        few = bench.cases("depthwise", batch=2)[-1:]
-        monkeypatch.setattr(backends, "cases", lambda family, batch: few if batch == 2 else ())
+        few = bench.layers("depthwise", batch=2)[-1:]
+        monkeypatch.setattr(backends, "layers", lambda family, batch: few if batch == 2 else ())
         command = ("bench", "--family", "depthwise", "--backends", "cpu, reference", "--batch", "2", "--threads", "1")
         assert cli.main(command) == 0
         out = capsys.readouterr().out
         for expected in (few[0].label, "cpu", "reference", "vs cpu", "GB/s", "fp32"):
             assert expected in out
+
+    def test_families_that_a_backend_cannot_run_are_left_out_of_all(self, capsys, monkeypatch):
+        from kernelpress import bench
+        from kernelpress.bench import backends
+
+        few = {family: bench.layers(family)[-1:] for family in bench.ALL_FAMILIES}
+        monkeypatch.setattr(backends, "layers", lambda family, batch: few[family])
+        assert cli.main(("bench", "--backends", "onednn,reference", "--threads", "1")) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert "depthwise on cpu, fp32" in out
+        assert "left out: backends: 'onednn' cannot run sparse on cpu in fp32: sparse_matmul has no impl" in out
+        assert "onednn" in refusal(capsys, "bench", "--backends", "onednn", "--family", "sparse")
+
+    def test_families_without_peers_on_the_cpu_take_backends(self, capsys):
+        assert "family: ghost takes --backends" in refusal(capsys, "bench", "--family", "ghost")
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

@@ -289,10 +289,10 @@ def test_no_call_measures_while_it_is_traced_or_watched(recorder, measured, monk
     kernel = triton.kernel_of("pointwise_conv2d")
     problem, tensors, _ = tuning._candidates("pointwise_conv2d", (image(4), WEIGHT), {}, "triton")
     with FlopCounterMode(display=False):
-        assert str(triton._chosen(kernel, problem, tensors)) == heuristic(4)
+        assert str(triton.configuration_of(kernel, problem, tensors)) == heuristic(4)
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [None if t is None else mode.from_tensor(t) for t in tensors]
-    assert str(triton._chosen(kernel, problem, fakes)) == heuristic(4)
+    assert str(triton.configuration_of(kernel, problem, fakes)) == heuristic(4)
     assert measured == []
 
 

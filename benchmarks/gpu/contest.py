@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gpu.place import Call, Place
 from gpu.roofline import Roofline
+from kernelpress.bench import Layer
 from kernelpress.measure.latency import Timing
 
 __all__ = [
@@ -67,6 +68,17 @@ class Workload:
     flops: int
     traffic_bytes: int
     make: Callable[[], Contest]
+
+    @classmethod
+    def of(cls, layer: Layer, make: Callable[[], Contest]) -> Workload:
+        """One of `kernelpress.bench`, in bfloat16 or int8."""
+        return cls(
+            *(layer.family, layer.op, layer.network, layer.label, layer.batch),
+            kind="int8" if layer.dtype == torch.int8 else "bf16",
+            flops=layer.flops,
+            traffic_bytes=layer.traffic_bytes(torch.bfloat16),
+            make=make,
+        )
 
 
 @dataclass(frozen=True)

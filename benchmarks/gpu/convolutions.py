@@ -9,15 +9,11 @@ from torch import Tensor
 
 from gpu.contest import Contest, Workload
 from gpu.place import Call, Place
-from kernelpress.bench import Case, ours
+from kernelpress.bench import Case, layer_of_case, ours
 from kernelpress.bench import cases as layer_cases
 from kernelpress.bench.peers import LayerInputs, eager, random_inputs
 
 __all__ = ["workloads"]
-
-BYTES = 2
-FLOAT_BYTES = 4
-"""Of `Case.traffic_bytes`."""
 
 
 def workloads(family: str, place: Place, batch: int) -> list[Workload]:
@@ -40,13 +36,7 @@ def _fitted(case: Case, place: Place) -> Case:
 
 
 def _workload(case: Case, place: Place) -> Workload:
-    return Workload(
-        *(case.family, case.op, case.network, replace(case, batch=1).label, case.batch),
-        kind="bf16",
-        flops=case.flops,
-        traffic_bytes=case.traffic_bytes * BYTES // FLOAT_BYTES,
-        make=lambda: _contest(case, place),
-    )
+    return Workload.of(layer_of_case(case), lambda: _contest(case, place))
 
 
 def _contest(case: Case, place: Place) -> Contest:

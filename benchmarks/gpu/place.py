@@ -12,6 +12,7 @@ from torch import Tensor
 
 import kernelpress
 from kernelpress import ops
+from kernelpress.bench import Layer
 from kernelpress.measure.device_clock import time_graphs, time_on_device
 from kernelpress.measure.latency import Timing, time_alternately
 from kernelpress.ops import registry
@@ -73,6 +74,11 @@ class Place:
         """Random int8 of the whole range; channels_last where it is an image."""
         t = torch.randint(-128, 128, shape, device=self.device, dtype=torch.int8)
         return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
+
+    def make(self, layer: Layer) -> tuple[list[Tensor], dict[str, Any]]:
+        """Tensors of a layer that has no optional ones, and its options."""
+        tensors, options = layer.make(self.device, self.dtype)
+        return [t for t in tensors if t is not None], options
 
     @contextlib.contextmanager
     def backend(self) -> Iterator[None]:

@@ -40,7 +40,7 @@ struct RectanglePixels {
         const int h = row / source_.width, w = row % source_.width;
         pixel_[i] = row < source_.count ? source_.first + h * source_.row_step + w * source_.column_step : -1;
       }
-      jump(k);
+      k_ = static_cast<int>(k) + Share::chunk() * kChunk;
     }
     __device__ __forceinline__ void seek() {}
     __device__ __forceinline__ bool find(int i, const T*& address) const {
@@ -49,7 +49,6 @@ struct RectanglePixels {
       return valid;
     }
     __device__ __forceinline__ void advance(int n) { k_ += n; }
-    __device__ __forceinline__ void jump(int64_t k) { k_ = static_cast<int>(k) + Share::chunk() * kChunk; }
     __device__ __forceinline__ T padding() const { return T{}; }
 
    private:

@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kShuffleThreads) shuffle_pairs(Shuffled<Bits> 
       out[2 * j] = odd ? received[j] : kept[j];
       out[2 * j + 1] = odd ? kept[j] : received[j];
     }
-    store_16(problem.y + index / vectors * problem.y_stride + index % vectors * kVector, out);
+    store_global(problem.y + index / vectors * problem.y_stride + index % vectors * kVector, out);
   }
 }
 
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kShuffleThreads) shuffle_staged(Shuffled<Bits>
     }
     Bits* const target = problem.y + (first + pixel) * problem.y_stride + channel;
     if constexpr (kAligned)
-      store_16(target, out);
+      store_global(target, out);
     else
       *target = out[0];
   }

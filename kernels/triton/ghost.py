@@ -61,8 +61,11 @@ _PATCHES = (
 )
 """With a window of 3×3, patches fill 256, 128 and 64 lanes. TILE_DEPTH is of 16-bit elements."""
 
-_MOST_PRIMARY = 64 * 64
-"""Elements of a tile of the product, where registers hold its operands too, as before sm_90."""
+_MOST_PRIMARY, _MOST_PRIMARY_OF_SM_90 = 64 * 64, 64 * 128
+"""Elements of a tile of the product: more spill, with two outputs to write."""
+
+_MOST_SCATTERED_ROWS = 4
+"""Of the tile of a cheap operation whose values are scattered."""
 
 _LEAST_DEPTH = 16
 """For scattered values, whose addresses take registers, and for exact float32."""
@@ -386,11 +389,13 @@ def ghost_conv2d_configurations(
     precision = product_precision(size, allow_tf32)
     sizes = (pixels, primary, c_in, size, precision, device)
     products = product_configurations(*sizes, has_more_operands=residual is not None)
-    if not 90 <= device.capability < 100:
-        products = tuple(it for it in products if it.tile[0] * it.tile[1] <= _MOST_PRIMARY) or products[-1:]
+    most = _MOST_PRIMARY_OF_SM_90 if 90 <= device.capability < 100 else _MOST_PRIMARY
+    products = tuple(it for it in products if it.tile[0] * it.tile[1] <= most) or products[-1:]
     cheap = depthwise_configurations(device, (batch, max(1, kept), out_h, out_w), (cheap_h, cheap_w), (1, 1), (1, 1))
     if not is_unrolled((cheap_h, cheap_w), (1, 1)):
         cheap = (min(cheap, key=lambda it: it.tile[2]),)
+    elif is_scattered(primary, size) or is_scattered(kept, size):
+        cheap = tuple(it for it in cheap if it.tile[0] <= _MOST_SCATTERED_ROWS)
     in_turn = InTurn((products[0], cheap[0]))
     if multiplier != 1 or kept == 0:
         return (in_turn,)

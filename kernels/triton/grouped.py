@@ -29,7 +29,7 @@ from torch import Tensor
 from kernelpress.kernels.reference import ACTIVATIONS
 from kernelpress.kernels.triton.epilogue import affine, finish_tile, tile_offsets
 from kernelpress.kernels.triton.launch import Configuration, Device, cdiv, launch, power_of_2, spacing, unit
-from kernelpress.kernels.triton.tiles import input_pixels, product_precision, window_corners
+from kernelpress.kernels.triton.tiles import input_pixels, is_scattered, product_precision, window_corners
 
 __all__ = [
     "channel_shuffle",
@@ -53,6 +53,9 @@ _PRODUCTS = (
 
 _MOST_EXACT_ELEMENTS = 64 * 32
 """Of a float32 tile without TF32: its product is done in registers."""
+
+_SCATTERED_DEPTH = 16
+"""Of scattered float32."""
 
 _STEP_OVERHEAD, _PROGRAM_OVERHEAD = 512, 4096
 """Of a step of the sum and of a program, in loads of one value."""
@@ -323,16 +326,15 @@ def grouped_conv2d_configurations(
     element_bytes = x.dtype.itemsize
     taps = weight.shape[1] * weight.shape[2]
     is_exact = product_precision(element_bytes, allow_tf32) == "ieee" and element_bytes == 4
+    deepest = _SCATTERED_DEPTH if element_bytes == 4 and is_scattered(window, element_bytes) else window
+    products = [it._replace(tile=(*it.tile[:2], min(it.tile[2], power_of_2(deepest, 16)))) for it in _PRODUCTS]
 
     def fits(configuration: Configuration) -> bool:
         pixels, channels, depth = configuration.tile
         if is_exact and pixels * channels > _MOST_EXACT_ELEMENTS:
             return False
-        return (
-            (pixels + channels) * depth * element_bytes * configuration.stages <= device.shared_bytes
-            and channels <= power_of_2(group_out, 16)
-            and depth <= power_of_2(window, 16)
-        )
+        staged_bytes = (pixels + channels) * depth * element_bytes * configuration.stages
+        return staged_bytes <= device.shared_bytes and channels <= power_of_2(group_out, 16)
 
     def cost(configuration: Configuration) -> float:
         pixels, channels, depth = configuration.tile
@@ -341,7 +343,7 @@ def grouped_conv2d_configurations(
         waves = cdiv(programs, device.multiprocessors * _PROGRAMS_AT_ONCE)
         return waves * (taps * cdiv(window, depth) * step + pixels * channels + _PROGRAM_OVERHEAD)
 
-    return tuple(sorted(filter(fits, _PRODUCTS), key=cost))
+    return tuple(sorted(filter(fits, products), key=cost))
 
 
 def channel_shuffle_configurations(

@@ -377,10 +377,10 @@ def _configurations(rows: int, c_out: int, c_in: int, reads_bytes: bool, device:
     return tuple(
         Configuration(
             (tile_rows, tile_columns, _FEW_CHANNELS if reads_bytes else step(longest)),
-            8 if tile_rows >= 128 else warps,
+            8 if tile_rows >= 128 else 4,
             stages,
         )
-        for (tile_rows, tile_columns, longest), warps, stages in found
+        for (tile_rows, tile_columns, longest), _, stages in found
         if not (reads_bytes and tile_rows * tile_columns > _LARGEST_OF_BYTES)
     )
 

@@ -50,7 +50,7 @@ __all__ = [
 ]
 
 _TILES = (
-    Configuration((8, 8, 32, 64), 4, 2),
+    Configuration((8, 8, 32, 64), 8, 2),
     Configuration((8, 8, 64, 64), 4, 2),
     Configuration((8, 8, 128, 64), 4, 2),
     Configuration((4, 16, 64, 64), 4, 2),

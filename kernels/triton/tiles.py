@@ -19,8 +19,8 @@ __all__ = [
 _PRODUCTS = (
     Configuration((128, 256, 64), 8, 3),
     Configuration((128, 128, 64), 8, 3),
-    Configuration((128, 64, 64), 4, 4),
-    Configuration((64, 128, 64), 4, 4),
+    Configuration((128, 64, 64), 8, 4),
+    Configuration((64, 128, 64), 8, 4),
     Configuration((64, 64, 64), 4, 4),
     Configuration((32, 64, 64), 4, 5),
     Configuration((64, 32, 64), 8, 5),
@@ -29,14 +29,17 @@ _PRODUCTS = (
 )
 """Rows (pixels), columns (output channels), and 16-bit elements of the sum a step, largest first."""
 
-_MOST_EXACT_ELEMENTS = 64 * 64
-"""Of a float32 tile without TF32: its product is done in registers."""
+_MOST_ELEMENTS = 128 * 256
+"""Of a tile's accumulator."""
 
 _MOST_REGISTERS = 128 * 128
-"""Elements of a tile where `mma` takes its operands from registers, as it does before sm_90, or its end takes more."""
+"""Where `mma` takes its operands from registers, as it does before sm_90, float32 is staged, or the end takes more."""
 
 _MOST_SCATTERED = 64 * 128
-"""Elements of a tile whose operands are scattered."""
+"""Where operands are scattered."""
+
+_MOST_EXACT = 64 * 64
+"""Of float32 without TF32: its product is done in registers."""
 
 _WAVES = 0.75
 """The least share of the multiprocessors that a tile size should occupy before a smaller one is better."""
@@ -72,19 +75,19 @@ def product_configurations(
     memory of twice as many.
     """
     scattered = element_bytes > 1 and is_scattered(channels, element_bytes)
-    is_exact = element_bytes == 4 and precision == "ieee"
-    needs_registers = has_more_operands or device.capability < 90
-    most = _MOST_REGISTERS // 2 if device.capability >= 100 else _MOST_REGISTERS
+    most = _MOST_ELEMENTS
+    if element_bytes == 4 or device.capability < 90:
+        most = _MOST_REGISTERS
+    if has_more_operands:
+        most = _MOST_REGISTERS // 2 if device.capability >= 100 else _MOST_REGISTERS
+    if scattered or (has_more_operands and is_scattered(columns, element_bytes)):
+        most = _MOST_SCATTERED
+    if element_bytes == 4 and precision == "ieee":
+        most = _MOST_EXACT
     fitting = []
     for (tile_rows, tile_columns, step), warps, stages in _PRODUCTS:
-        step = step * 2 // element_bytes
-        if scattered:
-            step, warps = step // 2, 8 if tile_rows * tile_columns == _MOST_SCATTERED else warps
-            if tile_rows * tile_columns > _MOST_SCATTERED:
-                continue
-        if is_exact and tile_rows * tile_columns > _MOST_EXACT_ELEMENTS:
-            continue
-        if needs_registers and tile_rows * tile_columns > most:
+        step = step * 2 // element_bytes // (2 if scattered else 1)
+        if tile_rows * tile_columns > most:
             continue
         staged = tile_rows * (2 if has_factors else 1) + tile_columns
         if staged * step * element_bytes * stages > device.shared_bytes:

@@ -9,29 +9,30 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kernelpress import ops
 from kernelpress.bench import ours
-from kernelpress.bench.peers import LayerInputs, eager, random_inputs
+from kernelpress.bench.layers import Layer, layers
 from kernelpress.bench.run import relative_error
-from kernelpress.bench.shapes import FLOAT_BYTES, Case, cases
 from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.latency import Timing, threads_set_to, time_alternately
 from kernelpress.measure.units import ABSENT, latency_text, ratio_text
 from kernelpress.ops import registry
+from kernelpress.ops.registry import Tensors
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["DEVICES", "DTYPES", "BackendRow", "Entry", "backend_table", "run_backends"]
+__all__ = ["DEVICES", "DTYPES", "BackendRow", "CannotRunError", "Entry", "backend_table", "run_backends"]
 
 DEVICES = ("cpu", "cuda")
 
 DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-MAX_RELATIVE_ERROR = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-"""To eager in float32; of float32 as tensor cores round it to TF32."""
+MAX_RELATIVE_ERROR = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.int8: 1e-2}
+"""To the reference in float32, or in int8; of float32 as tensor cores round it to TF32."""
 
-MOVING = frozenset({"depthwise"})
-"""Families whose rate is told in GB/s; that of the others is in GFLOP/s."""
+MOVING = frozenset({"depthwise_conv2d", "int8_depthwise_conv2d", "channel_shuffle", "shuffle_concat"})
+"""Ops whose rate is told in GB/s; that of the others is in GFLOP/s."""
 
 _NOT_IMPLEMENTED = "has no implementation on it"
 
@@ -59,15 +60,24 @@ class BackendRow:
     traffic_bytes: int
     entries: tuple[Entry, ...]
 
+    @property
+    def unit(self) -> str:
+        """Of the rate: GB/s of compulsory traffic for ops that move memory, else GFLOP/s."""
+        return "GB/s" if self.op in MOVING else "GFLOP/s"
+
     def rate(self, entry: Entry) -> float | None:
-        """What an entry reaches: GB/s of compulsory traffic for families that move memory, else GFLOP/s."""
-        work = self.traffic_bytes if self.family in MOVING else self.flops
+        """What an entry reaches, in the row's unit."""
+        work = self.traffic_bytes if self.op in MOVING else self.flops
         return None if entry.ms is None else work / entry.ms * 1e-6
 
     def ratio(self, entry: Entry) -> float | None:
         """The first backend's time ÷ an entry's: above 1 the entry is faster; None where one of them has no time."""
         first = self.entries[0].ms
         return None if first is None or entry.ms is None else first / entry.ms
+
+
+class CannotRunError(RuntimeError):
+    """A backend can run none of a family's layers."""
 
 
 def run_backends(
@@ -80,16 +90,18 @@ def run_backends(
     threads: int | None = None,
     rounds: int = 5,
     budget_seconds: float = 0.1,
-    only: Sequence[Case] | None = None,
+    only: Sequence[Layer] | None = None,
 ) -> list[BackendRow]:
-    """Times every case of `family` (or those of `only`) on every backend in turn, one row a case.
+    """Times every layer of `family` (or those of `only`) on every backend in turn, one row a layer.
 
     `cpu` runs as steps of a captured plan, what runs on a CUDA device as CUDA graphs from a flushed cache, all others
     through their op. Kernels run in the tile configurations that calls of theirs would (see `KERNELPRESS_AUTOTUNE`).
-    `budget_seconds` is the measuring time of one backend at one case.
+    `budget_seconds` is the measuring time of one backend at one layer. Layers of the family int8 are in int8 whatever
+    the `dtype`.
 
-    Raises `ValueError` for an unknown family, backend, device or dtype, `RuntimeError` with the reason where a backend
-    can run none of the cases, and where results disagree with eager.
+    Raises `ValueError` for an unknown family, backend, device or dtype, `CannotRunError` with the reason where a
+    backend can run none of the layers, `RuntimeError` where there is no such device or results disagree with the
+    reference.
     """
     names = list(dict.fromkeys(backends))
     unknown = [name for name in names if name not in registry.BACKENDS]
@@ -101,55 +113,63 @@ def run_backends(
         raise ValueError(f"device: expected one of {', '.join(DEVICES)}, got {device!r}")
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    chosen = cases(family, batch=batch) if only is None else tuple(only)
+    chosen = layers(family, batch=batch) if only is None else tuple(only)
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("device: torch.cuda.is_available() is False; `kernelpress doctor` tells why")
     where = torch.device(device)
-    refusals = [_refusals(case, names, where, dtype) for case in chosen]
+    refusals = [_refusals(layer, names, where, DTYPES[dtype]) for layer in chosen]
     for name in names:
         if all(reasons[name] is not None for reasons in refusals):
             telling = [reasons[name] for reasons in refusals if not str(reasons[name]).endswith(_NOT_IMPLEMENTED)]
             reason = telling[0] if telling else refusals[0][name]
-            raise RuntimeError(f"backends: {name!r} cannot run {family} on {device} in {dtype}: {reason}")
+            kind = _name_of(chosen[0].dtype or DTYPES[dtype])
+            raise CannotRunError(f"backends: {name!r} cannot run {family} on {device} in {kind}: {reason}")
     with threads_set_to(threads), torch.no_grad():
         return [
-            _measured(case, reasons, where, dtype, rounds, budget_seconds)
-            for case, reasons in zip(chosen, refusals, strict=True)
+            _measured(layer, reasons, where, DTYPES[dtype], rounds, budget_seconds)
+            for layer, reasons in zip(chosen, refusals, strict=True)
         ]
 
 
-def _inputs(case: Case, device: torch.device) -> LayerInputs:
-    with device:
-        return random_inputs(case)
+def _name_of(dtype: torch.dtype) -> str:
+    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
-def _refusals(case: Case, backends: Sequence[str], device: torch.device, dtype: str) -> dict[str, str | None]:
-    """Why a backend cannot run a case, None where it can."""
-    tensors, options = ours.arguments(case, _inputs(case, device).to(DTYPES[dtype]))
-    implemented = registry.why_not(case.op, *tensors, **options)
-    return {name: implemented.get(name, f"{case.op} {_NOT_IMPLEMENTED}") for name in backends}
+def _rounded(layer: Layer, exact: Tensors, dtype: torch.dtype) -> Tensors:
+    """What a layer runs on: floating tensors in `dtype`, unless the layer has a dtype of its own."""
+    if layer.dtype is not None:
+        return exact
+    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in exact]
+
+
+def _refusals(layer: Layer, backends: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
+    """Why a backend cannot run a layer, None where it can."""
+    exact, options = layer.make(device, torch.float32)
+    implemented = registry.why_not(layer.op, *_rounded(layer, exact, dtype), **options)
+    return {name: implemented.get(name, f"{layer.op} {_NOT_IMPLEMENTED}") for name in backends}
 
 
 def _measured(
-    case: Case,
+    layer: Layer,
     refusals: Mapping[str, str | None],
     device: torch.device,
-    dtype: str,
+    dtype: torch.dtype,
     rounds: int,
     budget_seconds: float,
 ) -> BackendRow:
-    exact = _inputs(case, device)
-    inputs, expected = exact.to(DTYPES[dtype]), eager(case, exact)()
-    calls = {name: ours.on_backend(case, inputs, name) for name, reason in refusals.items() if reason is None}
+    exact, options = layer.make(device, torch.float32)
+    expected, tensors = getattr(ops, layer.op)(*exact, **options, backend="reference"), _rounded(layer, exact, dtype)
+    usable = [name for name, reason in refusals.items() if reason is None]
+    calls = {name: ours.on_backend(layer.op, tensors, options, name) for name in usable}
     for name, call in calls.items():
         error = relative_error(call(), expected)
-        if not error <= MAX_RELATIVE_ERROR[DTYPES[dtype]]:
-            raise RuntimeError(f"{case.op} {case.label}: {name} differs from eager by {error:.1e} (relative)")
+        if not error <= MAX_RELATIVE_ERROR[layer.dtype or dtype]:
+            raise RuntimeError(f"{layer.op} {layer.title}: {name} differs from the reference by {error:.1e} (relative)")
     timings = _timings(calls, device, rounds, budget_seconds) if calls else {}
     return BackendRow(
-        *(case.family, case.op, case.network, case.label, device.type, dtype),
-        flops=case.flops,
-        traffic_bytes=case.traffic_bytes * DTYPES[dtype].itemsize // FLOAT_BYTES,
+        *(layer.family, layer.op, layer.network, layer.title, device.type, _name_of(layer.dtype or dtype)),
+        flops=layer.flops,
+        traffic_bytes=layer.traffic_bytes(dtype),
         entries=tuple(
             Entry(name, timings[name].median if name in timings else None, reason) for name, reason in refusals.items()
         ),
@@ -174,18 +194,19 @@ def backend_table(rows: Sequence[BackendRow]) -> Table:
     if not rows:
         raise ValueError("rows: expected at least one row, got none")
     backends = [entry.backend for entry in rows[0].entries]
-    unit = "GB/s" if rows[0].family in MOVING else "GFLOP/s"
+    units = list(dict.fromkeys(row.unit for row in rows))
     view = Table(title=f"{rows[0].family} on {rows[0].device}, {rows[0].dtype}", caption=_caption(rows))
     view.add_column("network")
     view.add_column("layer", no_wrap=True)
     for at, name in enumerate(backends):
-        for column in (name, unit, *([f"vs {backends[0]}"] if at else [])):
+        for column in (name, " or ".join(units), *([f"vs {backends[0]}"] if at else [])):
             view.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         cells = [row.network, row.layer]
         for at, entry in enumerate(row.entries):
             rate = row.rate(entry)
-            cells += [ABSENT if entry.ms is None else latency_text(entry.ms), ABSENT if rate is None else f"{rate:.1f}"]
+            told = f"{rate:.1f}" + (f" {row.unit}" if len(units) > 1 else "") if rate is not None else ABSENT
+            cells += [ABSENT if entry.ms is None else latency_text(entry.ms), told]
             cells += [ratio_text(row.ratio(entry))] if at else []
         view.add_row(*cells)
     return view

@@ -15,11 +15,12 @@ from kernelpress import ops
 from kernelpress.bench.peers import LayerInputs
 from kernelpress.bench.shapes import Case, Stage
 from kernelpress.ops import registry
+from kernelpress.ops.registry import Tensors
 from kernelpress.ops.step import native_steps
 
 __all__ = ["arguments", "backend_of", "fused", "on_backend", "unfused"]
 
-_Call = tuple[str, list[Tensor | None], dict[str, Any]]
+_Call = tuple[str, Tensors, dict[str, Any]]
 
 
 def fused(case: Case, inputs: LayerInputs) -> Callable[[], Tensor]:
@@ -28,11 +29,10 @@ def fused(case: Case, inputs: LayerInputs) -> Callable[[], Tensor]:
     return _steps_or_calls([(case.op, tensors, options)], backend_of(case, inputs))
 
 
-def on_backend(case: Case, inputs: LayerInputs, backend: str) -> Callable[[], Tensor]:
-    """The op of `case` on one backend: as a step of a plan on `cpu`, else as a call."""
-    tensors, options = arguments(case, inputs)
-    steps = native_steps([(case.op, tensors, options)]) if backend == "cpu" else None
-    return steps or (lambda: getattr(ops, case.op)(*tensors, **options, backend=backend))
+def on_backend(op: str, tensors: Tensors, options: dict[str, Any], backend: str) -> Callable[[], Tensor]:
+    """An op on one backend: as a step of a plan on `cpu`, else as a call."""
+    steps = native_steps([(op, tensors, options)]) if backend == "cpu" else None
+    return steps or (lambda: getattr(ops, op)(*tensors, **options, backend=backend))
 
 
 def backend_of(case: Case, inputs: LayerInputs) -> str:
@@ -74,7 +74,7 @@ def _geometry(stage: Stage) -> dict[str, list[int]]:
     return {"stride": [stage.stride] * 2, "padding": [stage.padding] * 2}
 
 
-def arguments(case: Case, inputs: LayerInputs) -> tuple[list[Tensor | None], dict[str, Any]]:
+def arguments(case: Case, inputs: LayerInputs) -> tuple[Tensors, dict[str, Any]]:
     """Positional and keyword arguments of the op of `case`: its tensors, its options."""
     last = case.stages[-1]
     if len(case.stages) == 1:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-__all__ = ["FAMILIES", "Case", "Stage", "cases"]
+from kernelpress.bench import networks
+
+__all__ = ["FAMILIES", "FLOAT_BYTES", "Case", "Stage", "cases", "check_batch"]
 
 FAMILIES = ("dense", "depthwise", "separable")
 
@@ -128,9 +130,14 @@ def cases(family: str, *, batch: int = 1) -> tuple[Case, ...]:
     """
     if family not in FAMILIES:
         raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+    check_batch(batch)
+    return _BUILDERS[family](batch)
+
+
+def check_batch(batch: object) -> None:
+    """Raises `ValueError` for what is not a positive integer."""
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
         raise ValueError(f"batch: expected a positive integer, got {batch!r}")
-    return _BUILDERS[family](batch)
 
 
 def _dense(batch: int) -> tuple[Case, ...]:
@@ -156,8 +163,8 @@ def _dense(batch: int) -> tuple[Case, ...]:
         )
     ]
     v1 = [
-        convolution("MobileNet V1", size, Stage(c_in, c_out, activation="relu"))
-        for size, c_in, c_out in _MOBILENET_V1_POINTWISE
+        convolution("MobileNet V1", before // stride, Stage(c_in, c_out, activation="relu"))
+        for before, c_in, c_out, stride in networks.MOBILENET_V1_PAIRS
     ]
     v2 = [
         convolution("MobileNet V2", size, Stage(c_in, c_out, activation=activation), residual)
@@ -194,7 +201,7 @@ def _dense(batch: int) -> tuple[Case, ...]:
 
 def _depthwise(batch: int) -> tuple[Case, ...]:
     shapes = (
-        *(("MobileNet V1", size, c, 3, stride, "relu") for size, c, _, stride in _MOBILENET_V1_PAIRS),
+        *(("MobileNet V1", size, c, 3, stride, "relu") for size, c, _, stride in networks.MOBILENET_V1_PAIRS),
         ("MobileNet V2", 112, 96, 3, 2, "relu6"),
         ("MobileNet V2", 56, 144, 3, 1, "relu6"),
         ("MobileNet V2", 28, 192, 3, 1, "relu6"),
@@ -223,7 +230,7 @@ def _separable(batch: int) -> tuple[Case, ...]:
             (Stage(c_in, c_in, 3, stride, c_in, "relu"), Stage(c_in, c_out, activation="relu")),
             batch=batch,
         )
-        for size, c_in, c_out, stride in _MOBILENET_V1_PAIRS
+        for size, c_in, c_out, stride in networks.MOBILENET_V1_PAIRS
     ]
     inverted = [
         Case(
@@ -239,39 +246,9 @@ def _separable(batch: int) -> tuple[Case, ...]:
             residual=stride == 1 and c_in == c_out,
             batch=batch,
         )
-        for size, c_in, hidden, c_out, stride in _MOBILENET_V2_BLOCKS
+        for size, c_in, hidden, c_out, stride in networks.MOBILENET_V2_BLOCKS
     ]
     return (*pairs, *inverted)
 
 
 _BUILDERS = {"dense": _dense, "depthwise": _depthwise, "separable": _separable}
-
-# Depthwise → pointwise pairs: map size before, channels before, channels after, stride (Howard et al. 2017, table 1).
-_MOBILENET_V1_PAIRS = (
-    (112, 32, 64, 1),
-    (112, 64, 128, 2),
-    (56, 128, 128, 1),
-    (56, 128, 256, 2),
-    (28, 256, 256, 1),
-    (28, 256, 512, 2),
-    (14, 512, 512, 1),
-    (14, 512, 1024, 2),
-    (7, 1024, 1024, 1),
-)
-
-_MOBILENET_V1_POINTWISE = tuple((size // stride, c_in, c_out) for size, c_in, c_out, stride in _MOBILENET_V1_PAIRS)
-
-# Inverted residuals: map size, channels, expanded channels, channels after, stride (Sandler et al. 2018, table 2).
-_MOBILENET_V2_BLOCKS = (
-    (112, 16, 96, 24, 2),
-    (56, 24, 144, 24, 1),
-    (56, 24, 144, 32, 2),
-    (28, 32, 192, 32, 1),
-    (28, 32, 192, 64, 2),
-    (14, 64, 384, 64, 1),
-    (14, 64, 384, 96, 1),
-    (14, 96, 576, 96, 1),
-    (14, 96, 576, 160, 2),
-    (7, 160, 960, 160, 1),
-    (7, 160, 960, 320, 1),
-)

@@ -3,10 +3,10 @@
 //
 //   kResident              the operand lies in shared memory already, at `base`, and no cursor moves
 //   Cursor<Share>          this thread's chunk of its rows first_row + Share::row(i)
-//     start(first_row, k)  goes to a tile's rows and element k
+//     start(first_row, k)  goes to a tile's rows, and this thread's chunk of the step that begins at element k
 //     seek()               is called once before the `find`s of a position
 //     find(i, address)     whether there is data in row i here, and where; else any valid address
-//     advance(n)           n elements of K further;  jump(k): to this thread's chunk of the step that begins at element k
+//     advance(n)           n elements of K further
 //     kPads                absent data is padding() instead of zero
 // Beyond the last row or element of K a source finds nothing; of A and B at least one has zeros there.
 #pragma once
@@ -33,7 +33,7 @@ struct Rows {
       const int64_t row = first_row + Share::row(0);
       left_ = static_cast<int>(min(rows_.count - row, static_cast<int64_t>(INT32_MAX)));
       row_ = rows_.base + row * rows_.stride;
-      jump(k);
+      k_ = static_cast<int>(k) + Share::chunk() * kChunk;
     }
     __device__ __forceinline__ void seek() {}
     __device__ __forceinline__ bool find(int i, const T*& address) const {
@@ -42,7 +42,6 @@ struct Rows {
       return valid;
     }
     __device__ __forceinline__ void advance(int n) { k_ += n; }
-    __device__ __forceinline__ void jump(int64_t k) { k_ = static_cast<int>(k) + Share::chunk() * kChunk; }
     __device__ __forceinline__ T padding() const { return T{}; }
 
    private:
@@ -88,7 +87,11 @@ struct ConvWindows {
           corner_[i] = INT32_MIN;  // a row of the image that no tap brings back inside
         }
       }
-      jump(k);
+      const uint32_t at = static_cast<uint32_t>(k) + Share::chunk() * kChunk;
+      const uint32_t tap = at / source_.channels;
+      channel_ = static_cast<int>(at % source_.channels);
+      tap_h_ = static_cast<int>(tap / source_.kernel_w);
+      tap_w_ = static_cast<int>(tap % source_.kernel_w);
     }
     __device__ __forceinline__ void seek() {
       down_ = tap_h_ * source_.dilation_h;
@@ -113,13 +116,6 @@ struct ConvWindows {
         }
       }
     }
-    __device__ __forceinline__ void jump(int64_t k) {
-      const uint32_t at = static_cast<uint32_t>(k) + Share::chunk() * kChunk;
-      const uint32_t tap = at / source_.channels;
-      channel_ = static_cast<int>(at % source_.channels);
-      tap_h_ = static_cast<int>(tap / source_.kernel_w);
-      tap_w_ = static_cast<int>(tap % source_.kernel_w);
-    }
     __device__ __forceinline__ T padding() const { return source_.padding; }
     __device__ __forceinline__ uint32_t padding_word() const {
       return static_cast<uint8_t>(source_.padding) * 0x01010101u;
@@ -130,61 +126,6 @@ struct ConvWindows {
     const T* address_;
     int pixel_[Share::kCount], corner_[Share::kCount];
     int tap_h_, tap_w_, channel_, down_, right_;
-  };
-};
-
-// Only those blocks of K that a list names: the K of the main loop runs over the list's blocks, one after the other, each of
-// 2^log2_block elements of `source`'s K (16 bytes at least).
-template <class Source>
-struct Listed {
-  static constexpr bool kResident = false;
-  Source source;
-  const int32_t* blocks;
-  int32_t count, log2_block;
-
-  template <class Share>
-  class Cursor {
-    using Inner = typename Source::template Cursor<Share>;
-
-   public:
-    static constexpr bool kPads = Inner::kPads;
-    static constexpr int kChunk = Inner::kChunk;
-
-    __device__ __forceinline__ explicit Cursor(const Listed& list) : list_(list), inner_(list.source) {}
-    __device__ __forceinline__ void start(int64_t first_row, int64_t k) {
-      inner_.start(first_row, 0);
-      jump(k);
-    }
-    __device__ __forceinline__ void seek() { inner_.seek(); }
-    template <class T>
-    __device__ __forceinline__ bool find(int i, const T*& address) const {
-      return inner_.find(i, address) && k_ >> list_.log2_block < list_.count;
-    }
-    __device__ __forceinline__ void advance(int n) {
-      const int before = k_;
-      k_ += n;
-      if ((before ^ k_) >> list_.log2_block)
-        go();
-      else
-        inner_.advance(n);
-    }
-    __device__ __forceinline__ void jump(int64_t k) {
-      k_ = static_cast<int>(k) + Share::chunk() * kChunk;
-      go();
-    }
-    __device__ __forceinline__ auto padding() const { return inner_.padding(); }
-    __device__ __forceinline__ uint32_t padding_word() const { return inner_.padding_word(); }
-
-   private:
-    __device__ __forceinline__ void go() {
-      const int entry = k_ >> list_.log2_block, within = k_ & ((1 << list_.log2_block) - 1);
-      const int block = entry < list_.count ? list_.blocks[entry] : 0;
-      inner_.jump((static_cast<int64_t>(block) << list_.log2_block) + within - Share::chunk() * kChunk);
-    }
-
-    const Listed& list_;
-    Inner inner_;
-    int k_;
   };
 };
 
@@ -204,7 +145,7 @@ struct BlockValues {
     __device__ __forceinline__ explicit Cursor(const BlockValues& blocks) : blocks_(blocks) {}
     __device__ __forceinline__ void start(int64_t first_row, int64_t k) {
       row_ = static_cast<int>(first_row) + Share::row(0);
-      jump(k);
+      k_ = static_cast<int>(k) + Share::chunk() * kChunk;
     }
     __device__ __forceinline__ void seek() {
       const int entry = k_ >> blocks_.log2_block, within = k_ & ((1 << blocks_.log2_block) - 1);
@@ -217,9 +158,6 @@ struct BlockValues {
       return valid;
     }
     __device__ __forceinline__ void advance(int n) { k_ += n; }
-    __device__ __forceinline__ void jump(int64_t k) {
-      k_ = static_cast<int>(k) + Share::chunk() * kChunk;
-    }
     __device__ __forceinline__ T padding() const { return T{}; }
 
    private:

@@ -1,0 +1,94 @@
+"""Sizes of layers that networks have."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ALEXNET_CLASSIFIER",
+    "GHOSTNET",
+    "MOBILENET_V1_PAIRS",
+    "MOBILENET_V2_BLOCKS",
+    "MOBILENET_V2_DEPTHWISE",
+    "RESNET50",
+    "RESNEXT50",
+    "SHUFFLENET_V1",
+    "SHUFFLENET_V2",
+]
+
+MOBILENET_V1_PAIRS = (
+    (112, 32, 64, 1),
+    (112, 64, 128, 2),
+    (56, 128, 128, 1),
+    (56, 128, 256, 2),
+    (28, 256, 256, 1),
+    (28, 256, 512, 2),
+    (14, 512, 512, 1),
+    (14, 512, 1024, 2),
+    (7, 1024, 1024, 1),
+)
+"""Depthwise → pointwise pairs: map size, channels before and after, stride (Howard et al. 2017, table 1)."""
+
+MOBILENET_V2_BLOCKS = (
+    (112, 16, 96, 24, 2),
+    (56, 24, 144, 24, 1),
+    (56, 24, 144, 32, 2),
+    (28, 32, 192, 32, 1),
+    (28, 32, 192, 64, 2),
+    (14, 64, 384, 64, 1),
+    (14, 64, 384, 96, 1),
+    (14, 96, 576, 96, 1),
+    (14, 96, 576, 160, 2),
+    (7, 160, 960, 160, 1),
+    (7, 160, 960, 320, 1),
+)
+"""Inverted residuals: map size, channels, expanded channels, channels after, stride (Sandler et al. 2018, table 2)."""
+
+MOBILENET_V2_DEPTHWISE = ((56, 144), (14, 576))
+"""Two of its 3×3 depthwise convolutions of stride 1: map size, channels."""
+
+RESNET50 = (
+    (56, 64, 64, 1),
+    (56, 64, 64, 3),
+    (56, 64, 256, 1),
+    (28, 512, 128, 1),
+    (28, 128, 128, 3),
+    (28, 128, 512, 1),
+    (14, 1024, 256, 1),
+    (14, 256, 256, 3),
+    (14, 256, 1024, 1),
+    (7, 2048, 512, 1),
+    (7, 512, 512, 3),
+    (7, 512, 2048, 1),
+)
+"""Map size, channels in and out, window (He et al. 2016, table 1)."""
+
+RESNEXT50 = ((56, 128), (28, 256), (14, 512), (7, 1024))
+"""32×4d: map size, channels of the grouped 3×3 convolution (Xie et al. 2017, table 1)."""
+
+SHUFFLENET_V1 = ((28, 240, 60), (14, 480, 120), (7, 960, 240))
+"""Three groups: map size, channels of a unit, of its bottleneck (Zhang et al. 2018, table 1)."""
+
+SHUFFLENET_V2 = ((28, 116), (14, 232), (7, 464))
+"""1×: map size, channels of both branches together (Ma et al. 2018, table 5)."""
+
+GHOSTNET = (
+    (112, 16, 16, True),
+    (112, 16, 48, True),
+    (56, 48, 24, False),
+    (56, 24, 72, True),
+    (56, 72, 24, False),
+    (28, 72, 40, False),
+    (28, 40, 120, True),
+    (28, 120, 40, False),
+    (14, 240, 80, False),
+    (14, 80, 184, True),
+    (14, 80, 480, True),
+    (14, 480, 112, False),
+    (14, 112, 672, True),
+    (7, 672, 160, False),
+    (7, 160, 960, True),
+    (7, 960, 160, False),
+)
+"""1.0: map size, channels in and out of its ghost modules, with relu or without (Han et al. 2020, table 1)."""
+
+ALEXNET_CLASSIFIER = ((9216, 4096), (4096, 4096))
+"""Features in and out of its wide layers (Krizhevsky et al. 2012, section 3.5)."""
