@@ -262,7 +262,8 @@ def test_layers_train_as_the_public_modules_do(pair: tuple[nn.Module, nn.Module]
     out.square().sum().backward()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert a.grad is not None
-        assert torch.allclose(a.grad, b.grad, rtol=1e-6, atol=1e-9)  # the gradient of hardsigmoid has 1/6 in float
+        largest = float(b.grad.abs().max())  # terms cancel, and the gradient of hardsigmoid has 1/6 in float
+        assert torch.allclose(a.grad, b.grad, rtol=0, atol=1e-7 * largest + 1e-9)
     for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
         assert torch.allclose(a, b)
 
