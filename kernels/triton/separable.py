@@ -331,6 +331,7 @@ def _configurations(
             continue  # it would spill
         depth = min(depth * 2 // element_bytes, power_of_2(channels, 16))
         depth = _LEAST_DEPTH if is_exact or scattered else depth
+        warps = 4 if is_exact and not scattered else warps
         if (stages * tile_channels + rows * columns) * depth * element_bytes <= device.shared_bytes:
             found[Configuration((rows, columns, tile_channels, depth), warps, stages)] = None
     hidden = (batch, channels, out_h, out_w)
