@@ -22,7 +22,7 @@ from triton_builds import TARGETS, Build
 
 from kernelpress.kernels.triton.launch import Device
 
-LAYERS_OF_AN_OP = 60
+LAYERS_OF_AN_OP = 300
 
 WITHOUT_PRODUCT = {
     "cheap_kernel",
