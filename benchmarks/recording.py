@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kernelpress.bench import FAMILIES, describe_machine
+from kernelpress.files import write_atomically
 from kernelpress.measure.units import ABSENT, ratio_text
 
 __all__ = ["RESULTS", "commit", "markdown", "save", "write_page"]
@@ -43,7 +42,7 @@ def save(name: str, results: Sequence[Any], folder: Path = RESULTS, **context: A
     }
     path = folder / machine.slug / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    _write(path, json.dumps(payload, indent=1, ensure_ascii=False) + "\n")
+    write_atomically(path, (json.dumps(payload, indent=1, ensure_ascii=False) + "\n").encode())
     write_page(folder)
     return path
 
@@ -71,7 +70,7 @@ def write_page(folder: Path = RESULTS) -> Path:
             render = {"models": _model_tables, "overhead": _overhead_table}.get(name, _kernel_table)
             lines += [*render(payload), ""]
     page = folder / "README.md"
-    _write(page, "\n".join(lines).rstrip() + "\n")
+    write_atomically(page, ("\n".join(lines).rstrip() + "\n").encode())
     return page
 
 
@@ -189,16 +188,3 @@ def commit() -> tuple[str | None, bool]:
         return git("rev-parse", "--short=12", "HEAD"), bool(changed)
     except (OSError, subprocess.CalledProcessError):
         return None, False
-
-
-def _write(path: Path, content: str) -> None:
-    """Replaces a file in one step: a full disk leaves the old one intact."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

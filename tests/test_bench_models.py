@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -160,20 +161,20 @@ def test_the_page_shows_what_was_saved_losses_and_skips_included(tmp_path: Path)
     assert not list(tmp_path.rglob(".*"))
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_old_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import recording
 
-    path = tmp_path / "file"
-    path.write_text("old", encoding="utf-8")
+    path = recording.save("overhead", [], tmp_path)
+    old, files = path.read_bytes(), sorted(tmp_path.rglob("*"))
 
     def full_disk(source: str, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(recording.os, "replace", full_disk)
+    monkeypatch.setattr(os, "replace", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        recording._write(path, "new")
-    assert path.read_text(encoding="utf-8") == "old"
-    assert list(tmp_path.iterdir()) == [path]
+        recording.save("overhead", [], tmp_path)
+    assert path.read_bytes() == old
+    assert sorted(tmp_path.rglob("*")) == files
 
 
 def test_the_table_of_a_network_names_winner_and_skips(capsys: pytest.CaptureFixture[str]) -> None:
