@@ -19,10 +19,11 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -223,22 +224,21 @@ def launches(family: str) -> Mapping[str, tuple[Launch, ...]]:
     others = set(families()) - {family}
     chosen: dict[str, tuple[Launch, ...]] = {}
     for target in TARGETS:
-        found: list[Launch] = []
-        sources, variants, names = set(), set(), set()
-        for launch in (launch for op in own for launch in _first_choices(op, target.device)):
-            if launch.source not in sources and launch.family not in others:
-                found.append(launch)
-                sources.add(launch.source)
-                variants.add(launch.variant)
-                names.add(launch.name)
-        for launch in (launch for op in own for launch in _all_choices(op, target.device)):
-            is_new = launch.variant not in variants if target.backend == "cuda" else launch.name not in names
-            if is_new and launch.family not in others:
-                found.append(launch)
-                variants.add(launch.variant)
-                names.add(launch.name)
+        known = attrgetter("variant" if target.backend == "cuda" else "name")
+        first = (launch for op in own for launch in _first_choices(op, target.device) if launch.family not in others)
+        more = (launch for op in own for launch in _all_choices(op, target.device) if launch.family not in others)
+        found = _first_of_each(first, attrgetter("source"))
+        seen = {known(launch) for launch in found}
+        found += [launch for launch in _first_of_each(more, known) if known(launch) not in seen]
         chosen[target.name] = tuple(found)
     return chosen
+
+
+def _first_of_each(found: Iterable[Launch], key: Callable[[Launch], Any]) -> list[Launch]:
+    kept: dict[Any, Launch] = {}
+    for launch in found:
+        kept.setdefault(key(launch), launch)
+    return list(kept.values())
 
 
 def sample(found: Sequence[Launch], target: Target) -> tuple[Launch, ...]:

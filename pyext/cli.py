@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_GPU_BACKENDS = ("cuda", "triton", "cudnn")
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (by default the process's own) and return its exit status."""
@@ -275,9 +277,6 @@ def _bench_backends(options: argparse.Namespace, backends: list[str], device: st
     for reason in left_out:
         console.print(f"left out: {reason}", markup=False)
     return 0
-
-
-_GPU_BACKENDS = ("cuda", "triton", "cudnn")
 
 
 def _backends_of_a_gpu() -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,9 @@ from kernelpress import bench, layers, models
 from kernelpress.bench import Case, Roofline, Stage
 from kernelpress.bench.run import measure_case
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-
 ROOFLINE = Roofline(
     threads=1, fma_gflops=100.0, l2_gbs=50.0, llc_gbs=20.0, memory_gbs=10.0, l2_bytes=1000, llc_bytes=10_000
 )
-
-
-@pytest.fixture(autouse=True)
-def _benchmarks_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
 
 
 def model_result(**rounds_ms: tuple[float, ...]) -> Any:

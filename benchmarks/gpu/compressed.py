@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from gpu.contest import Contest, Workload
 from gpu.place import Call, Place
 from kernelpress.bench import networks
-from kernelpress.bench.layers import int8_conv2d, int8_matmul, sparse_conv2d, sparse_matmul
+from kernelpress.bench.layers import BLOCK, SPARSITY, int8_conv2d, int8_matmul, sparse_conv2d, sparse_matmul
 from kernelpress.kernels import reference
 from kernelpress.ops.block_csr import BlockCsr, conv_weight
 
@@ -61,8 +61,8 @@ def _bsr(x: Tensor, dense: Tensor, bias: Tensor, block: int) -> Call:
 
 
 def _sparse_convolution(place: Place, batch: int, size: int, c_in: int, c_out: int, kernel: int) -> Workload:
-    c_in, c_out, block = place.features(c_in), place.features(c_out), 16 if place.is_dry else 64
-    layer = sparse_conv2d("ResNet-50", place.batch(batch), place.size(size), c_in, c_out, kernel, block, 0.9)
+    c_in, c_out, block = place.features(c_in), place.features(c_out), 16 if place.is_dry else BLOCK
+    layer = sparse_conv2d("ResNet-50", place.batch(batch), place.size(size), c_in, c_out, kernel, block, SPARSITY)
 
     def make() -> Contest:
         tensors, options = place.make(layer)

@@ -17,6 +17,8 @@ from kernelpress.ops.registry import Tensors
 
 __all__ = [
     "ALL_FAMILIES",
+    "BLOCK",
+    "SPARSITY",
     "Layer",
     "channel_shuffle",
     "ghost_conv2d",
