@@ -21,6 +21,13 @@ from kernelpress.ops import registry
 
 __all__ = ["Buffer", "NativeStep", "Place", "Program", "Step", "TorchStep", "View", "lower"]
 
+aten = torch.ops.aten
+
+_BY_VALUES = frozenset(
+    {aten.where.default, aten.nonzero_numpy.default, aten.repeat_interleave.self_Tensor, aten.is_nonzero.default}
+)
+"""Operations whose sizes follow from values, though their tags do not say so."""
+
 
 class Place(enum.Enum):
     """Where a buffer's memory comes from."""
@@ -125,12 +132,14 @@ class _Lowering(Interpreter):
 
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module)
+        self.extra_traceback = False
         self.program = Program()
         self._views: dict[Node, Any] = {}
 
     def run_node(self, node: Node) -> Any:
         if node.op == "call_function":
             _check_functional(node)
+            _check_static(node, self.fetch_args_kwargs_from_env(node)[0])
         result = super().run_node(node)
         _check_device(node, result)
         if node.op == "placeholder":
@@ -152,13 +161,13 @@ class _Lowering(Interpreter):
         leaves, spec = pytree.tree_flatten(result)
         owners = self._owners(node)
         views = [self._alias(leaf, owners) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        fresh = tuple(i for i, view in enumerate(views) if view is None)
-        if fresh:
+        fresh = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and views[i] is None)
+        if fresh or result is None:
             native = self._native_step(node, args, kwargs, result)
             if native is not None:
                 self.program.steps.append(native)
                 return native.out
-            out_variant = _out_variant(node.target) if spec.is_leaf() else None
+            out_variant = _out_variant(node.target) if fresh and spec.is_leaf() else None
             place = Place.TORCH if out_variant is None else Place.ARENA
             results: list[View] = []
             for i in fresh:
@@ -236,6 +245,21 @@ def _check_functional(node: Node) -> None:
     if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
         raise ValueError(
             f"model: expected operations without side effects, got the in-place {target} at {node.name}; emit the model"
+        )
+
+
+def _check_static(node: Node, args: tuple[Any, ...]) -> None:
+    """Sizes and numbers that follow from the values of tensors would stay those of the capture."""
+    tags = getattr(node.target, "tags", ())
+    depends = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*tags} or node.target in _BY_VALUES
+    if node.target is aten.index.Tensor:
+        depends = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    elif node.target is aten.one_hot.default:
+        depends = len(args) < 2 or args[1] < 0
+    if depends and node.users:
+        raise ValueError(
+            f"model: a plan has fixed sizes, but those of {node.target} at {node.name} follow from the values of its"
+            " inputs; call the emitted model itself"
         )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from kernelpress.contract import PlainInput
 from kernelpress.emit.arena import ArenaLayout, Lifetime, lay_out
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.cuda_plan import CudaPlan
@@ -43,10 +44,8 @@ def capture(model: EmittedModel, *example_inputs: Any, stream: bool = True, cach
             else ""
         )
         raise TypeError(f"model: expected an EmittedModel, got {kind}{hint}")
+    model.contract.require(example_inputs)
     flat, spec = pytree.tree_flatten((example_inputs, {}))
-    expected = model.body._in_spec
-    if spec != expected:
-        raise ValueError(f"example_inputs: expected the structure {expected} of the model's inputs, got {spec}")
     inputs = [own_copy(x) if isinstance(x, Tensor) else x for x in flat]
     model.body.graph.eliminate_dead_code()
     out_spec = model.body._out_spec
@@ -94,7 +93,7 @@ class Plan:
         self._lock = threading.Lock()
         self._outputs = [i for i, buffer in enumerate(program.buffers) if buffer.place is Place.OUTPUT]
         self._inputs = [(i, view) for i, view in enumerate(program.inputs) if isinstance(view, View)]
-        self._plain = [(i, value) for i, value in enumerate(program.inputs) if not isinstance(value, View)]
+        self._plain = [(i, x) for i, x in enumerate(model.contract.inputs) if isinstance(x, PlainInput)]
         self._native_steps = sum(isinstance(step, NativeStep) for step in program.steps)
         self._arrange([])
         chains = self._native.faster_chains(times) if times is not None else []
@@ -162,9 +161,8 @@ class Plan:
         flat, spec = pytree.tree_flatten((inputs, {}))
         if spec != self._in_spec:
             raise ValueError(f"inputs: expected the structure {self._in_spec}, got {spec}")
-        for position, value in self._plain:
-            if flat[position] != value:
-                raise ValueError(f"inputs[{position}]: expected {value!r} as captured, got {flat[position]!r}")
+        for position, plain in self._plain:
+            plain.require(flat[position])
         with torch.no_grad(), self._lock:
             bases: Bases = self._static.copy()
             for position, view in self._inputs:
