@@ -16,6 +16,8 @@ from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
+from kernelpress.regions import has_regions, keep_layouts, own_writes, writes
+
 __all__ = ["TraceError", "module_of", "parameter_name", "trace"]
 
 aten = torch.ops.aten
@@ -87,17 +89,20 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
         if program is None:
             program = _export(model, inputs, dynamic=False)
         module = _clean(program.module())
-        if _mutations(module.graph):
-            # Writes through views: let PyTorch's own functionalisation resolve the aliasing.
-            module = _clean(program.run_decompositions({}).module())
+        if _mutations(module.graph) or has_regions(module.graph):
+            # Writes through views, sub-graphs: PyTorch's own functionalisation resolves the aliasing, spells out the
+            # casts of autocast, and puts in line what only sets a mode.
+            module = _clean(own_writes(program.run_decompositions({}).module()))
             _restore_batch_norm(module.graph)
     if dynamic_batch and not is_dynamic:
         name = type(model).__name__
         warnings.warn(f"{name} fixes its batch size: exported for the batch of example_inputs only", stacklevel=2)
-    _simplify(module.graph)
-    module.graph.eliminate_dead_code()
-    module.graph.lint()
-    module.recompile()
+    for part in [m for m in module.modules() if isinstance(m, GraphModule)]:
+        _simplify(part.graph)
+        keep_layouts(part.graph)
+        part.graph.eliminate_dead_code()
+        part.graph.lint()
+        part.recompile()
     module.meta["dynamic_batch"] = is_dynamic
     return module
 
@@ -235,11 +240,7 @@ def _replace(node: Node, value: Any) -> None:
 
 def _mutations(graph: Graph) -> list[Node]:
     """The nodes that write to one of their arguments."""
-    return [
-        node
-        for node in graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-    ]  # fmt: skip
+    return [node for node in graph.nodes if writes(node)]
 
 
 def _make_functional(node: Node) -> bool:
