@@ -13,6 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from kernelpress.export import TraceError, exports, proven
+from kernelpress.regions import has_regions, keep_layouts, own_writes, writes
 from kernelpress.untouched import untouched
 
 __all__ = ["TraceError", "module_of", "parameter_name", "trace"]
@@ -77,11 +78,8 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
             if contract is not None:
                 break
         else:
-            raise TraceError(
-                f"{type(model).__name__}: its export does not compute what the model does on example_inputs"
-            )
+            raise TraceError(f"{name}: its export does not compute what the model does on example_inputs")
     if dynamic_batch and not contract.dynamic_batch:
-        name = type(model).__name__
         warnings.warn(f"{name} fixes its batch size: exported for the batch of example_inputs only", stacklevel=2)
     module.meta["contract"] = contract
     return module
@@ -112,14 +110,17 @@ def _set_eval_mode(model: nn.Module) -> None:
 
 def _functional(program: torch.export.ExportedProgram) -> GraphModule:
     module = _clean(program.module())
-    if _mutations(module.graph):
-        # Writes through views: let PyTorch's own functionalisation resolve the aliasing.
-        module = _clean(program.run_decompositions({}).module())
+    if _mutations(module.graph) or has_regions(module.graph):
+        # Writes through views, sub-graphs: PyTorch's own functionalisation resolves the aliasing, spells out the
+        # casts of autocast, and puts in line what only sets a mode.
+        module = _clean(own_writes(program.run_decompositions({}).module()))
         _restore_batch_norm(module.graph)
-    _simplify(module.graph)
-    module.graph.eliminate_dead_code()
-    module.graph.lint()
-    module.recompile()
+    for part in [m for m in module.modules() if isinstance(m, GraphModule)]:
+        _simplify(part.graph)
+        keep_layouts(part.graph)
+        part.graph.eliminate_dead_code()
+        part.graph.lint()
+        part.recompile()
     return module
 
 
@@ -149,11 +150,7 @@ def _replace(node: Node, value: Any) -> None:
 
 def _mutations(graph: Graph) -> list[Node]:
     """The nodes that write to one of their arguments."""
-    return [
-        node
-        for node in graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-    ]  # fmt: skip
+    return [node for node in graph.nodes if writes(node)]
 
 
 def _make_functional(node: Node) -> bool:

@@ -8,6 +8,7 @@ torch.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from kernelpress.ops import registry
+from kernelpress.regions import is_written, writes
 
 __all__ = ["Buffer", "NativeStep", "Place", "Program", "Step", "TorchStep", "View", "lower"]
 
@@ -114,7 +116,8 @@ def views_of(nest: Any) -> list[View]:
 def lower(graph_module: GraphModule, inputs: Sequence[Any]) -> Program:
     """The program of `graph_module` for flat inputs of these shapes and strides.
 
-    Raises `ValueError` for a graph that writes to its own tensors in place, or computes on another device than the CPU.
+    Raises `ValueError` for a graph that writes in place to anything but its buffers, holds sparse tensors, or computes on
+    another device than the CPU.
     """
     lowering = _Lowering(graph_module)
     with torch.no_grad():
@@ -140,15 +143,16 @@ class _Lowering(Interpreter):
         if node.op == "call_function":
             _check_functional(node)
             _check_static(node, self.fetch_args_kwargs_from_env(node)[0])
-        result = super().run_node(node)
-        _check_device(node, result)
+        result = self.env[node.args[0]] if writes(node) else super().run_node(node)
+        _check_tensors(node, result)
         if node.op == "placeholder":
             self._views[node] = self._new_view(result, Place.INPUT) if isinstance(result, Tensor) else result
             self.program.inputs.append(self._views[node])
         elif node.op == "get_attr":
-            self._views[node] = self._constant(result) if isinstance(result, Tensor) else result
+            own = result.clone() if is_written(node) else result
+            self._views[node] = self._constant(own) if isinstance(result, Tensor) else result
         elif node.op == "output":
-            self.program.output = self._arguments(node.args[0])
+            self.program.output = pytree.tree_map(self._returned, self._arguments(node.args[0]))
         else:
             self._views[node] = self._call(node, result)
         return result
@@ -158,6 +162,9 @@ class _Lowering(Interpreter):
 
     def _call(self, node: Node, result: Any) -> Any:
         args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
+        if writes(node):
+            self.program.steps.append(TorchStep(str(node.target), node.target, args, kwargs, (), ()))
+            return args[0]
         leaves, spec = pytree.tree_flatten(result)
         owners = self._owners(node)
         views = [self._alias(leaf, owners) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
@@ -169,12 +176,14 @@ class _Lowering(Interpreter):
                 return native.out
             out_variant = _out_variant(node.target) if fresh and spec.is_leaf() else None
             place = Place.TORCH if out_variant is None else Place.ARENA
+            target: Any = out_variant or node.target
+            if any(_share_memory(leaves[i], owner) for i in fresh for owner, _ in owners):
+                target = functools.partial(_copied, node.target)
             results: list[View] = []
             for i in fresh:
                 views[i] = view = self._alias(leaves[i], owners) or self._new_view(leaves[i], place)
                 owners.append((leaves[i], view))
                 results.append(view)
-            target: Any = out_variant or node.target
             into_out = out_variant is not None
             self.program.steps.append(
                 TorchStep(str(node.target), target, args, kwargs, tuple(results), fresh, into_out)
@@ -191,9 +200,9 @@ class _Lowering(Interpreter):
 
     def _alias(self, tensor: Tensor, owners: Sequence[tuple[Tensor, View]]) -> View | None:
         """`tensor` as a view of the buffer of the tensor it shares memory with, if there is one."""
-        address = tensor.untyped_storage().data_ptr()
+        form = (tensor.dtype, tensor.is_conj(), tensor.is_neg())
         for owner, view in owners:
-            if address and owner.untyped_storage().data_ptr() == address and owner.dtype == tensor.dtype:
+            if _share_memory(tensor, owner) and (owner.dtype, owner.is_conj(), owner.is_neg()) == form:
                 offset = view.offset + int(tensor.storage_offset()) - int(owner.storage_offset())
                 return View(view.buffer, tuple(tensor.shape), tuple(tensor.stride()), offset, tensor.dtype)
         return None
@@ -204,6 +213,14 @@ class _Lowering(Interpreter):
         view = View(len(self.program.buffers), tuple(tensor.shape), tuple(tensor.stride()), 0, tensor.dtype)
         self.program.buffers.append(Buffer(place, nbytes, view, constant))
         return view
+
+    def _returned(self, leaf: Any) -> Any:
+        """A view of a constant as a copy of it: plans do not give their own memory away."""
+        if not isinstance(leaf, View) or self.program.buffers[leaf.buffer].place is not Place.CONSTANT:
+            return leaf
+        copy = self._new_view(torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype), Place.ARENA)
+        self.program.steps.append(TorchStep("copy of a constant", aten_copy, (leaf,), {}, (copy,), into_out=True))
+        return copy
 
     def _constant(self, tensor: Tensor) -> View:
         return self._new_view(tensor, Place.CONSTANT, tensor.detach())
@@ -235,16 +252,27 @@ class _Lowering(Interpreter):
         return NativeStep(op, tuple(given), named, self._new_view(result, Place.ARENA))
 
 
+def _share_memory(tensor: Tensor, other: Tensor) -> bool:
+    address = tensor.untyped_storage().data_ptr()
+    return address != 0 and other.untyped_storage().data_ptr() == address
+
+
+def _copied(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The results of a call in memory of their own, where they are views of an operand that no `View` describes: of
+    another type, conjugated, negated."""
+    return pytree.tree_map_only(Tensor, lambda t: t.resolve_conj().resolve_neg().clone(), target(*args, **kwargs))
+
+
 def aten_copy(source: Tensor, *, out: Tensor) -> Tensor:
     """`source` in the memory format of `out`."""
     return out.copy_(source)
 
 
 def _check_functional(node: Node) -> None:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+    if writes(node) and not (isinstance(node.args[0], Node) and is_written(node.args[0])):
         raise ValueError(
-            f"model: expected operations without side effects, got the in-place {target} at {node.name}; emit the model"
+            f"model: expected operations without side effects, got the in-place {node.target} at {node.name}; emit the "
+            "model"
         )
 
 
@@ -263,8 +291,10 @@ def _check_static(node: Node, args: tuple[Any, ...]) -> None:
         )
 
 
-def _check_device(node: Node, result: Any) -> None:
+def _check_tensors(node: Node, result: Any) -> None:
     for leaf in pytree.tree_leaves(result):
+        if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
+            raise ValueError(f"model: expected dense tensors, got {leaf.layout} at {node.name}; run the model itself")
         if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
             raise ValueError(f"model: expected tensors on the CPU, got {leaf.device} at {node.name}")
 
@@ -272,6 +302,8 @@ def _check_device(node: Node, result: Any) -> None:
 def _out_variant(target: Any) -> Any:
     """The overload of an ATen operation that writes into a given tensor, where it does so without a copy of its own."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    if torch.Tag.dynamic_output_shape in target.tags:
         return None
     wanted = [(a.name, str(a.type)) for a in target._schema.arguments]
     packet = target.overloadpacket

@@ -296,7 +296,13 @@ def _torch_call(step: TorchStep, static: Bases, program: Program) -> Callable[[B
 
 
 def _in_layout(tensor: Tensor, view: View) -> Tensor:
-    """`tensor` itself if its elements lie as `view` says, else a copy that does."""
+    """`tensor` itself if its elements lie as `view` says, else a copy that does. Raises `ValueError` for another shape:
+    it followed from the values of other inputs."""
+    if tensor.shape != view.shape:
+        raise ValueError(
+            f"inputs: expected values that lead to a result of shape {list(view.shape)} as captured, got "
+            f"{list(tensor.shape)}; call the model itself, whose shapes may depend on values"
+        )
     if all(size <= 1 or a == b for size, a, b in zip(view.shape, tensor.stride(), view.stride, strict=True)):
         return tensor
     return torch.empty_strided(view.shape, view.stride, dtype=view.dtype).copy_(tensor)
