@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.emit.candidates import Candidate, constant, mark_channels_last
+from kernelpress.emit.graph import attribute
 from kernelpress.emit.quantized import merge_dequantize
 from kernelpress.regions import is_written
 
-__all__ = ["assemble", "channels_last_copy", "copy_of", "with_constants"]
+__all__ = ["assemble", "channels_last_copy", "copy_of", "owned_copy", "with_constants"]
 
 
 def copy_of(graph_module: GraphModule) -> GraphModule:
@@ -22,6 +23,22 @@ def copy_of(graph_module: GraphModule) -> GraphModule:
     graph.set_codegen(graph_module.graph._codegen)
     graph.output(graph.graph_copy(graph_module.graph, {}))
     return GraphModule(graph_module, graph)
+
+
+def owned_copy(graph_module: GraphModule) -> GraphModule:
+    """Another graph over copies of the tensors: what is written to one of the two is not seen by the other."""
+    whole = copy_of(graph_module)
+    copies: dict[Any, Any] = {}
+    for target in {str(node.target) for node in whole.graph.nodes if node.op == "get_attr"}:
+        found, (owner, _, name) = attribute(whole, target), target.rpartition(".")
+        if isinstance(found, Tensor):
+            form = (found.data_ptr(), found.shape, found.stride(), found.dtype)  # two of one form stay one
+            copied = copies.setdefault(form, found.detach().clone())
+            found = nn.Parameter(copied, found.requires_grad) if isinstance(found, nn.Parameter) else copied
+        elif isinstance(found, GraphModule):
+            found = owned_copy(found)
+        setattr(whole.get_submodule(owner), name, found)
+    return whole
 
 
 def assemble(graph_module: GraphModule, chosen: Sequence[Candidate]) -> GraphModule:

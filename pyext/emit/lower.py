@@ -2,7 +2,7 @@
 
 The graph is interpreted once. A result that shares memory with an argument becomes another view of that argument's
 buffer and costs nothing; a kernelpress layer on the `cpu` backend becomes a native step; everything else is a call of
-torch.
+torch. Calls of torch read constants in memory of the program's own; native steps pack theirs.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from kernelpress.ops import registry
+from kernelpress.ops.checks import TensorSpec
 from kernelpress.regions import is_written, writes
 
 __all__ = ["Buffer", "NativeStep", "Place", "Program", "Step", "TorchStep", "View", "lower"]
@@ -45,7 +46,10 @@ class Place(enum.Enum):
 
 @dataclass
 class Buffer:
-    """A piece of memory of `nbytes`; `base` is the view that covers what was stored there first."""
+    """A piece of memory of `nbytes`; `base` is the view that covers what was stored there first.
+
+    `constant` is the graph's own tensor where native steps alone read it, to pack it; else a copy.
+    """
 
     place: Place
     nbytes: int
@@ -127,7 +131,25 @@ def lower(graph_module: GraphModule, inputs: Sequence[Any]) -> Program:
         buffer = program.buffers[view.buffer]
         if buffer.place is Place.ARENA:
             buffer.place = Place.OUTPUT
+    _own_constants(program)
     return program
+
+
+def _own_constants(program: Program) -> None:
+    """Copies the constants that calls of torch read, or that are handed out."""
+    calls = [(step.args, step.kwargs) for step in program.steps if isinstance(step, TorchStep)]
+    copies: dict[int, Tensor] = {}
+    for index in {view.buffer for view in views_of((calls, program.output))}:
+        buffer = program.buffers[index]
+        if buffer.constant is not None:
+            buffer.constant = copies.setdefault(id(buffer.constant), _same_layout_copy(buffer.constant))
+
+
+def _same_layout_copy(t: Tensor) -> Tensor:
+    """A copy of whatever lies from the first element to the last, with the same strides, none excepted."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    memory = t.detach().as_strided((span,), (1,), t.storage_offset()).clone()
+    return memory.as_strided(t.shape, t.stride(), 0)
 
 
 class _Lowering(Interpreter):
@@ -185,6 +207,9 @@ class _Lowering(Interpreter):
                 owners.append((leaves[i], view))
                 results.append(view)
             into_out = out_variant is not None
+            layer = self._prepared_layer(node, args, kwargs)
+            if layer is not None:
+                target, args, kwargs = *layer, {}
             self.program.steps.append(
                 TorchStep(str(node.target), target, args, kwargs, tuple(results), fresh, into_out)
             )
@@ -223,19 +248,43 @@ class _Lowering(Interpreter):
         return copy
 
     def _constant(self, tensor: Tensor) -> View:
-        return self._new_view(tensor, Place.CONSTANT, tensor.detach())
+        return self._new_view(tensor, Place.CONSTANT, tensor)
+
+    def _prepared_layer(
+        self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[PreparedLayer, tuple[Any, ...]] | None:
+        """What runs a kernelpress op on oneDNN, on weights packed once, and its arguments; None for anything else."""
+        operator = _operator_of(node)
+        if operator is None or not any(entry.backend == "onednn" for entry in operator.implementations):
+            return None
+        tensors, options, backend = registry.bind(operator, *self.fetch_args_kwargs_from_env(node))
+        given = registry.bind(operator, args, kwargs)[0]
+        specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
+        problem = registry.problem(operator, specs, options, registry.common_device(operator, tensors))
+        chosen = registry.implementation(operator, problem, registry.requested_backend(backend))
+        if chosen.backend != "onednn" or not self._has_constant_weights(operator, given):
+            return None
+        positions = tuple(i for i in operator.activations if tensors[i] is not None)
+        layer = PreparedLayer(chosen.prepare(problem, tensors), positions, len(tensors))
+        return layer, tuple(given[i] for i in positions)
+
+    def _has_constant_weights(self, operator: registry.Operator, given: Sequence[Any]) -> bool:
+        """Whether no parameter among the tensors of an op is computed by the graph."""
+        weights = [view for i, view in enumerate(given) if view is not None and i not in operator.activations]
+        return all(self.program.buffers[view.buffer].place is Place.CONSTANT for view in weights)
 
     def _native_step(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> NativeStep | None:
         """The native step of a kernelpress op, after copies of the images that do not lie as the kernel reads them."""
-        target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or target.namespace != "kernelpress":
+        operator = _operator_of(node)
+        if operator is None:
             return None
-        op = target._schema.name.split("::")[1]
-        operator = registry.operator(op)
+        op = operator.name
         tensors, options, backend = registry.bind(operator, *self.fetch_args_kwargs_from_env(node))
         if registry.requested_backend(backend) not in ("auto", "cpu") or operator.native is None:
             return None
         given: list[Any] = list(registry.bind(operator, args, kwargs)[0])
+        if not self._has_constant_weights(operator, given):
+            return None
         copies: list[tuple[int, Tensor]] = []
         for i, (layout, tensor) in enumerate(zip(operator.native.layouts, tensors, strict=True)):
             if layout is not None and tensor is not None and layout.spacing(tensor.shape, tensor.stride()) is None:
@@ -261,6 +310,28 @@ def _copied(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The results of a call in memory of their own, where they are views of an operand that no `View` describes: of
     another type, conjugated, negated."""
     return pytree.tree_map_only(Tensor, lambda t: t.resolve_conj().resolve_neg().clone(), target(*args, **kwargs))
+
+
+def _operator_of(node: Node) -> registry.Operator | None:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "kernelpress":
+        return None
+    return next((operator for operator in registry.operators() if operator.name == target._opname), None)
+
+
+@dataclass(frozen=True)
+class PreparedLayer:
+    """A kernelpress op on weights that it holds, packed; it takes the tensors at `positions` among `count`."""
+
+    run: registry.Run
+    positions: tuple[int, ...]
+    count: int
+
+    def __call__(self, *activations: Tensor) -> Tensor:
+        tensors: list[Tensor | None] = [None] * self.count
+        for position, t in zip(self.positions, activations, strict=True):
+            tensors[position] = t
+        return self.run(tensors)
 
 
 def aten_copy(source: Tensor, *, out: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernelpress.ops  # noqa: F401  (registers torch.ops.kernelpress)
-from kernelpress.emit.assemble import assemble, channels_last_copy, copy_of, with_constants
+from kernelpress.emit.assemble import assemble, channels_last_copy, copy_of, owned_copy, with_constants
 from kernelpress.emit.cache import TimingCache, device_key
 from kernelpress.emit.candidates import Candidate, candidates_for, original
 from kernelpress.emit.canonical import canonicalize
@@ -114,6 +114,7 @@ def _emit(
     arrangements = _arrangements(evaluations, order, FUSION_MARGINS if cost is None else FUSION_MARGINS[:1])
     best = _fastest([emitted(choices) for choices in arrangements], inputs, cache)
     body, record = _faster_of(traced, best.body, best.record, inputs, whole_bound, is_measured=cost is None)
+    body = owned_copy(body)  # until here its weights are the model's own
     return EmittedModel(body, record, flat_examples, best.contract)
 
 
