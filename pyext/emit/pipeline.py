@@ -28,7 +28,6 @@ from kernelpress.emit.evaluate import (
     Example,
     evaluate,
     example_values,
-    relative_error,
     runnable,
 )
 from kernelpress.emit.fold import fold
@@ -36,13 +35,21 @@ from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.plan import capture
 from kernelpress.emit.quantized import is_quantize
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
+from kernelpress.emit.ties import Comparison, compare
 from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.latency import Timing, time_alternately
+from kernelpress.regions import regions, writes_undone
 from kernelpress.trace import module_of, trace
 
 __all__ = ["emit"]
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+TURNED_SHARE = 0.01
+"""Largest share of the elements of a comparison, an index or a rounding that may turn over, where the floats decided on
+are within 10 × the tolerance of the original's, element by element; or 10 × the tolerance where that is more. Of normal
+floats 0.8 % lie within 1 % of a threshold in the middle. Orders (sort, topk) have no such bound: elements change places
+with their equals."""
 
 MODEL_SECONDS = 0.5
 MODEL_ROUNDS = 5
@@ -119,9 +126,18 @@ def _fastest(models: Sequence[EmittedModel], inputs: tuple[Any, ...], cache: boo
     if len(models) == 1:
         return models[0]
     device = _device_of(inputs)
-    runs = [capture(model, *inputs, cache=cache) if device.type == "cpu" else model for model in models]
-    timings = _time_models({str(i): functools.partial(run, *inputs) for i, run in enumerate(runs)}, device)
+    runs = [_captured(model, inputs, cache) if device.type == "cpu" else model for model in models]
+    with writes_undone(*(model.body for model in models)):
+        timings = _time_models({str(i): functools.partial(run, *inputs) for i, run in enumerate(runs)}, device)
     return models[min(range(len(models)), key=lambda i: timings[str(i)].median)]
+
+
+def _captured(model: EmittedModel, inputs: tuple[Any, ...], cache: bool) -> Callable[..., Any]:
+    """The model's plan, or the model itself if it cannot be one."""
+    try:
+        return capture(model, *inputs, cache=cache)
+    except ValueError:
+        return model
 
 
 def _time_models(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Timing]:
@@ -199,20 +215,21 @@ def _faster_of(
         "contiguous": with_constants(traced, copy_of(traced).graph),
         "channels_last": channels_last_copy(traced),
     }
-    with torch.no_grad():
-        expected, result = (pytree.tree_leaves(module(*inputs)) for module in (originals["contiguous"], body))
-    pairs = [(a, b) for a, b in zip(result, expected, strict=True) if isinstance(b, Tensor)]
-    error = max((relative_error(a, b) for a, b in pairs), default=0.0)
-    record = replace(record, error=error)
-    if not error <= 10 * tolerance:
-        reason = f"kept the original: the emitted model's error {error:.1e} is above 10 × the tolerance {tolerance:.1e}"
-        return originals["contiguous"], replace(record, kept_original=True, reason=reason)
+    found = compare(originals["contiguous"], body, pytree.tree_leaves((inputs, {})), 10 * tolerance)
+    notes = tuple(f"{node.target} stays as it came: {module_of(node) or node.name}" for node in regions(traced.graph))
+    record = replace(record, error=found.error, differing=found.differing, decided=found.elements, notes=notes)
+    refusal = _refusal(found, tolerance)
+    if refusal is not None:
+        return originals["contiguous"], replace(
+            record, kept_original=True, differing=0, reason=f"kept the original: {refusal}"
+        )
     if not is_measured:
         return body, record
     modules = {"emitted": body} | originals
-    timings = _time_models(
-        {name: functools.partial(module, *inputs) for name, module in modules.items()}, _device_of(inputs)
-    )
+    with writes_undone(*modules.values()):
+        timings = _time_models(
+            {name: functools.partial(module, *inputs) for name, module in modules.items()}, _device_of(inputs)
+        )
     milliseconds = {name: timing.median for name, timing in timings.items()}
     fastest = min(originals, key=milliseconds.__getitem__)
     record = replace(record, original_milliseconds=milliseconds[fastest], emitted_milliseconds=milliseconds["emitted"])
@@ -221,6 +238,16 @@ def _faster_of(
     return originals[fastest], replace(
         record, kept_original=True, reason=f"kept the original in {fastest} memory: it is faster"
     )
+
+
+def _refusal(found: Comparison, tolerance: float) -> str | None:
+    """Why the emitted model cannot stand for the original."""
+    if not found.error <= 10 * tolerance:
+        return f"the emitted model's error {found.error:.1e} is above 10 × the tolerance {tolerance:.1e}"
+    share = max(TURNED_SHARE, 10 * tolerance)
+    if found.turned > share:
+        return f"{found.turned:.1%} of {found.decision} turned over at ties, above {share:.1%}"
+    return None
 
 
 @contextmanager
