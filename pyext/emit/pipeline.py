@@ -23,12 +23,14 @@ from kernelpress.emit.choose import FUSION_MARGINS, Choice, choose
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.evaluate import (
     INT8_TOLERANCE,
+    TURNED_SHARE,
     Cost,
     Evaluation,
     Example,
     evaluate,
     example_values,
     runnable,
+    tolerance_of,
 )
 from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
@@ -42,14 +44,6 @@ from kernelpress.regions import regions, writes_undone
 from kernelpress.trace import module_of, trace
 
 __all__ = ["emit"]
-
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-TURNED_SHARE = 0.01
-"""Largest share of the elements of a comparison, an index or a rounding that may turn over, where the floats decided on
-are within 10 × the tolerance of the original's, element by element; or 10 × the tolerance where that is more. Of normal
-floats 0.8 % lie within 1 % of a threshold in the middle. Orders (sort, topk) have no such bound: elements change places
-with their equals."""
 
 MODEL_SECONDS = 0.5
 MODEL_ROUNDS = 5
@@ -84,17 +78,17 @@ def emit(
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     traced = trace(model, inputs, dynamic_batch=dynamic_batch)
     flat = pytree.tree_leaves((inputs, {}))
-    device, dtype = _device_and_dtype(traced, flat)
-    bound = tolerance or TOLERANCES.get(dtype, TOLERANCES[torch.float32])
+    device = _device(traced, flat)
 
     graph_module = fold(canonicalize(copy_of(traced)))
+    examples = example_values(graph_module, flat)
+    bound = tolerance or max(tolerance_of(example.dtype) for example in examples.values())
     # Few values of a layer are rounded to the other side; behind several layers, these change the rounding of many.
     whole_bound = max(bound, INT8_TOLERANCE) if any(map(is_quantize, graph_module.graph.nodes)) else bound
-    examples = example_values(graph_module, flat)
     candidates = _candidates(graph_module)
     times = TimingCache(device, enabled=cache and cost is None)
     with _progress_bar(len(candidates), progress) as advance:
-        evaluations = evaluate(graph_module, candidates, examples, bound, times, cost, advance)
+        evaluations = evaluate(graph_module, candidates, examples, tolerance, times, cost, advance)
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     flat_examples = tuple(examples[node] for node in graph_module.graph.nodes if node.op == "placeholder")
 
@@ -152,11 +146,10 @@ def _device_of(inputs: tuple[Any, ...]) -> torch.device:
     return next((t.device for t in tensors), torch.device("cpu"))
 
 
-def _device_and_dtype(traced: GraphModule, inputs: Sequence[Any]) -> tuple[torch.device, torch.dtype]:
+def _device(traced: GraphModule, inputs: Sequence[Any]) -> torch.device:
     tensors = [*traced.parameters(), *traced.buffers(), *(x for x in inputs if isinstance(x, Tensor))]
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-    first = (floats or tensors)[0]
-    return first.device, first.dtype
+    return (floats or tensors)[0].device
 
 
 def _candidates(graph_module: GraphModule) -> list[Candidate]:
