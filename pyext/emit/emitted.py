@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.fx import GraphModule
 from kernelpress.contract import Contract
 from kernelpress.emit.direct import Direct
 from kernelpress.emit.evaluate import Example
+from kernelpress.emit.portable import Portable
 from kernelpress.emit.record import EmissionRecord, summary_table
 
 __all__ = ["EmittedModel"]
@@ -54,8 +56,18 @@ class EmittedModel(nn.Module):
         return self.body(*inputs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles bind to parameters of their own."""
-        return {**self.__dict__, "_direct": None}
+        """Pickles and shallow copies bind to their parameters anew."""
+        return {**self.__dict__, "_modules": {**self._modules, "body": Portable(self.body)}, "_direct": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        modules = state["_modules"]
+        super().__setstate__({**state, "_modules": {**modules, "body": modules["body"].module}})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmittedModel:
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in twin.__dict__.items()})
+        return twin
 
     def train(self, mode: bool = True) -> EmittedModel:
         """Emission fixes inference behaviour: raises `RuntimeError` for `mode=True`."""
