@@ -29,7 +29,7 @@ def join_processes(seed: int | None = None) -> Any:
     if not distributed.is_available() or distributed.is_initialized():
         return Accelerator(dataloader_config=configuration)
     # Its functions bind the group that is there at its import as a default, and a group that is held never ends.
-    import torch.distributed.nn.functional
+    import torch.distributed.nn.functional  # noqa: F401
 
     accelerator = Accelerator(dataloader_config=configuration)
     if distributed.is_initialized():
