@@ -207,14 +207,25 @@ def _first_choices(op: str, device: Device) -> Iterator[Launch]:
                     yield from next(launches_of(op, form(layer, KINDS[kind][0]), kind, device, name), [])
 
 
-def _all_choices(op: str, device: Device) -> Iterator[Launch]:
-    """In layers of all sizes, those of the form that stands for the others and the most demanding ones first."""
+@functools.cache
+def _all_calls(op: str) -> tuple[tuple[str, str, Call], ...]:
+    """Forms, kinds and calls of layers of all sizes, those of the form that stands for the others and the most
+    demanding ones first; without layers that differ in what the op has no use for."""
+    found: dict[Any, tuple[str, str, Call]] = {}
     for name, form in FORMS[op].items():
         for layer in (*DEMANDING, *usual_layers()):
             for kind in kinds_of(op):
                 if kind != "fp16":
-                    for launched in launches_of(op, form(layer, KINDS[kind][0]), kind, device, name):
-                        yield from launched
+                    tensors, options = form(layer, KINDS[kind][0])
+                    sizes = tuple(None if t is None else t.shape for t in tensors)
+                    found.setdefault((name, kind, sizes, str(options)), (name, kind, (tensors, options)))
+    return tuple(found.values())
+
+
+def _all_choices(op: str, device: Device) -> Iterator[Launch]:
+    for name, kind, call in _all_calls(op):
+        for launched in launches_of(op, call, kind, device, name):
+            yield from launched
 
 
 @functools.cache
