@@ -9,12 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from kernelpress import native
+from kernelpress.files import cache_folder
 from kernelpress.kernels import reference
 from kernelpress.ops import registry
 from kernelpress.ops.layout import PIXELS
 
 RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest ‖out − ref‖ / ‖ref‖, by the dtype computed in."""
+
+BUILT = cache_folder() / "tests"
+"""What is slow to build and known again by the content of all that it is made from; read before tests move the rest."""
 
 Maker = Callable[..., Tensor]
 
