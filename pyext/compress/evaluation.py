@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from kernelpress.compress.processes import join_processes
+
 __all__ = ["evaluate"]
 
 
@@ -17,11 +19,9 @@ def evaluate(model: Callable[[Tensor], Tensor], loader: DataLoader[Any]) -> floa
 
     A module runs in eval mode on the device of its parameters and gets its mode back; any other callable gets images
     as the loader gives them. Started by `torchrun` or `accelerate launch`, the processes share the work, and each
-    returns the same number. Raises `ValueError` for an empty loader.
+    returns the same number. Raises `ValueError` for an empty loader, `ImportError` without accelerate.
     """
-    from accelerate import Accelerator
-
-    accelerator = Accelerator()
+    accelerator = join_processes()
     shard = accelerator.prepare_data_loader(loader, device_placement=False)
     parameter = next(model.parameters(), None) if isinstance(model, nn.Module) else None
     was_training = isinstance(model, nn.Module) and model.training

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from kernelpress.compress.checkpoint import load_checkpoint, read_record, save_checkpoint
 from kernelpress.compress.evaluation import evaluate
+from kernelpress.compress.processes import join_processes
 
 __all__ = ["EpochRecord", "FinetuneResult", "TeacherLoss", "finetune", "learning_rate_factor"]
 
@@ -125,13 +126,7 @@ def finetune(
         label_smoothing=label_smoothing,
         seed=seed,
     )
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import DataLoaderConfiguration
-    except ImportError as error:
-        raise ImportError("training takes accelerate: pip install 'kernelpress[train]'") from error
-
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed))
+    accelerator = join_processes(seed=seed)
     checkpoint = Path(checkpoint_dir) / CHECKPOINT_NAME if checkpoint_dir is not None else None
     history: list[EpochRecord] = []
     with _restored(model), _restored(teacher), _random_state_kept(accelerator.device):
