@@ -22,6 +22,7 @@ from kernelpress.emit.graph import (
     value,
 )
 from kernelpress.emit.quantized import hand_on_quantized, remember_quantized
+from kernelpress.runtime.torch_private import OpOverload
 
 __all__ = ["fold"]
 
@@ -75,7 +76,7 @@ def _is_identity(node: Node) -> bool:
 def _evaluate_constants(graph_module: GraphModule) -> None:
     """Replaces pure computations whose inputs are all constants by their result."""
     for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not node.all_input_nodes:
+        if node.op != "call_function" or not isinstance(node.target, OpOverload) or not node.all_input_nodes:
             continue
         inputs = [constant_tensor(graph_module, source) for source in node.all_input_nodes]
         if any(tensor is None for tensor in inputs) or not isinstance(value(node), Tensor) or not _is_pure(node.target):
@@ -93,7 +94,7 @@ def _evaluate_constants(graph_module: GraphModule) -> None:
         graph_module.graph.erase_node(node)
 
 
-def _is_pure(target: torch._ops.OpOverload) -> bool:
+def _is_pure(target: OpOverload) -> bool:
     return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable
 
 

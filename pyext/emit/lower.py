@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
 
 from kernelpress.ops import registry
+from kernelpress.runtime.torch_private import OpOverload, pytree
 
 __all__ = ["Buffer", "NativeStep", "Place", "Program", "Step", "TorchStep", "View", "lower"]
 
@@ -202,7 +202,7 @@ class _Lowering(Interpreter):
     def _native_step(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> NativeStep | None:
         """The native step of a kernelpress op, after copies of the images that do not lie as the kernel reads them."""
         target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or target.namespace != "kernelpress":
+        if not isinstance(target, OpOverload) or target.namespace != "kernelpress":
             return None
         op = target._schema.name.split("::")[1]
         operator = registry.operator(op)
@@ -233,7 +233,7 @@ def aten_copy(source: Tensor, *, out: Tensor) -> Tensor:
 
 def _check_functional(node: Node) -> None:
     target = node.target
-    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+    if isinstance(target, OpOverload) and target._schema.is_mutable:
         raise ValueError(
             f"model: expected operations without side effects, got the in-place {target} at {node.name}; emit the model"
         )
@@ -247,7 +247,7 @@ def _check_device(node: Node, result: Any) -> None:
 
 def _out_variant(target: Any) -> Any:
     """The overload of an ATen operation that writes into a given tensor, where it does so without a copy of its own."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+    if not isinstance(target, OpOverload) or target.namespace != "aten":
         return None
     wanted = [(a.name, str(a.type)) for a in target._schema.arguments]
     packet = target.overloadpacket

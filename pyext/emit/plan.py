@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from kernelpress.emit.arena import ArenaLayout, Lifetime, lay_out
 from kernelpress.emit.cache import TimingCache
@@ -18,6 +17,7 @@ from kernelpress.emit.inputs import check_tensor, own_copy
 from kernelpress.emit.lower import NativeStep, Place, Program, TorchStep, View, lower, views_of
 from kernelpress.emit.native_steps import Bases, Chain, NativeSteps, tensor_at
 from kernelpress.ops.memory import ALIGNMENT, advise_huge_pages
+from kernelpress.runtime.torch_private import pytree
 
 __all__ = ["Plan", "capture"]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from kernelpress.ops.interception import is_plain
 from kernelpress.ops.prepared import generation, panel_width
 from kernelpress.ops.registry import Run
+from kernelpress.runtime.torch_private import any_requires_grad
 
 __all__ = ["BoundCall", "ParameterWatch"]
 
@@ -38,7 +39,7 @@ class ParameterWatch:
             and states == list(map(_state, now, versioned))
         ):
             all_plain = self._look_anew(now)
-        return all_plain and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*now))
+        return all_plain and not (torch.is_grad_enabled() and any_requires_grad(*now))
 
     def _look_anew(self, now: list[Tensor | None]) -> bool:
         self.epoch += 1  # before `_seen`: another thread may look at the same time
