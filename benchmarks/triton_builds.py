@@ -312,21 +312,15 @@ _USE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) .*?LOCAL:(?P<loc
 
 
 def _compile(launch: Launch, target: Target, folder: Path) -> Build:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile, make_backend
-    from triton.runtime.jit import create_function_from_signature
+    from kernelpress.runtime.triton_private import GPUTarget, compiled
 
     described = GPUTarget(target.backend, target.architecture, target.lanes)
-    backend, kernel = make_backend(described), launch.kernel
     settings = {
         "num_warps": launch.configuration.warps,
         "num_stages": launch.configuration.stages,
         "enable_fp_fusion": True,
     }
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, _ = bind(*launch.arguments, **launch.constants, **settings)
-    _, signature, constants, attributes = kernel._pack_args(backend, settings, bound, specialization, None)
-    built = compile(ASTSource(kernel, signature, constants, attributes), target=described, options=settings)
+    built = compiled(launch.kernel, launch.arguments, launch.constants, settings, described)
     text = built.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     registers, spilled = _use_of_cubin(built.asm["cubin"], folder) if target.backend == "cuda" else _use_of_amdgcn(text)
     return Build(
@@ -357,13 +351,13 @@ def _identity(launch: Launch, target: Target) -> dict[str, Any]:
 
 def _use_of_cubin(cubin: bytes, folder: Path) -> tuple[int, int]:
     """Registers of a thread, and bytes of its stack and local memory; ptxas may reserve some that nothing touches."""
-    from triton import knobs
+    from kernelpress.runtime.triton_private import cuobjdump
 
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
 
     def told(what: str) -> str:
-        command = [knobs.nvidia.cuobjdump.path, what, str(path)]
+        command = [cuobjdump(), what, str(path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     use = _USE.search(told("-res-usage"))
