@@ -75,7 +75,7 @@ def _dot_of_widened(builder: Any, a: Any, b: Any, *others: Any) -> Any:
     return _dot(builder, _widened(a), _widened(b), *others)
 
 
-_patch_tensor = interpreter._patch_lang_tensor
+_patch_tensor = getattr(interpreter, triton_private.PATCH_OF_TENSORS)
 
 
 def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
@@ -111,7 +111,7 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if torch.cuda.is_available():
         pytest.skip("Triton's interpreter is chosen where there is no GPU; tests/test_ops_on_cuda.py runs them")
     monkeypatch.setattr(Any, "__call__", _call_patched)
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", _patch_tensor_and_index)
+    monkeypatch.setattr(interpreter, triton_private.PATCH_OF_TENSORS, _patch_tensor_and_index)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_of_widened)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast_to_nearest)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_dim", _draw_order)

@@ -23,7 +23,9 @@ from torch.utils._python_dispatch import _disable_current_modes as disable_curre
 
 __all__ = [
     "ATTRIBUTES",
+    "LATER",
     "AutoDispatchBelowAutograd",
+    "BatchNorm",
     "DispatchKey",
     "DispatchKeySet",
     "FakeTensor",
@@ -81,14 +83,16 @@ current_raw_stream: Any = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 # has set what took its place, and that does not tell what allow_tf32 was set to.
 fp32_precision = torch._C._get_fp32_precision_getter
 
-# Tensors that few calls make, and products that benchmarks measure beside ours.
+# Kinds of tensors and modules that tests ask for, and products that benchmarks measure beside ours.
+BatchNorm = nn.modules.batchnorm._BatchNorm
 TensorBase = torch._C.TensorBase
 neg_view = torch._neg_view
 efficient_zero_tensor = torch._efficientzerotensor
 addmm_activation = torch._addmm_activation
 int_mm = torch._int_mm
 
-_LATER = {
+LATER = {
+    "ShapeEnv": "torch.fx.experimental.symbolic_shapes:ShapeEnv",
     "aot_autograd": "torch._dynamo.backends.common:aot_autograd",
     "aoti_compile_and_package": "torch._inductor:aoti_compile_and_package",  # as torch's documentation calls it
     "aoti_load_package": "torch._inductor:aoti_load_package",
@@ -103,9 +107,9 @@ _LATER = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    home, _, attribute = _LATER[name].partition(":")
+    home, _, attribute = LATER[name].partition(":")
     module = import_module(home)
     value = globals()[name] = getattr(module, attribute) if attribute else module
     return value
@@ -134,12 +138,12 @@ def optimization_hint(size: torch.SymInt | int) -> int:
 ATTRIBUTES = {
     "_buffers": nn.Module,  # `named_buffers(recurse=False)` makes a list at each call
     "_cdata": torch.UntypedStorage,  # the storage itself; `data_ptr()` is 0 for every empty one
+    "_conv_forward": nn.Conv2d,  # what other layers share with it
     "_code": torch.fx.GraphModule,  # `code`, without a call
     "_codegen": torch.fx.Graph,  # `set_codegen` is public, its getter is not
     "_forward_hooks": nn.Module,
     "_forward_pre_hooks": nn.Module,
     "_graph_namespace": torch.fx.Graph,
-    "_hint": torch.SymInt,
     "_in_spec": torch.fx.GraphModule,
     "_is_profiler_enabled": profiler,
     "_load_from_state_dict": nn.Module,  # torch's documentation has it as what a module may override

@@ -16,9 +16,12 @@ from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime import driver
 from triton.runtime.jit import create_function_from_signature
 
-__all__ = ["GPUTarget", "compiled", "cuobjdump", "interpreter", "set_driver"]
+__all__ = ["PATCH_OF_TENSORS", "GPUTarget", "compiled", "cuobjdump", "interpreter", "set_driver"]
 
 set_driver = driver.set_active
+
+PATCH_OF_TENSORS = "_patch_lang_tensor"
+"""The interpreter's function that gives Triton's tensors Python's operators."""
 
 
 def interpreter() -> ModuleType:
