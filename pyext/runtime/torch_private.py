@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import nn
+from torch import compiler, nn
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
@@ -49,6 +49,7 @@ __all__ = [
     "global_forward_hooks",
     "global_forward_pre_hooks",
     "int_mm",
+    "is_exporting",
     "neg_view",
     "optimization_hint",
     "profiler",
@@ -113,6 +114,11 @@ def __getattr__(name: str) -> Any:
     module = import_module(home)
     value = globals()[name] = getattr(module, attribute) if attribute else module
     return value
+
+
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting`, which dynamo of 2.10 and 2.11 takes for true in all that it compiles."""
+    return compiler._is_exporting_flag
 
 
 def define_quantized_ops() -> None:
