@@ -11,8 +11,9 @@ build $(VENV)/.installed: export KERNELPRESS_CUDA_ARCHS ?= 80;90
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-# Of test-torch. Each version has an environment of its own; the pinned one has two, for the same rules.
-TORCH ?= $(shell sed -n 's/^torch==//p' constraints.txt)
+# Of test-torch: each version has an environment of its own.
+PINNED := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH ?= $(PINNED)
 TORCH_VENV := .venv-torch-$(TORCH)
 TORCH_INSTALLED := $(TORCH_VENV)/.installed
 
@@ -88,12 +89,12 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@touch $@
 
 # The package is not built again: its editable installation is copied, its requirements are those that this one states.
-# Triton and setuptools are what torch asks for.
+# Another torch asks for Triton and setuptools of its own.
 $(TORCH_INSTALLED): $(INSTALLED)
 	@echo 'Installing torch $(TORCH) into $(TORCH_VENV): some gigabytes'
 	$(BIN)/python -m venv --clear $(TORCH_VENV)
 	cp -r $(VENV)/lib/python3*/site-packages/*kernelpress* $(TORCH_VENV)/lib/python3*/site-packages/
-	grep -vE '^(torch|triton|setuptools)==' constraints.txt > $(TORCH_VENV)/constraints.txt
+	grep -vE '^(torch$(if $(filter-out $(PINNED),$(TORCH)),|triton|setuptools))==' constraints.txt > $(TORCH_VENV)/constraints.txt
 	$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q -c $(TORCH_VENV)/constraints.txt \
 		torch==$(TORCH) pybind11 ninja 'kernelpress[all,test]'
 	@touch $@

@@ -198,3 +198,14 @@ def test_importing_it_imports_no_compiler() -> None:
     code = f"import sys, kernelpress.runtime.torch_private\nprint([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_matrix_has_the_oldest_and_the_pinned_version() -> None:
+    lines = (ROOT / ".ci/torch-versions").read_text(encoding="utf-8").splitlines()
+    versions = [line for line in lines if not line.startswith("#")]
+    oldest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    pinned = re.search(r"^torch==(.*)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert oldest is not None
+    assert pinned is not None
+    assert versions[0] == f"{oldest[1]}.0"
+    assert pinned[1] in versions
