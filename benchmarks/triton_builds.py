@@ -328,24 +328,19 @@ _USE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) .*?LOCAL:(?P<loc
 def _compile(launch: Launch, target: Target, folder: Path, known: Mapping[str, Any], used: dict[str, Any]) -> Build:
     """What became of a launch, told by `known` or compiled in `folder`; in `used` under its key too."""
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile, make_backend
-    from triton.runtime.jit import create_function_from_signature
+
+    from kernelpress.runtime.triton_private import GPUTarget, compiled, source_of
 
     described = GPUTarget(target.backend, target.architecture, target.lanes)
-    backend, kernel = make_backend(described), launch.kernel
     settings = {
         "num_warps": launch.configuration.warps,
         "num_stages": launch.configuration.stages,
         "enable_fp_fusion": True,
     }
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, _ = bind(*launch.arguments, **launch.constants, **settings)
-    _, signature, constants, attributes = kernel._pack_args(backend, settings, bound, specialization, None)
-    source = ASTSource(kernel, signature, constants, attributes)
-    told = (source.hash(), described, backend.hash(), settings, triton.__version__, Path(__file__).read_text())
+    source, identity = source_of(launch.kernel, launch.arguments, launch.constants, settings, described)
+    told = (identity, triton.__version__, Path(__file__).read_text())
     key = hashlib.sha256(repr(told).encode()).hexdigest()
-    used[key] = known.get(key) or _read(compile(source, target=described, options=settings), target, folder)
+    used[key] = known.get(key) or _read(compiled(source, settings, described), target, folder)
     return Build(**_identity(launch, target), **used[key])
 
 
@@ -380,13 +375,13 @@ def _identity(launch: Launch, target: Target) -> dict[str, Any]:
 
 def _use_of_cubin(cubin: bytes, folder: Path) -> tuple[int, int]:
     """Registers of a thread, and bytes of its stack and local memory; ptxas may reserve some that nothing touches."""
-    from triton import knobs
+    from kernelpress.runtime.triton_private import cuobjdump
 
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
 
     def told(what: str) -> str:
-        command = [knobs.nvidia.cuobjdump.path, what, str(path)]
+        command = [cuobjdump(), what, str(path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     use = _USE.search(told("-res-usage"))

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from kernelpress.guards import Expression, check_expression, evaluate, spell, symbols_in
+from kernelpress.runtime.torch_private import pytree
 
 __all__ = ["Contract", "PlainInput", "SymbolRange", "TensorInput", "argument_names", "input_names"]
 

@@ -139,5 +139,5 @@ def run_compiled(module: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:
         called.extend(called_functions(graph.graph))
         return graph
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return torch.compile(module, backend=backend, fullgraph=True)(x), called

@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import absolute, relative_error
 from torch import Tensor, nn
-from torch.ao.quantization.fx import _decomposed  # noqa: F401 - defines torch.ops.quantized_decomposed
 
 from kernelpress import ops
 from kernelpress.kernels import reference
 from kernelpress.layers import Int8Conv2d, Int8Linear
+from kernelpress.runtime.torch_private import define_quantized_ops
 
+define_quantized_ops()
 PT2E = torch.ops.quantized_decomposed
 OPS = torch.ops.kernelpress
 

@@ -452,7 +452,7 @@ class TestLayers:
         more = torch.cat([x, x, x])
         with torch.no_grad():
             assert_close(exported.module()(more), copy.deepcopy(layer).double()(more.double()))
-            torch._dynamo.reset()
+            torch.compiler.reset()
             assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x).double())
 
     def test_new_layers_have_the_density_and_the_variance_of_dense_ones(self) -> None:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from kernelpress.compress.channel_sets import FIXED, ChannelSets, compact, varying_axes
+from kernelpress.runtime.torch_private import OpOverload, pytree
 from kernelpress.trace import module_of
 
 __all__ = ["Axis", "ChannelWalk", "LayerCall"]
@@ -91,7 +91,7 @@ class ChannelWalk:
         rule = _RULES.get(target)
         if rule is not None:
             return rule(self, node, _arguments(node))
-        if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
+        if isinstance(target, OpOverload) and torch.Tag.pointwise in target.tags:
             return self._pointwise(node, {})
         return self._unknown(node, "is not understood")
 
@@ -348,7 +348,7 @@ def _canonical_names(model: nn.Module) -> dict[str, str]:
 
 def _arguments(node: Node) -> dict[str, Any]:
     """The arguments of an ATen call by name, defaults included."""
-    assert isinstance(node.target, torch._ops.OpOverload)
+    assert isinstance(node.target, OpOverload)
     values = {}
     for index, argument in enumerate(node.target._schema.arguments):
         default = argument.default_value if argument.has_default_value() else None
@@ -357,7 +357,7 @@ def _arguments(node: Node) -> dict[str, Any]:
 
 
 def _describe(node: Node) -> str:
-    name = str(node.target).split(".")[1] if isinstance(node.target, torch._ops.OpOverload) else node.name
+    name = str(node.target).split(".")[1] if isinstance(node.target, OpOverload) else node.name
     module = module_of(node)
     return f"{name} in {module}" if module else name
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
-from torch.utils import _pytree as pytree
 
 from kernelpress.cuda_graph import record
 from kernelpress.emit.assemble import owned_copy
@@ -22,6 +21,7 @@ from kernelpress.emit.recapture import fingerprint, reduced
 from kernelpress.ops import registry
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.registry import Run
+from kernelpress.runtime.torch_private import pytree
 
 __all__ = ["CudaPlan"]
 

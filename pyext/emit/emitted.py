@@ -92,7 +92,7 @@ class EmittedModel(nn.Module):
 
     def example_inputs(self) -> tuple[Any, ...]:
         """Random inputs of the form that the model was emitted for, as `forward` takes them."""
-        from torch.utils import _pytree as pytree
+        from kernelpress.runtime.torch_private import pytree
 
         flat = [example.random() for example in self.examples]
         args, _ = pytree.tree_unflatten(flat, self.body._in_spec)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernelpress.ops  # noqa: F401  (registers torch.ops.kernelpress)
@@ -41,6 +40,7 @@ from kernelpress.emit.ties import Comparison, compare
 from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.latency import Timing, time_alternately
 from kernelpress.regions import regions, writes_undone
+from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace import module_of, trace
 from kernelpress.untouched import own_tensors, untouched
 

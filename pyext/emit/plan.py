@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from kernelpress.contract import PlainInput
 from kernelpress.emit.arena import ArenaLayout, Lifetime, lay_out
@@ -22,6 +21,7 @@ from kernelpress.emit.native_steps import Bases, Chain, NativeSteps, tensor_at
 from kernelpress.emit.recapture import fingerprint, reduced
 from kernelpress.ops import packing
 from kernelpress.ops.memory import ALIGNMENT, advise_huge_pages
+from kernelpress.runtime.torch_private import pytree
 
 __all__ = ["Plan", "capture", "plan_of"]
 

@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_aggregate, map_arg
 
 from kernelpress.emit.graph import attribute
+from kernelpress.runtime.torch_private import HigherOrderOperator, OpOverload
 
 __all__ = ["Portable"]
 
@@ -54,9 +55,9 @@ class _Operator:
 
 def _named(target: Any) -> Any:
     """An operator by its name; functions are pickled by theirs."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return _Operator((target.namespace, target._opname, target._overloadname))
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return _Operator(("higher_order", target.name()))
     return target
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
 
 from kernelpress.emit.evaluate import relative_error
 from kernelpress.regions import writes_undone
+from kernelpress.runtime.torch_private import HigherOrderOperator, OpOverload, pytree
 
 __all__ = ["Comparison", "compare"]
 
@@ -28,8 +28,29 @@ FEWEST_TURNED = 2
 """Elements of a decision that may turn over however few it has: two that change places in an order."""
 
 _JUMPING = frozenset(
-    """round floor ceil trunc fix frac sign sgn heaviside floor_divide fmod remainder hardshrink threshold copysign angle
-    atan2 mode histc bernoulli nextafter""".split()
+    [
+        "round",
+        "floor",
+        "ceil",
+        "trunc",
+        "fix",
+        "frac",
+        "sign",
+        "sgn",
+        "heaviside",
+        "floor_divide",
+        "fmod",
+        "remainder",
+        "hardshrink",
+        "threshold",
+        "copysign",
+        "angle",
+        "atan2",
+        "mode",
+        "histc",
+        "bernoulli",
+        "nextafter",
+    ]
 )
 _ORDERS = frozenset({"sort", "argsort", "topk"})
 """Elements change places in them with their equals alone, but the more there are, the closer they lie."""
@@ -119,9 +140,7 @@ def compare(original: GraphModule, emitted: GraphModule, inputs: Sequence[Any], 
     error = max([runner.error, *(relative_error(a, b) for a, b in pairs)])
     whole = [(a, b) for a, b in zip(free, expected, strict=True) if isinstance(b, Tensor) and not _is_float(b)]
     share, decision = runner.turned
-    return Comparison(
-        error, share, decision, sum(_differing(a, b) for a, b in whole), sum(b.numel() for _, b in whole)
-    )
+    return Comparison(error, share, decision, sum(_differing(a, b) for a, b in whole), sum(b.numel() for _, b in whole))
 
 
 def _run(interpreter: Interpreter, inputs: Sequence[Any]) -> Any:
@@ -134,7 +153,7 @@ def _run(interpreter: Interpreter, inputs: Sequence[Any]) -> Any:
 
 def _jumps(node: Node) -> bool:
     """Whether the floats that `node` computes from floats may jump."""
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         return True
     name = _name(node)
     if name == "div":
@@ -146,7 +165,7 @@ def _jumps(node: Node) -> bool:
 
 def _name(node: Node) -> str:
     """Of PyTorch's operation, without its overload; empty for anything else."""
-    is_aten = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace == "aten"
+    is_aten = isinstance(node.target, OpOverload) and node.target.namespace == "aten"
     return str(node.target._opname) if is_aten else ""  # type: ignore[union-attr]
 
 

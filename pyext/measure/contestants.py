@@ -72,10 +72,10 @@ def _channels_last_copy(module: nn.Module) -> nn.Module:
 
 def _compiled(module: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., Any]:
     """`module`, compiled in evaluation mode for `inputs`."""
-    import torch._inductor.config as inductor
+    from kernelpress.runtime.torch_private import inductor_config
 
     compiled = torch.compile(module)
     # Given as an option of torch.compile, freezing is ignored.
-    with inductor.patch(freezing=True), evaluation(module), torch.no_grad():
+    with inductor_config.patch(freezing=True), evaluation(module), torch.no_grad():
         compiled(*inputs)
     return compiled
