@@ -165,7 +165,7 @@ class _Layers(Interpreter):
             chosen = registry.implementation(entry, problem, registry.requested_backend(backend))
             run = chosen.prepare(problem, tensors)
             self.steps[n] = _step(name, chosen.backend)
-            sources = registry.bind(entry, n.args, n.kwargs)[0]
+            sources: list[Any] = registry.bind(entry, n.args, n.kwargs)[0]
             parameters = [s for i, s in enumerate(sources) if i not in entry.activations]
             if all(s is None or s.op == "get_attr" for s in parameters):  # others are computed at each run
                 self._runs[n] = run

@@ -22,7 +22,8 @@ class EmittedModel(nn.Module):
     """A model whose graph consists of kernelpress layers and of the operations that were faster as they came.
 
     Takes and returns what the original does: same arguments by position, same output structure. Images may come in any
-    memory format. Weights are frozen parameters of `body`; gradients reach the inputs.
+    memory format. Weights are frozen parameters of `body`, in memory of its own; they may be written to, as those of
+    `kernelpress.layers` may, and the model computes with the present ones. Gradients reach the inputs.
     """
 
     def __init__(
