@@ -323,7 +323,7 @@ def test_a_plan_compares_numbers_with_their_type() -> None:
     plan = kp.capture(emit(Two(lambda conv, x, f: conv(x) * f), images(2), 1.0), images(2), 1.0)
     plan(images(2), 1.0)
     for other in (1, True, 2.0, None, images(1)):
-        with pytest.raises(ValueError, match=r"other: expected 1\.0 as exported, got"):
+        with pytest.raises(ValueError, match=r"other: expected 1\.0 as captured, got"):
             plan(images(2), other)
 
 

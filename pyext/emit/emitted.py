@@ -24,7 +24,9 @@ class EmittedModel(nn.Module):
 
     Takes and returns what the original does: same arguments, by position or name, same output structure. Sizes, dtypes
     and values that are no tensors are those of the example inputs, but for the batch (`contract`, told by `summary`);
-    images may come in any memory format. Weights are frozen parameters of `body`; gradients reach the inputs.
+    images may come in any memory format. Weights are frozen parameters of `body`, in memory of its own; they may be
+    written to, as those of `kernelpress.layers` may, and the model computes with the present ones. Gradients reach the
+    inputs.
     """
 
     def __init__(

@@ -120,8 +120,8 @@ def views_of(nest: Any) -> list[View]:
 def lower(graph_module: GraphModule, inputs: Sequence[Any]) -> Program:
     """The program of `graph_module` for flat inputs of these shapes and strides.
 
-    Raises `ValueError` for a graph that writes in place to anything but its buffers, holds sparse tensors, or computes on
-    another device than the CPU.
+    Raises `ValueError` for a graph that writes in place to anything but its buffers, holds sparse tensors, or computes
+    on another device than the CPU.
     """
     lowering = _Lowering(graph_module)
     with torch.no_grad():

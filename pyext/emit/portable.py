@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_aggregate, map_arg
+from torch.fx.node import map_aggregate
 
 from kernelpress.emit.graph import attribute
 from kernelpress.runtime.torch_private import HigherOrderOperator, OpOverload
@@ -30,7 +30,7 @@ class Portable:
     def __reduce__(self) -> tuple[Callable[..., Portable], tuple[Any, ...]]:
         graph = self.module.graph
         nodes = [
-            (node.op, _named(node.target), *map_arg((node.args, node.kwargs), lambda n: _Reference(n.name)), node.name)
+            (node.op, _named(node.target), *map_aggregate((node.args, node.kwargs), _named), node.name)
             for node in graph.nodes
         ]
         targets = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
@@ -53,27 +53,29 @@ class _Operator:
     path: tuple[str, ...]
 
 
-def _named(target: Any) -> Any:
-    """An operator by its name; functions are pickled by theirs."""
-    if isinstance(target, OpOverload):
-        return _Operator((target.namespace, target._opname, target._overloadname))
-    if isinstance(target, HigherOrderOperator):
-        return _Operator(("higher_order", target.name()))
-    return target
+def _named(part: Any) -> Any:
+    """A node or an operator by its name; functions are pickled by theirs."""
+    if isinstance(part, Node):
+        return _Reference(part.name)
+    if isinstance(part, OpOverload):
+        return _Operator((part.namespace, part._opname, part._overloadname))
+    if isinstance(part, HigherOrderOperator):
+        return _Operator(("higher_order", part.name()))
+    return part
 
 
 def _rebuild(nodes: list[tuple[Any, ...]], codegen: Any, attributes: dict[str, Any]) -> Portable:
     graph = Graph()
     made: dict[str, Node] = {}
 
-    def node_of(argument: Any) -> Any:
-        return made[argument.name] if isinstance(argument, _Reference) else argument
+    def meant(part: Any) -> Any:
+        if isinstance(part, _Operator):
+            return functools.reduce(getattr, part.path, torch.ops)
+        return made[part.name] if isinstance(part, _Reference) else part
 
     for op, target, args, kwargs, name in nodes:
-        if isinstance(target, _Operator):
-            target = functools.reduce(getattr, target.path, torch.ops)
-        args, kwargs = map_aggregate((args, kwargs), node_of)
-        made[name] = graph.create_node(op, target, args, kwargs, name)
+        given: Any = map_aggregate((args, kwargs), meant)
+        made[name] = graph.create_node(op, meant(target), *given, name)
     graph.set_codegen(codegen)
     root = {name: x.module if isinstance(x, Portable) else x for name, x in attributes.items()}
     return Portable(GraphModule(root, graph))

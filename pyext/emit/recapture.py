@@ -46,9 +46,7 @@ def recapture(model: EmittedModel, examples: Sequence[Example], chains: Sequence
     """The plan of `model` for inputs of these forms, streamed by rows where the plan was that this one is a copy of."""
     from kernelpress.emit.plan import plan_of
 
-    spec = model.body._in_spec
-    assert spec is not None
-    return plan_of(model, [_blank(x) for x in examples], spec, chains=chains)
+    return plan_of(model, [_blank(x) for x in examples], chains=chains)
 
 
 def _blank(x: Example) -> Any:
