@@ -56,10 +56,10 @@ class FakeCuda:
             "synchronize": lambda device=None: self.log.append("synchronize"),
             "memory_reserved": lambda device: 1 << 20,
             "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1 << 10),
-            "_sleep": lambda cycles: self.log.append("sleep"),
         }
         for name, stand_in in replaced.items():
             patch.setattr(torch.cuda, name, stand_in)
+        patch.setattr(device_clock, "sleep", lambda cycles: self.log.append("sleep"))
         return self
 
     def within(self, what: str) -> Any:
