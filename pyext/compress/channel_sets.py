@@ -60,6 +60,14 @@ class ChannelSets:
         """Why the set of representative `root` must stay, or None if it may go."""
         return self._frozen.get(root)
 
+    def unfrozen(self, labels: Tensor) -> Tensor:
+        """The representative of each label, `FIXED` where it must stay, in the shape of `labels`."""
+        roots = self.find(labels)
+        for root in roots.unique().tolist():
+            if root in self._frozen:
+                roots = roots.masked_fill(roots == root, FIXED)
+        return roots
+
     def _freeze_root(self, root: int, reason: str) -> None:
         if root not in self._frozen:
             self._frozen[root] = reason

@@ -141,7 +141,7 @@ def _groups(
     model: nn.Module, dependencies: Dependencies, criterion: str, round_to: int, data: Iterable[Any] | None
 ) -> list[_Group]:
     producers = list(dict.fromkeys(axis for pool in dependencies.pools for axis, _ in pool.producers))
-    scores = CRITERIA[criterion](model, producers, data)
+    scores = CRITERIA[criterion](model, producers, dependencies.weights, data)
     for axis, score in scores.items():
         if not bool(score.isfinite().all()):
             raise ValueError(f"model: {axis.parameter} holds NaN or Inf, its channels have no {criterion} importance")
@@ -234,18 +234,44 @@ def _kept_positions(labels: Tensor, removing: frozenset[int]) -> Tensor:
 
 
 def _apply(model: nn.Module, dependencies: Dependencies, removing: frozenset[int]) -> nn.Module:
-    pruned = copy.deepcopy(model)
+    pruned = _copy(model)
     old = dict(named_tensors(pruned))
     new: dict[str, Tensor] = {}
-    for axis, labels in dependencies.axes.items():
-        positions = _kept_positions(labels, removing)
-        if len(positions) < len(labels):
+    kept = {axis: _kept_positions(labels, removing) for axis, labels in dependencies.axes.items()}
+    for axis, positions in kept.items():
+        if len(positions) < len(dependencies.axes[axis]):
             tensor = new.get(axis.parameter, old[axis.parameter]).detach()
             new[axis.parameter] = tensor.index_select(axis.dim, positions.to(tensor.device))
+    for magnitude, (direction, dim) in dependencies.weight_norms.items():
+        if direction in new:
+            # The weight is magnitude · direction / ‖direction‖: what stays of it has to stay the same.
+            whole = torch.norm_except_dim(old[direction].detach(), 2, dim)
+            positions = kept.get(Axis(direction, dim), torch.arange(whole.size(dim))).to(whole.device)
+            share = torch.norm_except_dim(new[direction], 2, dim) / whole.index_select(dim, positions)
+            new[magnitude] = new.get(magnitude, old[magnitude]).detach() * share.nan_to_num(1.0)
     replace_tensors(pruned, new)
+    for (path, attribute, index), labels in dependencies.counts.items():
+        module, count = pruned.get_submodule(path), len(_kept_positions(labels, removing))
+        stated = getattr(module, attribute)
+        setattr(module, attribute, count if index is None else (*stated[:index], count, *stated[index + 1 :]))
     for name, module in model.named_modules():
         adapt_sizes(pruned.get_submodule(name), original=module)
     return pruned
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of weights that hooks of `torch.nn.utils` have computed with gradients, which torch refuses."""
+    computed = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    memo = {id(tensor): tensor.detach().clone() for tensor in computed}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(f"model: {type(model).__name__} cannot be copied: {error}") from error
 
 
 def _failure(
@@ -266,10 +292,10 @@ def _failure(
 def _changes(model: nn.Module, pruned: nn.Module, dependencies: Dependencies) -> tuple[LayerChange, ...]:
     changes = []
     old, new = dict(named_tensors(model)), dict(named_tensors(pruned))
-    for name in dict.fromkeys(call.output.parameter for call in dependencies.calls):
+    for name, layer in {call.output.parameter: call.output.layer for call in dependencies.calls}.items():
         before, after = tuple(old[name].shape), tuple(new[name].shape)
         if before != after:
-            changes.append(LayerChange(name.rpartition(".")[0], before, after))
+            changes.append(LayerChange(layer, before, after))
     return tuple(changes)
 
 
