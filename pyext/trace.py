@@ -292,7 +292,7 @@ def _same_result(twin: Any, node: Node) -> bool:
     def value(n: Node) -> Any:
         return n.meta["val"]
 
-    expected = node.meta["val"]
+    expected = node.meta.get("val")  # a write back to a buffer has none
     if not isinstance(expected, FakeTensor):
         return False
     args, kwargs = torch.fx.map_arg(node.args, value), torch.fx.map_arg(node.kwargs, value)

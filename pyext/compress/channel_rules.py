@@ -26,7 +26,8 @@ def _rules() -> dict[Any, Rule]:
         layers.last_axes_normalisation: "layer_norm rms_norm",
         layers.prelu: "prelu",
         moves.pointwise: "hardswish log_sigmoid rsub threshold where true_divide divide multiply",
-        moves.same: "clone contiguous detach alias to type_as _to_copy zeros_like ones_like lift_fresh_copy",
+        moves.same: "clone contiguous detach alias to type_as _to_copy lift_fresh_copy zeros_like ones_like full_like "
+        "empty_like rand_like randn_like bernoulli dropout feature_dropout alpha_dropout feature_alpha_dropout",
         moves.move: "permute transpose t swapaxes swapdims movedim unsqueeze squeeze flatten flip",
         moves.expand: "expand expand_as",
         moves.reshape: "reshape view unflatten reshape_as view_as",

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from kernelpress.compress.checkpoint import load_checkpoint, read_record, save_checkpoint
 from kernelpress.compress.evaluation import evaluate
-from kernelpress.measure.preserve import random_state_kept
+from kernelpress.measure.preserve import preserved
 
 __all__ = ["EpochRecord", "FinetuneResult", "TeacherLoss", "finetune", "learning_rate_factor"]
 
@@ -135,13 +135,13 @@ def finetune(
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed))
     checkpoint = Path(checkpoint_dir) / CHECKPOINT_NAME if checkpoint_dir is not None else None
     history: list[EpochRecord] = []
-    # Whatever mode the caller is in, this is training.
+    # Whatever mode the caller is in, this is training. Random states are put back with the teacher's buffers.
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
         _restored(model),
         _restored(teacher),
-        random_state_kept(),
+        preserved(teacher),
     ):
         _weights_to_channels_last(model)
         if teacher is not None:
