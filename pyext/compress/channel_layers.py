@@ -6,8 +6,7 @@ import math
 import re
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
@@ -19,9 +18,6 @@ from kernelpress.trace import module_of
 
 __all__ = ["channel_normalisation", "convolution_or_linear", "group_norm", "last_axes_normalisation", "prelu"]
 
-aten = torch.ops.aten
-_COPIES = (aten.to, aten._to_copy, aten.clone, aten.detach, aten.alias, aten.contiguous)
-
 
 def convolution_or_linear(walk: ChannelWalk, node: Node, args: dict[str, Any]) -> Any:
     """Labels in along the weight's input axis, fresh labels out along its output axis."""
@@ -29,9 +25,11 @@ def convolution_or_linear(walk: ChannelWalk, node: Node, args: dict[str, Any]) -
     convolves = "stride" in args
     weight_shape, out_shape = shape_of(weight), shape_of(node)
     channel_axis = len(out_shape) - (len(weight_shape) - 1) if convolves else len(out_shape) - 1
-    factors = _factors(walk, weight)
-    if not factors:
-        why = f"has a weight {_how_computed(walk, node)}"
+    factors = walk.factors(weight)
+    why = "" if factors else f"has a weight {_how_computed(walk, node)}"
+    if isinstance(walk.modules.get(module_of(node)), nn.MultiheadAttention):
+        why = "is part of a MultiheadAttention, which insists on its width"
+    if why:
         walk.opaque[module_of(node)] = (out_shape[channel_axis], f"{describe(node)} {why}")
         return walk.unknown(node, why)
     # A constant weight, such as a selection of channels, says nothing of which matter.
@@ -69,29 +67,6 @@ def convolution_or_linear(walk: ChannelWalk, node: Node, args: dict[str, Any]) -
     flops = 2 * positions * math.prod(weight_shape) // weight_shape[0]
     walk.calls.append(LayerCall(Axis(name, out_dim), Axis(name, in_dim), flops))
     return along(leaving, channel_axis, out_shape)
-
-
-def _factors(walk: ChannelWalk, weight: Node) -> list[str]:
-    """The parameters and buffers of which `weight` is the element-wise product or the like; empty for any other."""
-    name = walk.name_of(weight)
-    if name is not None:
-        return [name]
-    target, sources = weight.target, weight.all_input_nodes
-    if not isinstance(target, torch._ops.OpOverload):
-        return []
-    if target is aten._weight_norm.default:
-        direction, magnitude = (walk.name_of(source) for source in sources)
-        dim = weight.args[2] if len(weight.args) > 2 else 0
-        if direction is None or magnitude is None or dim not in (0, 1):
-            return []
-        walk.weight_norms[magnitude] = (direction, dim)
-        return [direction, magnitude]
-    if torch.Tag.pointwise not in target.tags and target.overloadpacket not in _COPIES:
-        return []
-    if any(shape_of(source) != shape_of(weight) for source in sources):
-        return []
-    found = [_factors(walk, source) for source in sources]
-    return [name for names in found for name in names] if all(found) else []
 
 
 def _how_computed(walk: ChannelWalk, node: Node) -> str:

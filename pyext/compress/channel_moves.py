@@ -95,7 +95,8 @@ def _joined(walk: ChannelWalk, node: Node, tensors: list[Tensor], dim: int) -> T
     # `torch.cat` passes over vectors without elements, whatever the shape of the others.
     tensors = [labels for labels in tensors if labels.shape != (0,)] or tensors
     dim %= tensors[0].dim()
-    if dim not in set().union(*(varying_axes(labels) for labels in tensors)):
+    varying = set().union(*(varying_axes(labels) for labels in tensors))
+    if varying and dim not in varying:
         result = tensors[0].narrow(dim, 0, 1)
         for labels in tensors[1:]:
             result = walk.meet(result, labels.narrow(dim, 0, 1), describe(node))

@@ -19,7 +19,7 @@ class ChannelSets:
 
     def __init__(self) -> None:
         self._parent = torch.zeros(1, dtype=torch.int64)
-        self._frozen: dict[int, str] = {FIXED: "not a channel of any layer"}
+        self._frozen: dict[int, str] = {FIXED: "a single channel"}
         self.last_change: str | None = None
 
     def fresh(self, count: int) -> Tensor:

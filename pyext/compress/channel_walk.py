@@ -17,6 +17,9 @@ from kernelpress.trace import module_of
 
 __all__ = ["Axis", "ChannelWalk", "Count", "LayerCall", "Rule", "along", "arguments", "describe", "fixed", "shape_of"]
 
+aten = torch.ops.aten
+_COPIES = (aten.to, aten._to_copy, aten.clone, aten.detach, aten.alias, aten.contiguous)
+
 
 class Axis(NamedTuple):
     """One dimension of a parameter or buffer, by its qualified name."""
@@ -87,6 +90,7 @@ class ChannelWalk:
         self.is_checking = known_axes is not None
         self._labels: dict[Node, Any] = {}
         self._pinned: dict[str, str] = {}
+        self._read_along: dict[str, int] = {}
 
     def run(self) -> None:
         """Fills what the walk finds.
@@ -111,6 +115,8 @@ class ChannelWalk:
         for axis, labels in self.axes.items():
             if axis.parameter in self._pinned:
                 self.sets.freeze(labels, self._pinned[axis.parameter])
+            elif axis.dim != self._read_along.get(axis.parameter, axis.dim):
+                self.sets.freeze(labels, f"{axis.parameter} is used as a whole")
 
     def _call(self, node: Node) -> Any:
         target = node.target
@@ -130,22 +136,46 @@ class ChannelWalk:
         """The first name of the parameter or buffer that a node reads, or None."""
         return self.tensors.get(str(value.target)) if isinstance(value, Node) and value.op == "get_attr" else None
 
+    def factors(self, value: Node) -> list[str]:
+        """The parameters and buffers of which `value` is the element-wise product or the like; empty for any other."""
+        name = self.name_of(value)
+        if name is not None:
+            return [name]
+        target, sources = value.target, value.all_input_nodes
+        if not isinstance(target, torch._ops.OpOverload):
+            return []
+        if target is aten._weight_norm.default:
+            direction, magnitude = (self.name_of(source) for source in sources)
+            dim = value.args[2] if len(value.args) > 2 else 0
+            if direction is None or magnitude is None or dim not in (0, 1):
+                return []
+            self.weight_norms[magnitude] = (direction, int(dim))  # type: ignore[call-overload]
+            return [direction, magnitude]
+        if torch.Tag.pointwise not in target.tags and target.overloadpacket not in _COPIES:
+            return []
+        if any(shape_of(source) != shape_of(value) for source in sources):
+            return []
+        found = [self.factors(source) for source in sources]
+        return [name for names in found for name in names] if all(found) else []
+
     def read(self, value: Node) -> Any:
-        """Labels of an argument; a vector parameter (layer scale, per-channel constant) has an axis of its own."""
+        """Labels of an argument; a parameter (layer scale, per-channel constant) has an axis of its own."""
         if value.op != "get_attr":
             if value not in self._labels:
                 self._labels[value] = self.canonical(self._call(value))
             return self._labels[value]
         shape = shape_of(value)
-        long_dims = [dim for dim, size in enumerate(shape) if size > 1]
         name = self.name_of(value)
-        if name is None or not long_dims:
+        if name is None:
             return fixed(value)
-        if len(long_dims) > 1:
-            self._pinned.setdefault(name, f"{name} is used as a whole")
-            return fixed(value)
-        (dim,) = long_dims
-        return along(self.axis(name, dim, shape[dim]), dim, shape)
+        dims = [dim for dim in range(len(shape)) if Axis(name, dim) in self.axes]
+        dims = dims or [dim for dim, size in enumerate(shape) if size > 1]
+        if len(dims) > 1:
+            # The one that is as long as some layer's channels; if that is wrong, they will not meet.
+            widths = {len(self.axes[axis]) for axis in self.producers}
+            dims = [dim for dim in dims if shape[dim] in widths] or dims
+            self._read_along.setdefault(name, dims[0])
+        return along(self.axis(name, dims[0], shape[dims[0]]), dims[0], shape) if dims else fixed(value)
 
     def axis(self, parameter: str, dim: int, size: int) -> Tensor:
         """Labels along a dimension of a parameter, fresh where it has none: [size]."""
@@ -169,10 +199,10 @@ class ChannelWalk:
         """Says that `labels` meet the parameters among `values` along `dim`; a computed one freezes them."""
         for value in values:
             if isinstance(value, Node):
-                name = self.name_of(value)
-                if name is None:
+                names = self.factors(value)
+                if not names:
                     self.sets.freeze(labels, f"{describe(node)} has a computed parameter")
-                else:
+                for name in names:
                     self.tie(name, dim, labels)
 
     def states(self, node: Node, attribute: str, value: Any) -> bool:
