@@ -47,8 +47,9 @@ def convolution_or_linear(walk: ChannelWalk, node: Node, args: dict[str, Any]) -
             made, entering.repeat_interleave(1 if transposed else multiplier), f"{describe(node)} is depthwise"
         )
         leaving = made.repeat_interleave(multiplier) if transposed else made
-        if walk.states(node, "groups", groups):
-            walk.count(node, "groups", entering)
+        for attribute in ("groups", "channels"):
+            if walk.states(node, attribute, groups):
+                walk.count(node, attribute, entering)
     else:
         out_dim, in_dim = (1, 0) if transposed else (0, 1)
         blocks = walk.alike(entering.reshape(groups, -1), node)

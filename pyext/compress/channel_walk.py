@@ -34,11 +34,11 @@ class Axis(NamedTuple):
 
 
 class Count(NamedTuple):
-    """An attribute in which a module states how many channels, or groups of them, it works on; `index` in a tuple."""
+    """An attribute in which a module states how many channels, or groups of them, it works on; `place` in a tuple."""
 
     module: str
     attribute: str
-    index: int | None = None
+    place: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class ChannelWalk:
         target = node.target
         if target is operator.getitem:
             container, index = node.args
-            return self.read(container)[index]  # type: ignore[arg-type, index]
+            return self.read(container)[index]  # type: ignore[arg-type]
         if not pytree.tree_any(lambda value: isinstance(value, Tensor), node.meta.get("val")):
             return None
         rule = self._rules.get(target)
@@ -147,9 +147,9 @@ class ChannelWalk:
         if target is aten._weight_norm.default:
             direction, magnitude = (self.name_of(source) for source in sources)
             dim = value.args[2] if len(value.args) > 2 else 0
-            if direction is None or magnitude is None or dim not in (0, 1):
+            if direction is None or magnitude is None or not isinstance(dim, int) or dim not in (0, 1):
                 return []
-            self.weight_norms[magnitude] = (direction, int(dim))  # type: ignore[call-overload]
+            self.weight_norms[magnitude] = (direction, dim)
             return [direction, magnitude]
         if torch.Tag.pointwise not in target.tags and target.overloadpacket not in _COPIES:
             return []
@@ -210,9 +210,9 @@ class ChannelWalk:
         module = self.modules.get(module_of(node))
         return module is not None and vars(module).get(attribute) == value
 
-    def count(self, node: Node, attribute: str, labels: Tensor, index: int | None = None) -> None:
+    def count(self, node: Node, attribute: str, labels: Tensor, place: int | None = None) -> None:
         """Says that the module that ran `node` states in `attribute` how many of `labels` there are."""
-        key = Count(module_of(node), attribute, index)
+        key = Count(module_of(node), attribute, place)
         known = self.counts.setdefault(key, labels)
         if len(known) == len(labels):
             self.sets.unite(known, labels, f"{describe(node)} runs on several tensors")

@@ -47,10 +47,11 @@ def prune_channels(
     Inputs and outputs of the network keep their channels.
 
     Removing channels that are silent (zero wherever they are read) changes no output, with one exception: statistics
-    over channels. Of GroupNorm whole groups leave, which leaves those of the others as they were; LayerNorm, RMSNorm
-    and GroupNorm of a single group (or of a number of groups that is a literal in `forward`: it keeps its groups, each
-    with fewer channels) have the statistics of the channels that stay. Masks of `torch.nn.utils.prune` and weight
-    norms are cut with their weight; a weight that is parametrised otherwise (spectral norm) keeps its layer whole.
+    over channels. Of GroupNorm whole groups leave, which leaves those of the others as they were. LayerNorm, RMSNorm
+    and GroupNorm of a single group have the statistics of the channels that stay; so has GroupNorm where no group can
+    leave (their number is a literal in `forward`, or a grouped convolution comes before): each keeps as many channels.
+    Masks of `torch.nn.utils.prune` and weight norms are cut with their weight; a weight that is parametrised otherwise
+    (spectral norm) keeps its layer whole.
 
     Whatever it returns or raises, `model`, its buffers, the example tensors and the random states stay as they were.
     The copy trains, also one made under `torch.inference_mode` or of a model that was.
@@ -282,10 +283,10 @@ def _apply(model: nn.Module, dependencies: Dependencies, removing: frozenset[int
             share = torch.norm_except_dim(new[direction], 2, dim) / whole.index_select(dim, positions)
             new[magnitude] = new.get(magnitude, old[magnitude]).detach() * share.nan_to_num(1.0)
     replace_tensors(pruned, new)
-    for (path, attribute, index), labels in dependencies.counts.items():
+    for (path, attribute, place), labels in dependencies.counts.items():
         module, count = pruned.get_submodule(path), len(_kept_positions(labels, removing))
         stated = getattr(module, attribute)
-        setattr(module, attribute, count if index is None else (*stated[:index], count, *stated[index + 1 :]))
+        setattr(module, attribute, count if place is None else (*stated[:place], count, *stated[place + 1 :]))
     for name, module in model.named_modules():
         adapt_sizes(pruned.get_submodule(name), original=module)
     return pruned
@@ -333,7 +334,11 @@ def _changes(model: nn.Module, pruned: nn.Module, dependencies: Dependencies) ->
 
 def _too_small(groups: Sequence[_Group], round_to: int) -> tuple[SkippedLayers, ...]:
     return tuple(
-        SkippedLayers(group.pool.layers, len(group.roots), f"too few channels to keep a multiple of {round_to}")
+        SkippedLayers(
+            group.pool.layers,
+            len(group.roots),
+            f"too few channels to keep a multiple of {round_to}" if len(group.roots) > 1 else "all leave together",
+        )
         for group in groups
         if group.steps == 0
     )
