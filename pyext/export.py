@@ -26,8 +26,8 @@ from kernelpress.contract import (
     input_names,
 )
 from kernelpress.guards import Expression, UnknownExpressionError, evaluate, from_sympy, symbols_in
+from kernelpress.preserve import own_tensors, run_apart
 from kernelpress.runtime.torch_private import FakeTensor, pytree
-from kernelpress.untouched import own_tensors, run_apart
 
 __all__ = ["Exported", "TraceError", "exports", "proven"]
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.export import TraceError, exports, proven
+from kernelpress.preserve import trainable_tensors
 from kernelpress.regions import has_regions, keep_layouts, own_writes, writes
 from kernelpress.runtime.torch_private import FakeTensor, OpOverload, pytree
-from kernelpress.untouched import untouched
 
 __all__ = ["TraceError", "module_of", "parameter_name", "trace"]
 
@@ -67,7 +67,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
     inputs = tuple(inputs)
     name = type(model).__name__
 
-    with untouched(model), torch.no_grad(), warnings.catch_warnings():
+    with trainable_tensors(model), torch.no_grad(), warnings.catch_warnings():
         # torch.export's own use of a deprecated pytree name.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         _set_eval_mode(model)
@@ -202,7 +202,7 @@ def _same_result(twin: Any, node: Node) -> bool:
     def value(n: Node) -> Any:
         return n.meta["val"]
 
-    expected = node.meta["val"]
+    expected = node.meta.get("val")  # a write back to a buffer has none
     if not isinstance(expected, FakeTensor):
         return False
     args, kwargs = torch.fx.map_arg(node.args, value), torch.fx.map_arg(node.kwargs, value)

@@ -20,8 +20,8 @@ from kernelpress.emit.native_steps import Bases, Chain, NativeSteps, tensor_at
 from kernelpress.emit.recapture import fingerprint, reduced
 from kernelpress.ops import packing
 from kernelpress.ops.memory import ALIGNMENT, advise_huge_pages
+from kernelpress.preserve import own_tensors
 from kernelpress.runtime.torch_private import pytree
-from kernelpress.untouched import own_tensors
 
 __all__ = ["Plan", "capture", "plan_of"]
 
@@ -101,8 +101,8 @@ class Plan:
         times: TimingCache | None = None,
         chains: Sequence[Chain] = (),
     ) -> None:
-        """`contract`: what inputs the program takes; `times`: what chains were timed to cost; None to run `chains`, those
-        of them that this machine can."""
+        """`contract`: the inputs of the program; `times`: what chains were timed to cost; None to run `chains`, those of
+        them that this machine can."""
         self.model = model
         self._weights = fingerprint(model.body)
         self._program = program
