@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from kernelpress.regions import has_regions, keep_layouts, own_writes, writes
+from kernelpress.regions import has_regions, keep_layouts, not_dense, own_writes, writes
 
 __all__ = ["TraceError", "module_of", "parameter_name", "trace"]
 
@@ -66,7 +66,8 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
     symbolic; a model that only works at one batch size is exported at the example's, with a warning and
     `meta["dynamic_batch"] = False` on the returned module.
 
-    Raises `TraceError` for a model that `torch.export` cannot take, `TypeError` for arguments of another type.
+    Raises `TraceError` for a model that `torch.export` cannot take, `TypeError` for arguments of another type,
+    `ValueError` for tensors that are sparse, quantized or without values.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -80,6 +81,9 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
             f"example_inputs: expected a Tensor or a tuple with Tensors, got {type(example_inputs).__name__}"
         )
     inputs = tuple(inputs)
+    for position, x in enumerate(pytree.tree_leaves(inputs)):
+        if isinstance(x, Tensor) and (reason := not_dense(x)) is not None:
+            raise ValueError(f"example_inputs: expected dense tensors with values, got {reason} at position {position}")
 
     with _eval_mode(model), torch.no_grad(), warnings.catch_warnings():
         # torch.export's own use of a deprecated pytree name.

@@ -14,6 +14,8 @@ def check_tensor(given: Any, position: int, shape: tuple[int, ...], dtype: torch
     """`inputs[position]`, detached. Raises `ValueError` unless it is a tensor of this shape, dtype and device."""
     if not isinstance(given, Tensor):
         raise ValueError(f"inputs[{position}]: expected a Tensor, got {type(given).__name__}")
+    if given.layout != torch.strided:
+        raise ValueError(f"inputs[{position}]: expected a dense tensor, got {given.layout}")
     if tuple(given.shape) != shape:
         raise ValueError(f"inputs[{position}]: expected shape {list(shape)} as captured, got {list(given.shape)}")
     if given.dtype != dtype:

@@ -109,8 +109,8 @@ def views_of(nest: Any) -> list[View]:
 def lower(graph_module: GraphModule, inputs: Sequence[Any]) -> Program:
     """The program of `graph_module` for flat inputs of these shapes and strides.
 
-    Raises `ValueError` for a graph that writes in place to anything but its buffers, holds sparse tensors, or computes on
-    another device than the CPU.
+    Raises `ValueError` for a graph that writes in place to anything but its buffers, holds sparse tensors, or computes
+    on another device than the CPU.
     """
     lowering = _Lowering(graph_module)
     with torch.no_grad():
@@ -134,7 +134,7 @@ class _Lowering(Interpreter):
     def run_node(self, node: Node) -> Any:
         if node.op == "call_function":
             _check_functional(node)
-        result = self.env[node.args[0]] if writes(node) else super().run_node(node)
+        result = self.env[node.args[0]] if writes(node) else super().run_node(node)  # type: ignore[index]
         _check_tensors(node, result)
         if node.op == "placeholder":
             self._views[node] = self._new_view(result, Place.INPUT) if isinstance(result, Tensor) else result
@@ -153,8 +153,9 @@ class _Lowering(Interpreter):
 
     def _call(self, node: Node, result: Any) -> Any:
         args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
+        target: Any = node.target
         if writes(node):
-            self.program.steps.append(TorchStep(str(node.target), node.target, args, kwargs, (), ()))
+            self.program.steps.append(TorchStep(str(target), target, args, kwargs, (), ()))
             return args[0]
         leaves, spec = pytree.tree_flatten(result)
         owners = self._owners(node)
@@ -167,9 +168,9 @@ class _Lowering(Interpreter):
                 return native.out
             out_variant = _out_variant(node.target) if spec.is_leaf() else None
             place = Place.TORCH if out_variant is None else Place.ARENA
-            target: Any = out_variant or node.target
+            target = out_variant or target
             if any(_share_memory(leaves[i], owner) for i in fresh for owner, _ in owners):
-                target = functools.partial(_copied, node.target)
+                target = functools.partial(_copied, target)
             results: list[View] = []
             for i in fresh:
                 views[i] = view = self._alias(leaves[i], owners) or self._new_view(leaves[i], place)
