@@ -17,6 +17,7 @@ __all__ = [
     "has_regions",
     "is_written",
     "keep_layouts",
+    "not_dense",
     "own_writes",
     "reads_layout",
     "regions",
@@ -55,8 +56,8 @@ def writes(node: Node) -> bool:
 
 
 def own_writes(module: GraphModule) -> GraphModule:
-    """In place: of what PyTorch's functionalisation writes back at the end, inputs are left as they are, and buffers become the
-    module's own: the model's keep their values."""
+    """In place: of what PyTorch's functionalisation writes back at the end, inputs are left as they are, and buffers
+    become the module's own: the model's keep their values."""
     for node in [node for node in module.graph.nodes if node.target is aten.copy_.default]:
         target = node.args[0]
         if target.op == "get_attr":
@@ -124,3 +125,10 @@ def _is_contiguous(source: Node) -> bool:
         return value.is_contiguous()
     except RuntimeError:  # A size that depends on data: nobody knows.
         return False
+
+
+def not_dense(x: Tensor) -> str | None:
+    """What keeps `x` from being a dense tensor with values: its layout, a quantized dtype, the meta device."""
+    if x.layout != torch.strided:
+        return str(x.layout)
+    return str(x.dtype) if x.is_quantized else "a tensor on the meta device" if x.is_meta else None

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.export import TraceError, exports, proven
 from kernelpress.preserve import trainable_tensors
-from kernelpress.regions import has_regions, keep_layouts, own_writes, writes
+from kernelpress.regions import has_regions, keep_layouts, not_dense, own_writes, writes
 from kernelpress.runtime.torch_private import FakeTensor, OpOverload, pytree
 
 __all__ = ["TraceError", "module_of", "parameter_name", "trace"]
@@ -51,7 +51,8 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
     calls that the graph answers as the model does are `meta["contract"]`; at `example_inputs` and, with a symbolic
     batch, at batches of one and none, both were run and compared.
 
-    Raises `TraceError` for a model that `torch.export` cannot take, `TypeError` for arguments of another type.
+    Raises `TraceError` for a model that `torch.export` cannot take, `TypeError` for arguments of another type,
+    `ValueError` for tensors that are sparse, quantized or without values.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -65,6 +66,9 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
             f"example_inputs: expected a Tensor or a tuple with Tensors, got {type(example_inputs).__name__}"
         )
     inputs = tuple(inputs)
+    for position, x in enumerate(pytree.tree_leaves(inputs)):
+        if isinstance(x, Tensor) and (reason := not_dense(x)) is not None:
+            raise ValueError(f"example_inputs: expected dense tensors with values, got {reason} at position {position}")
     name = type(model).__name__
 
     with trainable_tensors(model), torch.no_grad(), warnings.catch_warnings():

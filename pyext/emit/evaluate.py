@@ -111,7 +111,7 @@ def example_values(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[Nod
 
     class Recorder(Interpreter):
         def run_node(self, node: Node) -> Any:
-            result = self.env[node.args[0]] if writes(node) else super().run_node(node)
+            result = self.env[node.args[0]] if writes(node) else super().run_node(node)  # type: ignore[index]
             examples[node] = _example(result, is_input=node.op == "placeholder")
             return result
 
@@ -182,7 +182,9 @@ def _evaluate_batch(
     calls: dict[str, Callable[[], object]] = {}
     keys: list[str] = []
     for candidate in batch:
-        for node in candidate.inputs:
+        whole = original(sorted(candidate.nodes, key=order.__getitem__), "channels_last")
+        # The original may read sizes that a layer does without.
+        for node in (*candidate.inputs, *whole.inputs):
             if node not in inputs:
                 inputs[node] = examples[node].random()
         key = _key(graph_module, candidate, examples)
@@ -190,8 +192,7 @@ def _evaluate_batch(
             key += f"; tiles {_tuned(graph_module, candidate, inputs) or 'by heuristic'}"
         keys.append(key)
         if candidate.nodes not in expected:
-            nodes = sorted(candidate.nodes, key=order.__getitem__)
-            expected[candidate.nodes] = runnable(graph_module, original(nodes, "channels_last"), inputs)()
+            expected[candidate.nodes] = runnable(graph_module, whole, inputs)()
         error, refusal = _check(graph_module, candidate, inputs, expected[candidate.nodes], tolerance)
         checked.append((error, refusal))
         if refusal is None and cost is None and cache.get(key) is None:

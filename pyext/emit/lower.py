@@ -165,7 +165,7 @@ class _Lowering(Interpreter):
         if node.op == "call_function":
             _check_functional(node)
             _check_static(node, self.fetch_args_kwargs_from_env(node)[0])
-        result = self.env[node.args[0]] if writes(node) else super().run_node(node)
+        result = self.env[node.args[0]] if writes(node) else super().run_node(node)  # type: ignore[index]
         _check_tensors(node, result)
         if node.op == "placeholder":
             self._views[node] = self._new_view(result, Place.INPUT) if isinstance(result, Tensor) else result
@@ -184,8 +184,9 @@ class _Lowering(Interpreter):
 
     def _call(self, node: Node, result: Any) -> Any:
         args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
+        target: Any = node.target
         if writes(node):
-            self.program.steps.append(TorchStep(str(node.target), node.target, args, kwargs, (), ()))
+            self.program.steps.append(TorchStep(str(target), target, args, kwargs, (), ()))
             return args[0]
         leaves, spec = pytree.tree_flatten(result)
         owners = self._owners(node)
@@ -198,9 +199,9 @@ class _Lowering(Interpreter):
                 return native.out
             out_variant = _out_variant(node.target) if fresh and spec.is_leaf() else None
             place = Place.TORCH if out_variant is None else Place.ARENA
-            target: Any = out_variant or node.target
+            target = out_variant or target
             if any(_share_memory(leaves[i], owner) for i in fresh for owner, _ in owners):
-                target = functools.partial(_copied, node.target)
+                target = functools.partial(_copied, target)
             results: list[View] = []
             for i in fresh:
                 views[i] = view = self._alias(leaves[i], owners) or self._new_view(leaves[i], place)
