@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ pytest.importorskip("triton", reason="triton is not installed: pip install trito
 import kernelpress  # noqa: F401 - registers the ops
 
 
+@functools.cache
 def run(what: str) -> Any:
     """`triton_tracing.py` in a process without Triton's interpreter."""
     script = Path(__file__).with_name("triton_tracing.py")
