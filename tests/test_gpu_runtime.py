@@ -623,7 +623,7 @@ def test_a_stage_that_fails_or_hangs_stops_no_other(gpu: Any, tmp_path: Path) ->
     stages = [
         Stage("good", (sys.executable, "-c", "print('done')"), 30.0),
         Stage("bad", (sys.executable, "-c", "raise SystemExit('broken')"), 30.0),
-        Stage("slow", (sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"), 3.0),
+        Stage("slow", ("sh", "-c", "echo begun; exec sleep 60"), 3.0),
         Stage("patient", ("sleep", "60"), 0.1, may_be_stopped=True),
     ]
     results = run_beside(stages, dict(os.environ), tmp_path, tmp_path / "logs")
