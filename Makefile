@@ -11,12 +11,13 @@ build $(VENV)/.installed: export KERNELPRESS_CUDA_ARCHS ?= 80;90
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: help demo test lint build resources bench gpu wheel clean distclean
+.PHONY: help demo test fuzz lint build resources bench gpu wheel clean distclean
 
 help:
 	@echo 'make demo       train, prune, emit and measure a small CNN on scanned digits; writes results/digits/'
 	@echo 'make test       the tests'
 	@echo 'make lint       ruff and mypy'
+	@echo 'make fuzz       10,000 mutated files of every kind that is read; goes on where it was stopped'
 	@echo 'make build      compile what changed of the native modules'
 	@echo 'make resources  registers, shared memory and spills of the CUDA and Triton kernels; writes the tables in docs/gpu.md'
 	@echo 'make bench      kernels and whole models beside the peers; writes benchmarks/results/'
@@ -30,6 +31,11 @@ demo: build
 # The workers' threads share the cores, so they sleep where they would spin.
 test: build
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+FUZZERS := tests/fuzz_files.py
+
+fuzz: build
+	@for fuzzer in $(FUZZERS); do $(BIN)/python $$fuzzer || exit 1; done
 
 # mypy knows a package by its folder's name: links give the folders their import names.
 lint: $(INSTALLED)

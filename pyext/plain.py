@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
@@ -23,8 +24,11 @@ def from_plain(cls: type[T], value: Any, place: str) -> T:
     required = {name for name, field in known.items() if field.default is field.default_factory is MISSING}
     if wrong := sorted(map(str, (value.keys() - known.keys()) | (required - value.keys()))):
         raise ValueError(f"{place}: unknown or missing in a {cls.__name__}: {printable(', '.join(wrong)[:200])}")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     return cls(**{name: _checked(hints[name], given, f"{place}.{name}") for name, given in value.items()})
+
+
+_hints = functools.cache(get_type_hints)
 
 
 def _checked(hint: Any, value: Any, place: str) -> Any:

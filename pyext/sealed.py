@@ -30,6 +30,7 @@ _HEADER = "kernelpress"
 def parse_json(text: bytes | str, name: str) -> Any:
     """The JSON `text` of the file or entry `name`; `ValueError` for damage, keys that stand twice, too deep a nest."""
     try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
         return json.loads(text, object_pairs_hook=_distinct)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is damaged: no JSON ({error})") from error

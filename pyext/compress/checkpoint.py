@@ -51,7 +51,12 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer) ->
         if not is_known or tensors[name].shape not in ((), trained[int(index)].shape):
             raise ValueError(f"{path}: written for another optimizer ({name[:80]!r}); use another checkpoint_dir")
         state.setdefault(int(index), {})[entry] = tensors[name]
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    try:
+        if len({frozenset(entries) for entries in state.values()}) > 1:
+            raise ValueError("parameters differ in what is known of them")
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: written for another optimizer ({error}); use another checkpoint_dir") from error
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _tensor_to_json(tensor: Tensor) -> tuple[dict[str, Any], memoryview]:
         "shape": list(tensor.shape),
         "stride": list(tensor.stride()),
     }
-    return row, memoryview(flat.view(torch.uint8).numpy())
+    return row, flat.view(torch.uint8).numpy().data
 
 
 def _tensors_from_json(stored: Any, entries: Mapping[str, memoryview]) -> list[Tensor]:

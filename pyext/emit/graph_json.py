@@ -19,6 +19,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -102,8 +103,8 @@ def graph_from_json(
     if outputs != nodes[-1:] or len(nodes[-1].args) != 1:
         raise ValueError("a graph ends with its one output")
     inputs = [node for node in nodes if node.op == "placeholder"]
-    if inputs != nodes[: len(inputs)] or len({node.target for node in inputs}) != len(inputs):
-        raise ValueError("a graph begins with its inputs, each under another name")
+    if len({node.target for node in inputs}) != len(inputs):
+        raise ValueError("two inputs of a graph have one name")
     if (signature := stored["signature"]) is not None:
         graph.set_codegen(_signature_from_json(signature, len(inputs), nodes[-1].args[0]))
     graph.lint()
@@ -195,9 +196,9 @@ def _signature_to_json(module: GraphModule) -> dict[str, Any] | None:
     codegen = module.graph._codegen
     if type(codegen) is CodeGen:
         return None
-    if type(codegen) is not _PyTreeCodeGen or codegen.pytree_info.out_spec is None:
+    names, inputs, outputs = codegen.pytree_info if type(codegen) is _PyTreeCodeGen else ([], None, None)
+    if inputs is None or outputs is None:
         raise ValueError(f"model: its calling convention {type(codegen).__name__} has no place in a file")
-    names, inputs, outputs = codegen.pytree_info
     return {"names": list(names), "inputs": _structure_to_json(inputs), "outputs": _structure_to_json(outputs)}
 
 
@@ -242,7 +243,7 @@ def _structure_from_json(stored: Any, depth: int = 0) -> pytree.TreeSpec:
         return _LEAF
     if "type" in stored:
         cls = pytree.SERIALIZED_TYPE_TO_PYTHON_TYPE.get(_text(stored["type"]))
-        if not isinstance(cls, type) or not issubclass(cls, (tuple, list, dict)):
+        if not isinstance(cls, type) or not (issubclass(cls, (tuple, list, dict)) or is_dataclass(cls)):
             raise ValueError(f"the structure {stored['type'][:80]!r} is unknown: import the package that defines it")
         children = [_structure_from_json(child, depth + 1) for child in stored["children"]]
         return pytree.TreeSpec(cls, value_from_json(stored["context"]), children)

@@ -182,7 +182,7 @@ def operator_named(name: object, allowed: Collection[str] = ()) -> Callable[...,
     found = packet if not overload else getattr(packet, overload, None) if overload in _overloads(packet) else None
     if not isinstance(found, torch._ops.OperatorBase):
         raise ValueError(f"the operator {name} is unknown to torch {torch.__version__} as it is here")
-    return found  # type: ignore[return-value]
+    return found
 
 
 def _overloads(packet: Any) -> Collection[str]:

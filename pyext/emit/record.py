@@ -62,7 +62,11 @@ class EmissionRecord:
     @classmethod
     def from_json(cls, stored: Any) -> EmissionRecord:
         """The inverse of `to_json`; raises `ValueError` for anything else."""
-        return from_plain(cls, stored, "record")
+        record = from_plain(cls, stored, "record")
+        times = (record.original_milliseconds, record.emitted_milliseconds)
+        if not all(time is None or time > 0 for time in times):
+            raise ValueError(f"record: expected times of the models above zero, got {times}")
+        return record
 
 
 def summary_table(record: EmissionRecord) -> str:

@@ -89,9 +89,8 @@ def remember(kernel: str, problem: Problem, device: str, configuration: str) -> 
     _unsaved[path, key] = configuration
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
-        content = {"device": device, "configurations": {**_read.__wrapped__(path, device), key: configuration}}
-        content["configurations"] = dict(sorted(content["configurations"].items()))
-        write_atomically(path, seal(_KIND, _FORMAT, content))
+        known = sorted({**_read.__wrapped__(path, device), key: configuration}.items())
+        write_atomically(path, seal(_KIND, _FORMAT, {"device": device, "configurations": dict(known)}))
     _read.cache_clear()
     _unsaved.pop((path, key), None)
 
