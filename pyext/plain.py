@@ -24,7 +24,7 @@ def from_plain(cls: type[T], value: Any, place: str) -> T:
     required = {name for name, field in known.items() if field.default is field.default_factory is MISSING}
     if wrong := sorted(map(str, (value.keys() - known.keys()) | (required - value.keys()))):
         raise ValueError(f"{place}: unknown or missing in a {cls.__name__}: {printable(', '.join(wrong)[:200])}")
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     return cls(**{name: _checked(hints[name], given, f"{place}.{name}") for name, given in value.items()})
 
 

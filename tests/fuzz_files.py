@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, help="of the mutations; drawn, or that of the run that was stopped")
     parser.add_argument("--only", default="", help="a part of the names of the kinds to try")
     options = parser.parse_args()
-    state = _state(options.seed, options.count)
+    state = _state(options.seed)
     print(f"seed {state['seed']}: {options.count} mutated files of each kind", flush=True)
     torch.set_num_threads(1)  # so that forked processes can use torch
     with tempfile.TemporaryDirectory() as folder:
@@ -48,13 +48,18 @@ def main() -> int:
     return 0
 
 
-def _state(seed: int | None, count: int) -> dict[str, int]:
-    """The seed, and how many files of each kind are done."""
-    if STATE.exists():
-        state: dict[str, int] = json.loads(STATE.read_text())
-        if seed in (None, state["seed"]):
-            return state
-    return {"seed": random.SystemRandom().randrange(10**9) if seed is None else seed}
+def _state(seed: int | None) -> dict[str, int]:
+    """The seed, and how many files of each kind are done: what a run that was stopped or failed left, or a new one."""
+    state: dict[str, int] = json.loads(STATE.read_text()) if STATE.exists() else {}
+    if "seed" not in state or seed not in (None, state["seed"]):
+        state = {"seed": random.SystemRandom().randrange(10**9) if seed is None else seed}
+    _keep(state)
+    return state
+
+
+def _keep(state: dict[str, int]) -> None:
+    STATE.parent.mkdir(exist_ok=True)
+    STATE.write_text(json.dumps(state))
 
 
 def _fuzz(kind: Kind, state: dict[str, int], count: int) -> bool:
@@ -73,8 +78,7 @@ def _fuzz(kind: Kind, state: dict[str, int], count: int) -> bool:
             print(f"{kind.name}, file {index} of seed {state['seed']}: {harm}\n  after {edits}", flush=True)
             return False
         state[kind.name] = batch.stop
-        STATE.parent.mkdir(exist_ok=True)
-        STATE.write_text(json.dumps(state))
+        _keep(state)
         print(f"\r{kind.name}: {batch.stop} ({time.monotonic() - start:.0f} s)", end="", flush=True)
     print(f"\r{kind.name}: {count} refused or harmless ({time.monotonic() - start:.0f} s)", flush=True)
     return True

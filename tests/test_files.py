@@ -23,7 +23,7 @@ from torch.fx import GraphModule
 
 import kernelpress as kp
 from kernelpress import compress
-from kernelpress.emit import EmissionRecord, EmittedModel, container
+from kernelpress.emit import EmissionRecord, EmittedModel, archive, container
 from kernelpress.emit.archive import DESCRIPTION, _tensor_from_json, _tensor_to_json
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.container import MANIFEST, pack, unpack
@@ -148,6 +148,14 @@ class TestEmittedModels:
             again = _tensor_from_json(row, data)
             assert torch.equal(again, tensor)
             assert len(data) >= 4 * tensor.numel(), "nothing shares an element with another"
+
+    def test_a_name_that_no_file_can_hold_is_refused_when_it_is_saved(self, tmp_path):
+        model = nn.Sequential()
+        model.add_module("it's", nn.Linear(2, 2))
+        emitted = kp.emit(model.eval(), torch.randn(1, 2), progress=False, cost=lambda candidate: 1.0)
+        with pytest.raises(ValueError, match=r"can have the name \"it's"):
+            emitted.save(tmp_path / "m.pt2")
+        assert list(tmp_path.iterdir()) == []
 
     def test_graphs_in_graphs(self):
         class Branch(nn.Module):
@@ -278,13 +286,11 @@ class TestHostileArchives:
             graph["attributes"][target] = graph["attributes"][node["target"]]
             node["target"] = target
 
-        with pytest.raises(ValueError, match="no attribute can have the name"):
+        with pytest.raises(ValueError, match="no attribute of a graph in a file"):
             load_described(change)
         assert nn.Module.forward is forward
 
-    @pytest.mark.parametrize(
-        "name", ["x; import os", "x y", "x\ny", "def", "é", "x)", "1x", "", 5, None, "x: int", "*x"]
-    )
+    @pytest.mark.parametrize("name", ["x; import os", "x y", "x\ny", "def", "x)", "1x", "", 5, None, "x: int", "*x"])
     @pytest.mark.parametrize("place", ["node", "placeholder", "argument", "keyword"])
     def test_names_that_are_no_identifiers_are_refused(self, load_described, place, name, trap):
         def change(description: Any) -> None:
@@ -343,6 +349,13 @@ class TestHostileArchives:
     def test_two_weights_in_one_entry_are_refused(self, load_described):
         with pytest.raises(ValueError, match="two weights have one entry"):
             load_described(lambda description: description["tensors"].extend(description["tensors"]))
+
+    def test_graphs_beyond_all_measure_are_neither_written_nor_read(self, saved, tmp_path, monkeypatch):
+        monkeypatch.setattr(archive, "LARGEST_DESCRIPTION", 1000)
+        with pytest.raises(ValueError, match="bytes in a file, expected at most 1000"):
+            kp.load(saved[1])
+        with pytest.raises(ValueError, match="bytes in a file, expected at most 1000"):
+            saved[0].save(tmp_path / "m.pt2")
 
     def test_bytes_that_are_no_booleans_are_refused(self, load_described, load_with, entries):
         rows = json.loads(entries[DESCRIPTION])["tensors"]

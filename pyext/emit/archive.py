@@ -34,6 +34,8 @@ from kernelpress.sealed import parse_json
 __all__ = ["load", "save"]
 
 DESCRIPTION = "archive/extra/kernelpress.json"
+LARGEST_DESCRIPTION = 32 << 20
+"""Bytes; fx takes about a second to make a module of each megabyte."""
 WEIGHT = "archive/kernelpress/weight_{}"
 """What torch did not write as we read it."""
 
@@ -42,8 +44,8 @@ def save(model: EmittedModel, path: str | os.PathLike[str]) -> None:
     """Writes `model` to `path` as a `.pt2` archive that holds data only: the graph as JSON, the weights as raw bytes.
 
     The file appears whole or not at all. Raises `OSError` that names the path where it cannot be written (a full disk,
-    a missing folder), and leaves the file that was there; `ValueError` for a model that returns a structure of its own
-    kind which is not registered with `torch.export`.
+    a missing folder), and leaves the file that was there; `ValueError` for a graph that has no place in a file, such as
+    one that returns a structure of its own kind which is not registered with `torch.export`.
     """
     tensors: list[Tensor] = []
     graph = graph_to_json(model.body, tensors)
@@ -58,8 +60,9 @@ def save(model: EmittedModel, path: str | os.PathLike[str]) -> None:
         entry = same.pop() if same else WEIGHT.format(i)
         entries.setdefault(entry, data)
         rows.append({"entry": entry, **row})
-    description = {"model": _model_to_json(model), "tensors": rows, "graph": graph}
-    write_atomically(path, pack({DESCRIPTION: json.dumps(description).encode(), **entries}))
+    description = json.dumps({"model": _model_to_json(model), "tensors": rows, "graph": graph}).encode()
+    _check_size(description)
+    write_atomically(path, pack({DESCRIPTION: description, **entries}))
 
 
 def load(path: str | os.PathLike[str], *, operators: Collection[str] = ()) -> EmittedModel:
@@ -77,6 +80,7 @@ def load(path: str | os.PathLike[str], *, operators: Collection[str] = ()) -> Em
         raise FileNotFoundError(f"path: expected a .pt2 file written by EmittedModel.save, found nothing at {path}")
     entries = unpack(path.read_bytes(), f"path: {path}")
     try:
+        _check_size(entries[DESCRIPTION])
         description = parse_json(bytes(entries[DESCRIPTION]), DESCRIPTION)
         tensors = _tensors_from_json(description["tensors"], entries)
         body = graph_from_json(description["graph"], tensors, operators)
@@ -87,6 +91,11 @@ def load(path: str | os.PathLike[str], *, operators: Collection[str] = ()) -> Em
         # Whatever rises here rises from a content that has the digests it states, but is none of ours.
         raise ValueError(f"path: {path} cannot be used, though it is whole: {_first_line(error)}") from error
     return model
+
+
+def _check_size(description: bytes | memoryview) -> None:
+    if len(description) > LARGEST_DESCRIPTION:
+        raise ValueError(f"a graph takes {len(description)} bytes in a file, expected at most {LARGEST_DESCRIPTION}")
 
 
 def _model_to_json(model: EmittedModel) -> dict[str, Any]:

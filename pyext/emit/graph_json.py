@@ -36,7 +36,10 @@ __all__ = ["graph_from_json", "graph_to_json", "value_from_json", "value_to_json
 _DEEPEST = 24
 _DEVICE = re.compile(r"(cpu|cuda|meta|mps|xpu)(:[0-9]{1,3})?")
 _NOT_IN_PATHS = re.compile(r"[\"'\\{}\x00-\x1f\x7f-\x9f\u2028\u2029]")
-_NAMED: Mapping[str, type] = {"dtype": torch.dtype, "layout": torch.layout, "memory_format": torch.memory_format}
+_NAMED: Mapping[str, Mapping[str, Any]] = {
+    cls.__name__: {name: value for name, value in vars(torch).items() if isinstance(value, cls)}
+    for cls in (torch.dtype, torch.layout, torch.memory_format)
+}
 _SEQUENCES: Mapping[str, type] = {"tuple": tuple, "list": list}
 _MAPPINGS: Mapping[str, type] = {"dict": dict, "ordered_dict": OrderedDict}
 _LEAF = pytree.tree_flatten(0)[1]
@@ -53,7 +56,7 @@ def graph_to_json(module: GraphModule, tensors: list[Tensor]) -> dict[str, Any]:
     order = {node: index for index, node in enumerate(module.graph.nodes)}
     for node in module.graph.nodes:
         if node.op == "get_attr" and node.target not in attributes:
-            found = attribute(module, str(node.target))
+            found = attribute(module, ".".join(_path(str(node.target))))
             if isinstance(found, GraphModule):
                 attributes[str(node.target)] = {"graph": graph_to_json(found, tensors)}
             elif isinstance(found, Tensor):
@@ -159,9 +162,8 @@ def value_to_json(value: Any, order: Mapping[Node, int] | None = None) -> Any:
         return {"slice": [value_to_json(part, order) for part in (value.start, value.stop, value.step)]}
     if isinstance(value, torch.device):
         return {"device": str(value)}
-    for kind, cls in _NAMED.items():
-        if isinstance(value, cls):
-            return {kind: str(value).removeprefix("torch.")}
+    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+        return {type(value).__name__: str(value).removeprefix("torch.")}
     raise ValueError(f"model: an argument {str(value)[:80]} of type {type(value).__name__} has no place in a file")
 
 
@@ -186,8 +188,8 @@ def value_from_json(stored: Any, nodes: Sequence[Node] = (), depth: int = 0) -> 
         return float(inner)
     if kind == "device" and _DEVICE.fullmatch(_text(inner)):
         return torch.device(inner)
-    if kind in _NAMED and isinstance(found := getattr(torch, _text(inner), None), _NAMED[kind]):
-        return found
+    if kind in _NAMED and isinstance(inner, str) and inner in _NAMED[kind]:
+        return _NAMED[kind][inner]
     raise ValueError(f"no value is {str(stored)[:80]}")
 
 
@@ -264,9 +266,7 @@ def _key(key: Any) -> str | int:
 
 def _set_attribute(root: nn.Module, target: str, value: Tensor | nn.Module) -> None:
     """Stores a parameter, buffer or graph under a path of names that mean nothing else to a graph module."""
-    *owners, name = target.split(".")
-    if any(not part or _NOT_IN_PATHS.search(part) or hasattr(_empty(), part) for part in (*owners, name)):
-        raise ValueError(f"no attribute can have the name {target[:80]!r}")
+    *owners, name = _path(target)
     owner = root
     for part in owners:
         if part not in owner._modules:
@@ -280,6 +280,14 @@ def _set_attribute(root: nn.Module, target: str, value: Tensor | nn.Module) -> N
         owner.register_parameter(name, value)
     else:
         owner.register_buffer(name, value)
+
+
+def _path(target: str) -> list[str]:
+    """The parts of an attribute's name. Raises `ValueError` for one that does more in fx's source than to name it."""
+    parts = target.split(".")
+    if any(not part or _NOT_IN_PATHS.search(part) or hasattr(_empty(), part) for part in parts):
+        raise ValueError(f"no attribute of a graph in a file can have the name {target[:80]!r}")
+    return parts
 
 
 @functools.cache
@@ -300,6 +308,6 @@ def _text(stored: Any) -> str:
 
 
 def _identifier(stored: Any) -> str:
-    if not _text(stored).isidentifier() or not stored.isascii() or keyword.iskeyword(stored):
+    if not _text(stored).isidentifier() or keyword.iskeyword(stored):
         raise ValueError(f"expected an identifier, got {stored[:80]!r}")
     return str(stored)
