@@ -17,13 +17,14 @@ TORCH ?= $(PINNED)
 TORCH_VENV := .venv-torch-$(TORCH)
 TORCH_INSTALLED := $(TORCH_VENV)/.installed
 
-.PHONY: help demo test test-torch test-torch-all lint build resources bench gpu wheel clean distclean
+.PHONY: help demo test test-torch test-torch-all fuzz lint build resources bench gpu wheel clean distclean
 
 help:
 	@echo 'make demo       train, prune, emit and measure a small CNN on scanned digits; writes results/digits/'
 	@echo 'make test       the tests'
 	@echo 'make test-torch TORCH=2.11.0   the tests that need no GPU, under that torch; test-torch-all: under each that is promised'
 	@echo 'make lint       ruff and mypy'
+	@echo 'make fuzz       10,000 mutated files of every kind that is read; goes on where it was stopped'
 	@echo 'make build      compile what changed of the native modules'
 	@echo 'make resources  registers, shared memory and spills of the CUDA and Triton kernels; writes the tables in docs/gpu.md'
 	@echo 'make bench      kernels and whole models beside the peers; writes benchmarks/results/'
@@ -44,6 +45,11 @@ test-torch: build $(TORCH_INSTALLED)
 
 test-torch-all:
 	.ci/torch-matrix
+
+FUZZERS := tests/fuzz_files.py
+
+fuzz: build
+	@for fuzzer in $(FUZZERS); do $(BIN)/python $$fuzzer || exit 1; done
 
 # mypy knows a package by its folder's name: links give the folders their import names.
 lint: $(INSTALLED)

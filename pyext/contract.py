@@ -35,6 +35,11 @@ class TensorInput:
     stride: tuple[int, ...] | None = None
     """Where the model looks at how its inputs lie in memory: the example's strides, which then are the only ones."""
 
+    @property
+    def carries_batch(self) -> bool:
+        """Whether dimension 0 may have several sizes."""
+        return bool(self.shape) and not isinstance(self.shape[0], int)
+
 
 @dataclass(frozen=True)
 class PlainInput:
@@ -78,6 +83,11 @@ class Contract:
     def dynamic_batch(self) -> bool:
         """Whether dimension 0 of an input may have several sizes."""
         return bool(self.symbols)
+
+    @property
+    def batch_carriers(self) -> frozenset[int]:
+        """Positions of the flat inputs whose dimension 0 may have several sizes."""
+        return frozenset(i for i, x in enumerate(self.inputs) if isinstance(x, TensorInput) and x.carries_batch)
 
     @cached_property
     def _pins_memory(self) -> bool:

@@ -101,8 +101,8 @@ class Plan:
         times: TimingCache | None = None,
         chains: Sequence[Chain] = (),
     ) -> None:
-        """`contract`: the inputs of the program; `times`: what chains were timed to cost; None to run `chains`, those of
-        them that this machine can."""
+        """`contract`: the inputs of the program; `times`: what chains were timed to cost; None to run `chains`, as far
+        as this machine can."""
         self.model = model
         self._weights = fingerprint(model.body)
         self._program = program
