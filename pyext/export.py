@@ -90,9 +90,12 @@ def proven(graph: nn.Module, model: nn.Module, inputs: tuple[Any, ...], contract
     if _is_abstract(model, inputs):
         return contract
     with _MemoryReads() as reads:
-        if not _agree(graph, model, inputs):
-            return None
-    if reads.happened:
+        is_right = _agree(graph, model, inputs)
+    looks_at_memory = is_right and reads.happened
+    # Operators on sub-graphs compile them, under no mode.
+    if not is_right and not _agree(graph, model, inputs):
+        return None
+    if looks_at_memory:
         if contract.dynamic_batch:
             return None
         contract = replace(contract, inputs=tuple(map(_pinned, contract.inputs, pytree.tree_leaves(inputs))))

@@ -32,6 +32,7 @@ from kernelpress.emit.record import summary_table
 from kernelpress.ops import tuned
 from kernelpress.plain import from_plain
 from kernelpress.recipe import RecipeError, load_recipe
+from kernelpress.runtime.torch_private import scoped_library
 from kernelpress.sealed import parse_json, seal, seal_tensors, unseal, unseal_tensors
 
 MUTATIONS = 200
@@ -252,7 +253,7 @@ class TestHostileArchives:
             load_described(lambda description: _call(description).update(target=name))
 
     def test_an_operator_that_is_named_to_load_is_taken(self, load_described, tmp_path):
-        with torch.library._scoped_library("kernelpress_files_test", "FRAGMENT") as library:
+        with scoped_library("kernelpress_files_test", "FRAGMENT") as library:
             library.define("twice(Tensor x) -> Tensor")
             library.impl("twice", lambda x: 2 * x, "CompositeExplicitAutograd")
 

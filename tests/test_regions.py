@@ -10,16 +10,12 @@ import torch
 import torch.nn.functional as F
 from emitting import ops_of, prefer
 from torch import Tensor, nn
-from torch._higher_order_ops.associative_scan import associative_scan
-from torch._higher_order_ops.map import map as map_rows
-from torch._higher_order_ops.scan import scan
-from torch._higher_order_ops.while_loop import while_loop
 from torch.nn.attention.flex_attention import flex_attention
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import kernelpress as kp
 from kernelpress.emit.evaluate import relative_error
+from kernelpress.runtime.torch_private import associative_scan, map_rows, pytree, scan, while_loop
 from kernelpress.trace import trace
 
 Pair = collections.namedtuple("Pair", "first second")

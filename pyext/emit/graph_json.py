@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
-from torch.utils import _pytree as pytree
+from torch.fx.graph import CodeGen
 
 from kernelpress.emit.graph import attribute
 from kernelpress.emit.operators import name_of, operator_named
+from kernelpress.runtime.torch_private import HigherOrderOperator, OpOverload, PyTreeCodeGen, PyTreeInfo, pytree
 
 __all__ = ["graph_from_json", "graph_to_json", "value_from_json", "value_to_json"]
 
@@ -138,11 +138,11 @@ def _node_from_json(
 
 def _check_arguments(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Arguments that the operator's schema has; functions of sizes take theirs by position."""
-    if isinstance(function, torch._ops.OpOverload):
+    if isinstance(function, OpOverload):
         schema = function._schema.arguments
         fits = len(args) <= len(schema) and kwargs.keys() <= {argument.name for argument in schema[len(args) :]}
     else:
-        fits = not kwargs or isinstance(function, torch._ops.HigherOrderOperator)
+        fits = not kwargs or isinstance(function, HigherOrderOperator)
     if not fits:
         raise ValueError(f"{name} does not take {len(args)} arguments and {', '.join(kwargs) or 'none'} by name")
 
@@ -198,13 +198,13 @@ def _signature_to_json(module: GraphModule) -> dict[str, Any] | None:
     codegen = module.graph._codegen
     if type(codegen) is CodeGen:
         return None
-    names, inputs, outputs = codegen.pytree_info if type(codegen) is _PyTreeCodeGen else ([], None, None)
+    names, inputs, outputs = codegen.pytree_info if type(codegen) is PyTreeCodeGen else ([], None, None)
     if inputs is None or outputs is None:
         raise ValueError(f"model: its calling convention {type(codegen).__name__} has no place in a file")
     return {"names": list(names), "inputs": _structure_to_json(inputs), "outputs": _structure_to_json(outputs)}
 
 
-def _signature_from_json(stored: Any, count: int, result: Any) -> _PyTreeCodeGen:
+def _signature_from_json(stored: Any, count: int, result: Any) -> PyTreeCodeGen:
     names = [_identifier(name) for name in stored["names"]]
     inputs, outputs = _structure_from_json(stored["inputs"]), _structure_from_json(stored["outputs"])
     results = len(result) if isinstance(result, (list, tuple)) else 1
@@ -215,7 +215,7 @@ def _signature_from_json(stored: Any, count: int, result: Any) -> _PyTreeCodeGen
         raise ValueError("the names of the arguments do not fit their structure")
     for key in inputs.children()[1].context:
         _identifier(key)
-    return _PyTreeCodeGen(_PyTreeInfo(names, inputs, outputs))
+    return PyTreeCodeGen(PyTreeInfo(names, inputs, outputs))
 
 
 def _structure_to_json(spec: pytree.TreeSpec) -> Any:

@@ -19,6 +19,7 @@ import torch
 
 from kernelpress.emit.quantized import NAMESPACE, register_quantization
 from kernelpress.ops import registry
+from kernelpress.runtime.torch_private import HigherOrderOperator, OperatorBase, OpOverload, OpOverloadPacket
 
 __all__ = ["name_of", "operator_named"]
 
@@ -149,9 +150,9 @@ def _python_functions() -> Mapping[str, Callable[..., Any]]:
 
 def name_of(target: object) -> str:
     """The name under which a file has the function that a node calls. Raises `ValueError` for one that has none."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return f"{target.namespace}.{target._opname}.{target._overloadname or 'default'}"
-    if isinstance(target, torch._ops.HigherOrderOperator) and target.name() in _HIGHER_ORDER:
+    if isinstance(target, HigherOrderOperator) and target.name() in _HIGHER_ORDER:
         return f"higher_order.{target.name()}"
     for name, function in _python_functions().items():
         if function is target:
@@ -180,13 +181,13 @@ def operator_named(name: object, allowed: Collection[str] = ()) -> Callable[...,
         register_quantization()
     packet = getattr(getattr(torch.ops, space), op, None)
     found = packet if not overload else getattr(packet, overload, None) if overload in _overloads(packet) else None
-    if not isinstance(found, torch._ops.OperatorBase):
+    if not isinstance(found, OperatorBase):
         raise ValueError(f"the operator {name} is unknown to torch {torch.__version__} as it is here")
     return found
 
 
 def _overloads(packet: Any) -> Collection[str]:
-    return packet.overloads() if isinstance(packet, torch._ops.OpOverloadPacket) else ()
+    return packet.overloads() if isinstance(packet, OpOverloadPacket) else ()
 
 
 def _is_listed(space: str, op: str) -> bool:
