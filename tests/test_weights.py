@@ -443,3 +443,25 @@ def test_a_weight_that_a_plan_hands_out_is_a_copy() -> None:
     expected = plan(x)[0]
     plan(x)[1].zero_()
     assert torch.equal(plan(x)[0], expected)
+
+
+@torch.no_grad()
+def test_int8_and_sparse_layers_follow_their_buffers_too() -> None:
+    """`quantize_rows`, an op of three outputs, is no bound call and no native step."""
+    linear = layers.Int8Linear.from_float(nn.Linear(32, 64).eval())
+    sparse = layers.BlockSparseLinear(64, 48, block=(16, 16), density=0.5).eval()
+    model, x = nn.Sequential(linear, sparse).eval(), torch.randn(4, 32)
+    emitted = emit_fused(model, x)
+    plan = kp.capture(emitted, x)
+    captured = plan(x)
+    torch.testing.assert_close(emitted(x), captured)
+    for t in (linear.weight, linear.weight_scale, linear.bias, sparse.blocks, sparse.bias):
+        before = model(x)
+        t.data.neg_()
+        assert not torch.equal(model(x), before)
+        torch.testing.assert_close(model(x), sparse.to_dense()(copy.deepcopy(linear)(x)))
+    for t in emitted.buffers():
+        if t.dtype == torch.float32:
+            t.data.mul_(2)
+    torch.testing.assert_close(emitted(x), emitted.body(x))
+    assert torch.equal(plan(x), captured)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
+from kernelpress.emit.graph import operator_of
 from kernelpress.ops import registry
 from kernelpress.ops.checks import TensorSpec
 
@@ -228,7 +229,7 @@ class _Lowering(Interpreter):
         self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[PreparedLayer, tuple[Any, ...]] | None:
         """What runs a kernelpress op on oneDNN, on weights packed once, and its arguments; None for anything else."""
-        operator = _operator_of(node)
+        operator = operator_of(node)
         if operator is None or not any(entry.backend == "onednn" for entry in operator.implementations):
             return None
         tensors, options, backend = registry.bind(operator, *self.fetch_args_kwargs_from_env(node))
@@ -249,7 +250,7 @@ class _Lowering(Interpreter):
 
     def _native_step(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> NativeStep | None:
         """The native step of a kernelpress op, after copies of the images that do not lie as the kernel reads them."""
-        operator = _operator_of(node)
+        operator = operator_of(node)
         if operator is None:
             return None
         op = operator.name
@@ -273,13 +274,6 @@ class _Lowering(Interpreter):
             self.program.steps.append(copy)
             given[i] = view
         return NativeStep(op, tuple(given), named, self._new_view(result, Place.ARENA))
-
-
-def _operator_of(node: Node) -> registry.Operator | None:
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "kernelpress":
-        return None
-    return next((operator for operator in registry.operators() if operator.name == target._opname), None)
 
 
 @dataclass(frozen=True)
