@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from kernelpress.ops.registry import Operator, operators
 from kernelpress.regions import is_written
+from kernelpress.runtime.torch_private import OpOverload
 
 __all__ = [
     "arguments",
@@ -19,6 +21,7 @@ __all__ = [
     "delete_attribute",
     "number",
     "only_user",
+    "operator_of",
     "set_attribute",
     "shape",
     "shares_memory_within",
@@ -49,6 +52,15 @@ def arguments(node: Node) -> dict[str, Any]:
 def only_user(node: Node) -> Node | None:
     """The one node that reads `node`, or None if nobody or several do."""
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def operator_of(node: Node) -> Operator | None:
+    """The op of ours that `node` calls; None for a call of another namespace, and for `quantize_rows`, which is no such
+    op: it has three outputs."""
+    target = node.target
+    if not isinstance(target, OpOverload) or target.namespace != "kernelpress":
+        return None
+    return next((operator for operator in operators() if operator.name == target._opname), None)
 
 
 def number(argument: Any) -> float | None:

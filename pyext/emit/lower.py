@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from kernelpress.emit.graph import operator_of
 from kernelpress.ops import registry
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.regions import is_written, writes
@@ -255,7 +256,7 @@ class _Lowering(Interpreter):
         self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[PreparedLayer, tuple[Any, ...]] | None:
         """What runs a kernelpress op on oneDNN, on weights packed once, and its arguments; None for anything else."""
-        operator = _operator_of(node)
+        operator = operator_of(node)
         if operator is None or not any(entry.backend == "onednn" for entry in operator.implementations):
             return None
         tensors, options, backend = registry.bind(operator, *self.fetch_args_kwargs_from_env(node))
@@ -276,7 +277,7 @@ class _Lowering(Interpreter):
 
     def _native_step(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> NativeStep | None:
         """The native step of a kernelpress op, after copies of the images that do not lie as the kernel reads them."""
-        operator = _operator_of(node)
+        operator = operator_of(node)
         if operator is None:
             return None
         op = operator.name
@@ -311,13 +312,6 @@ def _copied(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The results of a call in memory of their own, where they are views of an operand that no `View` describes: of
     another type, conjugated, negated."""
     return pytree.tree_map_only(Tensor, lambda t: t.resolve_conj().resolve_neg().clone(), target(*args, **kwargs))
-
-
-def _operator_of(node: Node) -> registry.Operator | None:
-    target = node.target
-    if not isinstance(target, OpOverload) or target.namespace != "kernelpress":
-        return None
-    return next((operator for operator in registry.operators() if operator.name == target._opname), None)
 
 
 @dataclass(frozen=True)
