@@ -1,7 +1,7 @@
 """Random models, emitted onto our CPU kernels, and random calls of them: each right, or refused with a reason.
 
-`make fuzz` tries 2,000 in two processes. What is done is kept in build/fuzz_models.json, so that an interrupted run goes
-on; of every kind of fault, the smallest failing model is printed and written to build/fuzz/. `--seed N` examines one.
+`make fuzz` tries 2,000 in two processes. What is done is kept in build/fuzz_models.json, so that an interrupted run
+goes on; of every kind of fault, the smallest failing model is printed and kept in build/fuzz/. `--seed N` examines one.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ LONGEST_SECONDS = 180.0
 SHRINKING_SECONDS = 60.0
 MODELS_PER_PROCESS = 250
 """What torch keeps of the models that it has seen grows."""
+
+NOTHING: dict[str, Any] = {"fault": None, "snippet": None, "refusal": None, "calls": 0, "refused_calls": 0}
+"""What is told of a model of which nothing is known."""
 
 
 @dataclass
@@ -75,7 +78,12 @@ def work(connection: Connection, ignored: tuple[str, ...]) -> None:
     """Examines the seeds that come until there are no more."""
     prepare()
     while (message := connection.recv()) is not None:
-        connection.send(examine_seed(message[0], ignored, message[1]))
+        seed, known = message
+        try:
+            told = examine_seed(seed, ignored, known)
+        except Exception as error:
+            told = NOTHING | {"fault": f"the fuzzer fails: {type(error).__name__}: {error}"}
+        connection.send(told)
 
 
 def prepare() -> None:
@@ -128,7 +136,7 @@ class Worker:
         self.process.kill()
         self.process.join()
         self._start()
-        return {"fault": kind, "snippet": None, "refusal": None, "calls": 0, "refused_calls": 0}
+        return NOTHING | {"fault": kind}
 
     def stop(self) -> None:
         """Ends the process."""

@@ -49,10 +49,11 @@ EXACT = 1e-6
 INTRODUCTION = """\
 # The zoo: one model of every architecture family
 
-Written by `make zoo`. The smallest model of each family of timm and torchvision, with random weights, is emitted with our
-CPU kernels wherever they can run, and compared with the original in float64: at one image and, where any batch goes, at
-two; its plan at one. *Error* is ‖y − y₆₄‖ / ‖y₆₄‖ of the emitted model, *original's* that of the original in float32.
-*Ours* counts places that run a layer of ours, *places* all that one was weighed for; *plan* its native steps and torch's."""
+Written by `make zoo`. The smallest model of each family of timm and torchvision, with random weights, is emitted with
+our CPU kernels wherever they can run, and compared with the original in float64: at one image and, where any batch
+goes, at two; its plan at one. *Error* is ‖y − y₆₄‖ / ‖y₆₄‖ of the emitted model, *original's* that of the original in
+float32. *Ours* counts places that run a layer of ours, *places* all that one was weighed for; *plan* its native steps
+and torch's."""
 
 
 @dataclass(frozen=True)

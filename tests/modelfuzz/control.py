@@ -25,18 +25,15 @@ def branch_on_a_size(g: Grower) -> None:
         f"{{x}}.shape[0] * {{x}}.shape[-1] > {g.shape(x)[0] * g.shape(x)[-1] + g.one(-1, 0)}",
         "{x}.shape[0] != {x}.shape[-1]",
         f"{{x}}.dim() == {len(g.shape(x))}",
-        "{x}.is_contiguous()",
-        "{x}.requires_grad",
-        "torch.is_grad_enabled()",
         "self.training",
         "{x}.dtype == torch.float32",
     ).format(x=x)
     changed = g.one(f"{x} * 2", f"{x}.flip(-1)", f"-{x}", f"{x} + 1", f"{x}.relu()", f"{x}.roll(1, 0)")
     g.block(
         g.one(
-            f"@ = {changed} if {test} else {x}",
-            f"@ = {x}\nif {test}:\n    @ = {changed}",
-            f"@ = {x} if {test} else {changed}",
+            f"OUT = {changed} if {test} else {x}",
+            f"OUT = {x}\nif {test}:\n    OUT = {changed}",
+            f"OUT = {x} if {test} else {changed}",
         )
     )
 
@@ -54,7 +51,7 @@ def assertion(g: Grower) -> None:
         f"torch._check({x}.shape[{axis}] <= {size + 2})",
         f"if {x}.shape[{axis}] > {size + 1}:\n    raise RuntimeError('too large')",
     )
-    g.block(f"{check}\n@ = {x} * 1.5")
+    g.block(f"{check}\nOUT = {x} * 1.5")
 
 
 @growth(2)
@@ -63,14 +60,14 @@ def loop_over_images(g: Grower) -> None:
     other = g.like(x)
     g.block(
         g.one(
-            f"rows = []\nfor i in range({x}.shape[0]):\n    rows.append({x}[i] * (i + 1))\n@ = torch.stack(rows)",
-            f"@ = torch.stack([image.flip(-1) for image in {x}])",
-            f"@ = torch.stack([a + b.mean() for a, b in zip({x}, {other})])",
-            f"@ = torch.cat([part * 0.5 for part in {x}.split(1)], 0)",
-            f"@ = sum({x}[i] for i in range(len({x})))",
-            f"@ = {x}\nfor i in range({x}.shape[1]):\n    @ = @ + {x}[:, i : i + 1] * {g.one(0.1, -0.2)}",
-            f"total = 0\nfor c in {x}.unbind(1):\n    total = total + c\n@ = total",
-            f"@ = torch.stack([{x}[-1 - i] for i in range({x}.shape[0])])",
+            f"rows = []\nfor i in range({x}.shape[0]):\n    rows.append({x}[i] * (i + 1))\nOUT = torch.stack(rows)",
+            f"OUT = torch.stack([image.flip(-1) for image in {x}])",
+            f"OUT = torch.stack([a + b.mean() for a, b in zip({x}, {other})])",
+            f"OUT = torch.cat([part * 0.5 for part in {x}.split(1)], 0)",
+            f"OUT = sum({x}[i] for i in range(len({x})))",
+            f"OUT = {x}\nfor i in range({x}.shape[1]):\n    OUT = OUT + {x}[:, i : i + 1] * {g.one(0.1, -0.2)}",
+            f"total = 0\nfor c in {x}.unbind(1):\n    total = total + c\nOUT = total",
+            f"OUT = torch.stack([{x}[-1 - i] for i in range({x}.shape[0])])",
         )
     )
 
@@ -79,6 +76,7 @@ def loop_over_images(g: Grower) -> None:
 def sizes_as_numbers(g: Grower) -> None:
     x = g.tensor()
     last, axis = f"{x}.shape[-1]", g.one(*range(len(g.shape(x))))
+    sizes = ", ".join(f"{x}.shape[{i}]" for i in range(len(g.shape(x))))
     n = f"{x}.shape[{axis}]"
     g.let(
         g.one(
@@ -88,7 +86,7 @@ def sizes_as_numbers(g: Grower) -> None:
             f"{x} + torch.arange({last}, dtype={x}.dtype)",
             f"{x} + torch.arange({last}) / {last}",
             f"{x} * torch.linspace(0, 1, {last}, dtype={x}.dtype)",
-            f"torch.cat([{x}, torch.zeros({', '.join(f'{x}.shape[{i}]' for i in range(len(g.shape(x))))}, dtype={x}.dtype)], {axis})",
+            f"torch.cat([{x}, torch.zeros({sizes}, dtype={x}.dtype)], {axis})",
             f"torch.cat([{x}, {x}.new_ones({x}.shape)], -1)",
             f"{x} + torch.full(({last},), 0.5, dtype={x}.dtype)",
             f"{x} @ torch.eye({last}, dtype={x}.dtype).flip(0)",
@@ -114,14 +112,17 @@ def sizes_as_numbers(g: Grower) -> None:
 def grid(g: Grower) -> None:
     """Coordinates of an image's pixels."""
     x = g.tensor(4)
-    n, c, h, w = (f"{x}.shape[{i}]" for i in range(4))
+    n, h, w = (f"{x}.shape[{i}]" for i in (0, 2, 3))
     rows, columns = f"torch.linspace(-1, 1, {h}, dtype={x}.dtype)", f"torch.linspace(-1, 1, {w}, dtype={x}.dtype)"
+    mesh = f"yy, xx = torch.meshgrid({rows}, {columns}, indexing='ij')"
+    sampled = "OUT = F.grid_sample({}, {}, align_corners=False)"
+    affine = f"F.affine_grid(theta, list({x}.shape), align_corners=False)"
     g.block(
         g.one(
-            f"yy, xx = torch.meshgrid({rows}, {columns}, indexing='ij')\n@ = torch.cat([{x}, xx.expand({n}, 1, -1, -1), yy.expand({n}, 1, -1, -1)], 1)",
-            f"yy, xx = torch.meshgrid({rows}, {columns}, indexing='ij')\n@ = F.grid_sample({x}, torch.stack([xx, yy], -1).expand({n}, -1, -1, -1), align_corners=False)",
-            f"@ = {x} + torch.arange({h}, dtype={x}.dtype)[:, None] * 0.1 + torch.arange({w}, dtype={x}.dtype) * 0.01",
-            f"theta = torch.eye(2, 3, dtype={x}.dtype).expand({n}, 2, 3)\n@ = F.grid_sample({x}, F.affine_grid(theta, list({x}.shape), align_corners=False), align_corners=False)",
+            f"{mesh}\nOUT = torch.cat([{x}, xx.expand({n}, 1, -1, -1), yy.expand({n}, 1, -1, -1)], 1)",
+            f"{mesh}\n{sampled.format(x, f'torch.stack([xx, yy], -1).expand({n}, -1, -1, -1)')}",
+            f"OUT = {x} + torch.arange({h}, dtype={x}.dtype)[:, None] * 0.1 + torch.arange({w}, dtype={x}.dtype) * 0.01",
+            f"theta = torch.eye(2, 3, dtype={x}.dtype).expand({n}, 2, 3)\n{sampled.format(x, affine)}",
         )
     )
 
@@ -287,41 +288,47 @@ def in_place(g: Grower) -> None:
     k = g.chance.randrange(1, c + 1)
     fresh = g.one(f"{x}.clone()", f"{x} * 1.5", f"{x} + 1", f"{g.member(g.one('nn.ReLU()', 'nn.Tanh()'))}({x})")
     write = g.one(
-        *(f"@[:, :{k}] = 0", "@[:, 0] += 1", "@[:, ::2].mul_(2)", "@.mul_(2).add_(1)", f"@[:, :{k}] = {y}[:, :{k}]"),
         *(
-            f"@.add_({y})",
-            f"@ += {y}",
-            "@ *= 0.5",
-            "@.relu_()",
-            "F.relu_(@)",
-            "@.clamp_(-1, 1)",
-            f"@.masked_fill_({y} > 0, 0.5)",
+            f"OUT[:, :{k}] = 0",
+            "OUT[:, 0] += 1",
+            "OUT[:, ::2].mul_(2)",
+            "OUT.mul_(2).add_(1)",
+            f"OUT[:, :{k}] = {y}[:, :{k}]",
         ),
         *(
-            "@[..., 1:] = @[..., :-1].clone()",
-            "@.view(-1)[:3] = 7",
-            "@.flatten()[0] = 3",
-            "@.transpose(1, -1).add_(1)",
+            f"OUT.add_({y})",
+            f"OUT += {y}",
+            "OUT *= 0.5",
+            "OUT.relu_()",
+            "F.relu_(OUT)",
+            "OUT.clamp_(-1, 1)",
+            f"OUT.masked_fill_({y} > 0, 0.5)",
         ),
         *(
-            "@[:1].zero_()",
-            "@[0] = @[-1]",
-            "@[@ > 1] = 1",
-            "@.index_fill_(1, torch.tensor([0]), 2.0)",
-            f"@.copy_({y}.flip(-1))",
+            "OUT[..., 1:] = OUT[..., :-1].clone()",
+            "OUT.view(-1)[:3] = 7",
+            "OUT.flatten()[0] = 3",
+            "OUT.transpose(1, -1).add_(1)",
         ),
         *(
-            "part = @[:, :1]\npart.neg_()",
-            "a, b = @.tensor_split(2, 1)\na.add_(1)",
-            "@.unsqueeze(0).mul_(3)",
-            "@.sub_(@.mean())",
+            "OUT[:1].zero_()",
+            "OUT[0] = OUT[-1]",
+            "OUT[OUT > 1] = 1",
+            "OUT.index_fill_(1, torch.tensor([0]), 2.0)",
+            f"OUT.copy_({y}.flip(-1))",
         ),
-        f"@.narrow(1, 0, 1).fill_(2)\n@ = @ * {y}",
-        "torch.add(@, 1, out=@)",
-        "late = @[:, 0]\n@.mul_(2)\n@ = @ + late.mean()",
-        "early = @ + 0\n@.add_(1)\n@ = @ * early",
+        *(
+            "part = OUT[:, :1]\npart.neg_()",
+            "a, b = OUT.tensor_split(2, 1)\na.add_(1)",
+            "OUT.unsqueeze(0).mul_(3)",
+            "OUT.sub_(OUT.mean())",
+        ),
+        f"OUT.narrow(1, 0, 1).fill_(2)\nOUT = OUT * {y}",
+        "torch.add(OUT, 1, out=OUT)",
+        "late = OUT[:, 0]\nOUT.mul_(2)\nOUT = OUT + late.mean()",
+        "early = OUT + 0\nOUT.add_(1)\nOUT = OUT * early",
     )
-    g.block(f"@ = {fresh}\n{write}")
+    g.block(f"OUT = {fresh}\n{write}")
 
 
 @growth(1)
@@ -440,9 +447,9 @@ def stateful(g: Grower) -> None:
     b = g.parameter(1, buffer=True)
     g.block(
         g.one(
-            f"{b}.add_(1)\n@ = {x} + {b}",
-            f"{b} += 1\n@ = {x} * 1.5",
-            f"{b}.copy_({x}.mean().reshape(1))\n@ = {x} * {b}",
+            f"{b}.add_(1)\nOUT = {x} + {b}",
+            f"{b} += 1\nOUT = {x} * 1.5",
+            f"{b}.copy_({x}.mean().reshape(1))\nOUT = {x} * {b}",
         )
     )
 
@@ -455,14 +462,14 @@ def regions(g: Grower) -> None:
     layer = g.member(f"nn.Conv2d({c}, {c}, {g.one(1, 3)}, padding='same')")
     g.block(
         g.one(
-            f"with torch.no_grad():\n    @ = {layer}({x}).relu()",
-            f"with torch.autocast('cpu', enabled=False):\n    @ = {layer}({x}.float()) * 2",
-            f"@ = torch.utils.checkpoint.checkpoint({layer}, {x}, use_reentrant=False)",
-            f"with torch.autocast('cpu', dtype=torch.bfloat16):\n    @ = {layer}({x}).float()",
-            f"with torch.no_grad():\n    @, second = {layer}({x}), {x} + 1\n@ = @ + second",
-            f"with torch.inference_mode():\n    @ = {layer}({x})\n@ = @ + 1",
-            f"with torch.enable_grad():\n    @ = {layer}({x}).sigmoid()",
-            f"@ = torch.cond({x}.mean() > 0, lambda t: t + 1, lambda t: t - 1, ({layer}({x}),))",
+            f"with torch.no_grad():\n    OUT = {layer}({x}).relu()",
+            f"with torch.autocast('cpu', enabled=False):\n    OUT = {layer}({x}.float()) * 2",
+            f"OUT = torch.utils.checkpoint.checkpoint({layer}, {x}, use_reentrant=False)",
+            f"with torch.autocast('cpu', dtype=torch.bfloat16):\n    OUT = {layer}({x}).float()",
+            f"with torch.no_grad():\n    OUT, second = {layer}({x}), {x} + 1\nOUT = OUT + second",
+            f"with torch.inference_mode():\n    OUT = {layer}({x})\nOUT = OUT + 1",
+            f"with torch.enable_grad():\n    OUT = {layer}({x}).sigmoid()",
+            f"OUT = torch.cond({x}.mean() > 0, lambda t: t + 1, lambda t: t - 1, ({layer}({x}),))",
         )
     )
 
@@ -478,7 +485,7 @@ def optional(g: Grower) -> None:
     kind = g.one("given", "absent", "scalar", "flag", "mode", "count", "mask", "list", "dict", "integers")
     if kind in ("given", "absent"):
         g.argument(f"torch.randn({shape})" if kind == "given" else "None", "None", name)
-        g.block(f"@ = {x} + {name} if {name} is not None else {x} * 0.5")
+        g.block(f"OUT = {x} + {name} if {name} is not None else {x} * 0.5")
     elif kind == "scalar":
         g.argument(str(g.one(0.5, 2.0, 3)), str(g.one(1.0, 2)), name)
         g.let(
@@ -492,10 +499,10 @@ def optional(g: Grower) -> None:
         )
     elif kind == "flag":
         g.argument(str(g.maybe(0.5)), "False", name)
-        g.block(f"@ = {x}.flip(-1) if {name} else {x} + 1")
+        g.block(f"OUT = {x}.flip(-1) if {name} else {x} + 1")
     elif kind == "mode":
         g.argument(repr(g.one("a", "b")), "'a'", name)
-        g.block(f"@ = {x} * 2 if {name} == 'a' else {x} - 1")
+        g.block(f"OUT = {x} * 2 if {name} == 'a' else {x} - 1")
     elif kind == "count":
         g.argument(str(g.one(1, 2, 3)), "1", name)
         g.let(

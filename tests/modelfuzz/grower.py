@@ -118,9 +118,9 @@ class Grower:
         return name
 
     def block(self, code: str) -> str:
-        """A new variable, named `@` in a statement of several lines."""
+        """A new variable, named `OUT` in a statement of several lines."""
         name = f"v{self._new()}"
-        self.do(code.replace("@", name))
+        self.do(code.replace("OUT", name))
         return name
 
     def do(self, code: str) -> None:

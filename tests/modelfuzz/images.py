@@ -226,8 +226,8 @@ def transposed_convolution(g: Grower) -> None:
     x = g.tensor(4)
     c = g.shape(x)[1]
     stride, groups = g.one(1, 2, 3), g.one(*2 * (1,), *(d for d in (2, c) if c % d == 0))
-    output_padding = g.one(0, 1) if stride > 1 else 0
-    options = f"stride={stride}, padding={g.one(0, 1)}, output_padding={output_padding}, groups={groups}, dilation={g.one(1, 1, 2)}"
+    output_padding, dilation = g.one(0, 1) if stride > 1 else 0, g.one(1, 1, 2)
+    options = f"{stride}, {g.one(0, 1)}, {output_padding}, groups={groups}, dilation={dilation}"
     y = g.let(f"{g.member(f'nn.ConvTranspose2d({c}, {groups * g.one(1, 2, 3)}, {g.one(1, 2, 3, 4)}, {options})')}({x})")
     activated(g, normalized(g, y))
 
@@ -237,7 +237,8 @@ def separable(g: Grower) -> None:
     x = g.tensor(4)
     c, k, multiplier = g.shape(x)[1], g.one(3, 5, 7), g.one(1, 1, 1, 2)
     padding = g.one(k // 2, k // 2, 0)
-    text = f"nn.Conv2d({c}, {c * multiplier}, {k}, stride={g.one(1, 1, 2)}, padding={padding}, groups={c}, bias={g.maybe(0.5)})"
+    options = f"stride={g.one(1, 1, 2)}, padding={padding}, groups={c}, bias={g.maybe(0.5)}"
+    text = f"nn.Conv2d({c}, {c * multiplier}, {k}, {options})"
     y = activated(g, normalized(g, convolved(g, x, text), 0.7), 0.6)
     y = convolved(g, y, f"nn.Conv2d({c * multiplier}, {g.one(c, 4, 8, 24)}, 1, bias={g.maybe(0.5)})")
     y = activated(g, normalized(g, y, 0.7), 0.6)
@@ -326,17 +327,18 @@ def shuffle(g: Grower) -> None:
     x = g.tensor(4)
     _, c, h, w = g.shape(x)
     groups = g.one(*(d for d in (2, 3, 4) if c % d == 0), c)
-    n = g.one(f"{x}.shape[0]", "-1")
+    n, split = g.one(f"{x}.shape[0]", "-1"), f"{groups}, {c // groups}"
+    image = f"{n}, {c}, {h}, {w}"
     g.let(
         g.one(
             f"F.channel_shuffle({x}, {groups})",
             f"{g.member(f'nn.ChannelShuffle({groups})')}({x})",
-            f"{x}.reshape({x}.shape[0], {groups}, {c // groups}, {x}.shape[2], {x}.shape[3]).transpose(1, 2).reshape({x}.shape)",
-            f"{x}.view({n}, {groups}, {c // groups}, {h}, {w}).permute(0, 2, 1, 3, 4).contiguous().view({n}, {c}, {h}, {w})",
-            f"{x}.unflatten(1, ({groups}, {c // groups})).transpose(1, 2).flatten(1, 2)",
-            f"{x}.unflatten(1, ({groups}, {c // groups})).flatten(1, 2)",
-            f"{x}.reshape({x}.shape[0], {groups}, {c // groups}, -1).transpose(1, 2).reshape({n}, {c}, {h}, {w})",
-            f"{x}.reshape({n}, {groups}, {c // groups}, {h}, {w}).transpose(1, 2).transpose(3, 4).reshape({n}, {c}, {h}, {w})",
+            f"{x}.reshape({x}.shape[0], {split}, {x}.shape[2], {x}.shape[3]).transpose(1, 2).reshape({x}.shape)",
+            f"{x}.view({n}, {split}, {h}, {w}).permute(0, 2, 1, 3, 4).contiguous().view({image})",
+            f"{x}.unflatten(1, ({split})).transpose(1, 2).flatten(1, 2)",
+            f"{x}.unflatten(1, ({split})).flatten(1, 2)",
+            f"{x}.reshape({x}.shape[0], {split}, -1).transpose(1, 2).reshape({image})",
+            f"{x}.reshape({n}, {split}, {h}, {w}).transpose(1, 2).transpose(3, 4).reshape({image})",
         )
     )
 
@@ -391,7 +393,7 @@ def low_rank(g: Grower) -> None:
 @growth(3)
 def pool(g: Grower) -> None:
     x = g.tensor(4)
-    _, c, h, w = g.shape(x)
+    h, w = g.shape(x)[2:]
     k, s, p = g.one(2, 3, 3, (2, 3), 4), g.one(1, 2, 2, 3, "None"), g.one(0, 1, 1)
     ceil = g.one("", ", ceil_mode=True")
     g.let(
@@ -496,10 +498,8 @@ def padded_convolution(g: Grower) -> None:
     c, k, s = g.shape(x)[1], g.one(3, 5), g.one(1, 2)
     if g.maybe(0.4):
         # TensorFlow's "same", by sizes.
-        need = f"max((-(-{x}.shape[{{0}}] // {s}) - 1) * {s} + {k} - {x}.shape[{{0}}], 0)"
-        x = g.let(
-            f"F.pad({x}, ({need.format(3)} // 2, {need.format(3)} - {need.format(3)} // 2, {need.format(2)} // 2, {need.format(2)} - {need.format(2)} // 2))"
-        )
+        wide, high = (f"max((-(-{x}.shape[{i}] // {s}) - 1) * {s} + {k} - {x}.shape[{i}], 0)" for i in (3, 2))
+        x = g.block(f"w, h = {wide}, {high}\nOUT = F.pad({x}, (w // 2, w - w // 2, h // 2, h - h // 2))")
     else:
         x = g.let(f"F.pad({x}, ({', '.join(str(g.one(0, 1, 2)) for _ in range(4))}))")
     y = convolved(g, x, f"nn.Conv2d({c}, {c}, {k}, stride={s}, groups={g.one(1, c)})")
@@ -543,18 +543,14 @@ def quantized(g: Grower) -> None:
     """Quantize/dequantize pairs around a convolution or linear layer."""
     x = g.tensor(4, 2)
     scale, zero = g.one(0.02, 0.05, 1 / 64), g.one(0, 3, -17)
-    library = "torch.ops.quantized_decomposed"
-    pair = f"{library}.dequantize_per_tensor({library}.quantize_per_tensor({{0}}, {{1}}, {{2}}, -128, 127, torch.int8), {{1}}, {{2}}, -128, 127, torch.int8)"
-    y = g.let(
-        pair.format(x, scale, zero)
-        if g.maybe(0.7)
-        else f"torch.fake_quantize_per_tensor_affine({x}, {scale}, {zero}, -128, 127)"
-    )
+    library, form = "torch.ops.quantized_decomposed", "{1}, {2}, -128, 127, torch.int8"
+    pair = f"{library}.dequantize_per_tensor({library}.quantize_per_tensor({{0}}, {form}), {form})"
+    fake = f"torch.fake_quantize_per_tensor_affine({x}, {scale}, {zero}, -128, 127)"
+    y = g.let(pair.format(x, scale, zero) if g.maybe(0.7) else fake)
     c = g.shape(x)[1]
     if len(g.shape(x)) == 4:
-        y = g.let(
-            f"{g.member(g.one(f'nn.Conv2d({c}, 8, 3, padding=1)', f'nn.Conv2d({c}, {c}, 3, padding=1, groups={c})', f'nn.Conv2d({c}, 8, 1)'))}({y})"
-        )
+        sizes = g.one(f"{c}, 8, 3, padding=1", f"{c}, {c}, 3, padding=1, groups={c}", f"{c}, 8, 1")
+        y = g.let(f"{g.member(f'nn.Conv2d({sizes})')}({y})")
     else:
         y = g.let(f"{g.member(f'nn.Linear({c}, 8)')}({y})")
     y = activated(g, y, 0.5)

@@ -30,7 +30,8 @@ def settle(model):
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point() and tensor.numel() and bool((tensor == tensor.flatten()[0]).all()):
             with torch.no_grad():
-                nn.init.uniform_(tensor, 0.5, 1.5) if float(tensor.flatten()[0]) == 1 else nn.init.normal_(tensor, std=0.2)
+                is_one = float(tensor.flatten()[0]) == 1
+                tensor.uniform_(0.5, 1.5) if is_one else tensor.normal_(std=0.2)
     return model.eval()
 '''
 

@@ -113,29 +113,28 @@ def attention(g: Grower) -> None:
     if g.maybe(0.35):
         options = g.one("", ", bias=False", ", add_bias_kv=True", ", dropout=0.1")
         layer = g.member(f"nn.MultiheadAttention({c}, {heads}, batch_first={g.maybe(0.8)}{options})")
-        g.let(
-            f"{layer}({x}, {x}, {x}{g.one('', ', need_weights=False', ', average_attn_weights=False')}){g.one('[0]', '[0]', '[0] + ' + x)}"
-        )
+        asked = g.one("", ", need_weights=False", ", average_attn_weights=False")
+        g.let(f"{layer}({x}, {x}, {x}{asked})[0]{g.one('', '', ' + ' + x)}")
         return
     if g.maybe(0.15):
-        g.let(
-            f"{g.member(f'nn.TransformerEncoderLayer({c}, {heads}, {2 * c}, batch_first=True, norm_first={g.maybe(0.5)})')}({x})"
-        )
+        options = f"batch_first=True, norm_first={g.maybe(0.5)}"
+        g.let(f"{g.member(f'nn.TransformerEncoderLayer({c}, {heads}, {2 * c}, {options})')}({x})")
         return
     qkv = g.let(f"{g.member(f'nn.Linear({c}, {3 * c})')}({x})")
+    count = g.one(f"{x}.shape[1]", length)
     split = g.let(
         g.one(
-            f"{qkv}.reshape({x}.shape[0], {g.one(f'{x}.shape[1]', length)}, 3, {heads}, {c // heads}).permute(2, 0, 3, 1, 4)",
+            f"{qkv}.reshape({x}.shape[0], {count}, 3, {heads}, {c // heads}).permute(2, 0, 3, 1, 4)",
             f"{qkv}.unflatten(-1, (3, {heads}, -1)).permute(2, 0, 3, 1, 4)",
         )
     )
     name = g.block(
-        f"q, k, v = {split}.unbind(0)\n@ = "
+        f"q, k, v = {split}.unbind(0)\nOUT = "
         + g.one(
             "F.scaled_dot_product_attention(q, k, v)",
             "F.scaled_dot_product_attention(q, k, v, is_causal=True)",
             f"(q @ k.transpose(-2, -1) * {c // heads} ** -0.5).softmax(-1) @ v",
-            f"F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones({x}.shape[1], {x}.shape[1], dtype=torch.bool).tril())",
+            f"F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(2 * ({x}.shape[1],)).tril() > 0)",
             f"F.scaled_dot_product_attention(q, k, v, attn_mask={g.parameter(1, heads, length, length)})",
             "torch.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1) @ v",
             "F.relu(q) @ (F.relu(k).mT @ v)",
@@ -172,8 +171,7 @@ def of_tokens(g: Grower) -> None:
 @growth(1.5)
 def one_dimensional(g: Grower) -> None:
     x = g.tensor(3)
-    _, c, length = g.shape(x)
-    k = g.one(2, 3)
+    c, k = g.shape(x)[1], g.one(2, 3)
     y = g.let(
         g.one(
             *3 * (f"{g.member(convolution_text(g, c, rank=1))}({x})",),

@@ -136,7 +136,8 @@ def snippet(program: Program, fault: Fault) -> str:
         "",
         program.making,
         f"torch.manual_seed({example.seed})",
-        f'emitted = kp.emit(model, ({example.code},), cost=lambda c: 1.0 if c.variant == "cpu" else 10.0 * len(c.nodes), cache=False, progress=False)',
+        'cost = lambda c: 1.0 if c.variant == "cpu" else 10.0 * len(c.nodes)',
+        f"emitted = kp.emit(model, ({example.code},), cost=cost, cache=False, progress=False)",
         "print(emitted.record.reason)",
     ]
     if fault.call is not None:

@@ -1,13 +1,12 @@
-"""What is wrong with the emission of a program, if anything: every call is equal to float64 within rounding, or refused.
+"""What is wrong with the emission of a program, if anything: each call is equal to float64 within rounding, or refused.
 
-Right is what the original gives. A call that the original takes gives its result, or `ValueError`; a call that it refuses
-raises. A call of the example's shapes and dtypes is never refused. Nothing else changes: not the model, not its inputs,
-not the state of torch's random numbers.
+Right is what the original gives. A call that the original takes gives its result, or `ValueError`; a call that it
+refuses raises. A call of the example's shapes and dtypes is never refused. Nothing else changes: not the model, not its
+inputs, not the state of torch's random numbers.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 import re
 import tempfile
@@ -104,9 +103,9 @@ class _Examiner:
         self.program, self.model, self.calls, self.ignored = program, model, calls, ignored
         self.dtype = getattr(torch, program.dtype)
         self.made = self.refused = 0
-        # The originals are copies: whatever the model's forward does to its own buffers is theirs.
-        self.original = copy.deepcopy(model)
-        self.exact = copy.deepcopy(model).double()
+        # Whatever the forward of these does to its own buffers is theirs.
+        self.original = program.model()
+        self.exact = program.model().double()
 
     def _report(self, fault: Fault) -> None:
         if not fault.kind.startswith(self.ignored):
@@ -160,7 +159,7 @@ class _Examiner:
         fault = self._difference(who, wanted, got, call)
         after = _marks((positional, named))
         # What the original itself writes to its inputs, an emitted model may, and need not.
-        if fault is None and after != marks and after != _marks_after(self.original, call):
+        if fault is None and after != marks and after != _marks_after(self.program.model(), call):
             fault = Fault(f"{who}: writes to its inputs", "", call)
         if fault is not None:
             self._report(fault)
@@ -180,7 +179,7 @@ class _Examiner:
         return self._wrong(who, wanted, got, call)
 
     def _wrong(self, who: str, wanted: Any, got: Any, call: Call) -> Fault | None:
-        (wanted, spec), (got, got_spec) = pytree.tree_flatten(wanted), pytree.tree_flatten(got)
+        (wanted, spec), (got, got_spec) = (pytree.tree_flatten(_plain_sizes(value)) for value in (wanted, got))
         if spec != got_spec:
             return Fault(f"{who}: another structure", f"{got_spec} for {spec}", call)
         for i, (a, b) in enumerate(zip(got, wanted, strict=True)):
@@ -233,7 +232,7 @@ class _Examiner:
         """Output `i` with all weights and inputs changed by about a rounding, three times."""
         found = []
         for _ in range(3):
-            model = copy.deepcopy(self.exact)
+            model = self.program.model().double()
             step = ROUNDING[self.dtype]
             with torch.no_grad():
                 for tensor in (*model.parameters(), *model.buffers()):
@@ -298,10 +297,19 @@ def _result_of(run: Callable[..., Any], positional: Any, named: Any) -> Any:
         return error
 
 
+def _plain_sizes(value: Any) -> Any:
+    """`value` with `torch.Size`s as the tuples that they are."""
+
+    def is_size(leaf: Any) -> bool:
+        return isinstance(leaf, torch.Size)
+
+    return pytree.tree_map(lambda leaf: tuple(leaf) if is_size(leaf) else leaf, value, is_leaf=is_size)
+
+
 def _marks_after(model: nn.Module, call: Call) -> Any:
     positional, named = call.arguments()
     with torch.no_grad():
-        _result_of(copy.deepcopy(model), positional, named)
+        _result_of(model, positional, named)
     return _marks((positional, named))
 
 
