@@ -121,7 +121,7 @@ def grid(g: Grower) -> None:
         g.one(
             f"{mesh}\nOUT = torch.cat([{x}, xx.expand({n}, 1, -1, -1), yy.expand({n}, 1, -1, -1)], 1)",
             f"{mesh}\n{sampled.format(x, f'torch.stack([xx, yy], -1).expand({n}, -1, -1, -1)')}",
-            f"OUT = {x} + torch.arange({h}, dtype={x}.dtype)[:, None] * 0.1 + torch.arange({w}, dtype={x}.dtype) * 0.01",
+            f"OUT = {x} + torch.arange({h}, dtype={x}.dtype)[:, None] * 0.1 + torch.arange({w}) * 0.01",
             f"theta = torch.eye(2, 3, dtype={x}.dtype).expand({n}, 2, 3)\n{sampled.format(x, affine)}",
         )
     )
@@ -307,7 +307,6 @@ def in_place(g: Grower) -> None:
         *(
             "OUT[..., 1:] = OUT[..., :-1].clone()",
             "OUT.view(-1)[:3] = 7",
-            "OUT.flatten()[0] = 3",
             "OUT.transpose(1, -1).add_(1)",
         ),
         *(
@@ -343,7 +342,7 @@ def in_place_after_use(g: Grower) -> None:
             f"{x}.mul_(0.5)",
             f"F.relu({x}, inplace=True)",
             f"{x}[:, :1].add_(1)",
-            f"{x}.flatten(1).mul_(2)",
+            f"{x}.transpose(0, 1).mul_(2)",
         )
     )
 
