@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import operator
-import os
-import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +11,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
+
+from kernelpress.export import TraceError, exports, proven
+from kernelpress.regions import has_regions, keep_layouts, own_writes, writes
+from kernelpress.untouched import untouched
 
 __all__ = ["TraceError", "module_of", "parameter_name", "trace"]
 
@@ -27,9 +27,6 @@ _DROPOUTS = frozenset(
 )
 _CHECKS = frozenset(
     {
-        aten._assert_async.default,
-        aten._assert_async.msg,
-        aten._assert_scalar.default,
         aten._assert_tensor_metadata.default,
         aten.sym_constrain_range.default,
         aten.sym_constrain_range_for_size.default,
@@ -37,17 +34,6 @@ _CHECKS = frozenset(
 )
 # Their schemas do not say so, but they can return their argument itself.
 _UNDECLARED_ALIASES = _DROPOUTS | {aten.type_as.default, operator.getitem}
-_ADVICE = (
-    (("GuardOnDataDependent", "data-dependent", "Could not guard", "aten._local_scalar_dense"),
-     "a branch or shape depends on tensor values: write it with torch.where or torch.cond, or move it out of forward"),
-    (("numpy", "fake tensor to NumPy"), "stay in torch operations: NumPy cannot be exported"),
-    (("symbolically trace", "control flow"), "replace the Python control flow on tensors by torch.where or torch.cond"),
-    (("pickle", "ScriptModule", "ScriptFunction"), "pass the original nn.Module, not its scripted or compiled form"),
-)  # fmt: skip
-
-
-class TraceError(ValueError):
-    """The model cannot be exported; the message names the place in the model and what to do about it."""
 
 
 def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic_batch: bool = True) -> GraphModule:
@@ -56,13 +42,15 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
     The graph holds `aten.conv2d`, `aten.batch_norm`, `aten.linear`, `aten.relu` … as the model's author wrote them:
     in-place operations have become functional ones, `view` has become `reshape` (memory may turn channels_last),
     dropout, shape assertions and dead code are gone. Parameters and buffers are `get_attr` nodes under their
-    original qualified names and share memory with `model`, whose training flags are left as they were. Every node
-    carries `meta["val"]`, its fake tensor (shape, dtype, device). An operation that the model applied in place to one
-    of its inputs no longer writes to the caller's tensor. The result keeps the model's input and output structure.
+    original qualified names and share memory with `model`, which is left as it was, as are the random numbers to
+    come. Every node carries `meta["val"]`, its fake tensor (shape, dtype, device). An operation that the model applied
+    in place to one of its inputs no longer writes to the caller's tensor. The result keeps the model's input and output
+    structure.
 
-    `example_inputs`: what `forward` takes by position. With `dynamic_batch`, dimension 0 of every input tensor is
-    symbolic; a model that only works at one batch size is exported at the example's, with a warning and
-    `meta["dynamic_batch"] = False` on the returned module.
+    `example_inputs`: what `forward` takes by position. With `dynamic_batch`, the batch is symbolic; `export.exports`
+    says which dimensions it is. A model that fixes its batch size is exported at the example's, with a warning. The
+    calls that the graph answers as the model does are `meta["contract"]`; at `example_inputs` and, with a symbolic
+    batch, at batches of one and none, both were run and compared.
 
     Raises `TraceError` for a model that `torch.export` cannot take, `TypeError` for arguments of another type.
     """
@@ -78,27 +66,22 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
             f"example_inputs: expected a Tensor or a tuple with Tensors, got {type(example_inputs).__name__}"
         )
     inputs = tuple(inputs)
+    name = type(model).__name__
 
-    with _eval_mode(model), torch.no_grad(), warnings.catch_warnings():
+    with untouched(model), torch.no_grad(), warnings.catch_warnings():
         # torch.export's own use of a deprecated pytree name.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
-        program = _export_dynamic(model, inputs) if dynamic_batch else None
-        is_dynamic = program is not None
-        if program is None:
-            program = _export(model, inputs, dynamic=False)
-        module = _clean(program.module())
-        if _mutations(module.graph):
-            # Writes through views: let PyTorch's own functionalisation resolve the aliasing.
-            module = _clean(program.run_decompositions({}).module())
-            _restore_batch_norm(module.graph)
-    if dynamic_batch and not is_dynamic:
-        name = type(model).__name__
+        _set_eval_mode(model)
+        for exported in exports(model, inputs, dynamic_batch=dynamic_batch):
+            module = _functional(exported.program)
+            contract = proven(module, model, inputs, exported.contract)
+            if contract is not None:
+                break
+        else:
+            raise TraceError(f"{name}: its export does not compute what the model does on example_inputs")
+    if dynamic_batch and not contract.dynamic_batch:
         warnings.warn(f"{name} fixes its batch size: exported for the batch of example_inputs only", stacklevel=2)
-    _simplify(module.graph)
-    module.graph.eliminate_dead_code()
-    module.graph.lint()
-    module.recompile()
-    module.meta["dynamic_batch"] = is_dynamic
+    module.meta["contract"] = contract
     return module
 
 
@@ -116,99 +99,29 @@ def parameter_name(node: Any) -> str | None:
     return str(node.target) if isinstance(node, Node) and node.op == "get_attr" else None
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    training = [(module, module.training) for module in model.modules()]
+def _set_eval_mode(model: nn.Module) -> None:
     try:
         model.eval()
     except NotImplementedError:
         # Exported graphs, a quantizer's for example, refuse it: their mode is written into them.
-        for module, _ in training:
+        for module in model.modules():
             module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in training:
-            module.training = mode
 
 
-def _export_dynamic(model: nn.Module, inputs: tuple[Any, ...]) -> torch.export.ExportedProgram | None:
-    """The program with symbolic batch, or None where the model does not allow one."""
-    # torch.export takes a size of 0 or 1 for a constant.
-    batch = tuple(pytree.tree_map(_at_least_two, inputs))
-    try:
-        program = _export(model, batch, dynamic=True)
-    except TraceError:
-        if all(a is b for a, b in zip(pytree.tree_leaves(batch), pytree.tree_leaves(inputs), strict=True)):
-            raise
-        return None
-    user_inputs = set(program.graph_signature.user_inputs)
-    values = [n.meta.get("val") for n in program.graph.nodes if n.op == "placeholder" and n.name in user_inputs]
-    tensors = [v for v in values if isinstance(v, Tensor) and v.dim() > 0]
-    return program if all(isinstance(v.shape[0], torch.SymInt) for v in tensors) else None
-
-
-def _at_least_two(value: Any) -> Any:
-    if not isinstance(value, Tensor) or value.dim() == 0 or value.shape[0] > 1:
-        return value
-    return torch.cat([value, value]) if value.shape[0] == 1 else value.new_zeros((2, *value.shape[1:]))
-
-
-def _export(model: nn.Module, inputs: tuple[Any, ...], *, dynamic: bool) -> torch.export.ExportedProgram:
-    import torch.export
-
-    def batch_dim(value: Any) -> Any:
-        return {0: torch.export.Dim.AUTO} if isinstance(value, Tensor) and value.dim() > 0 else None
-
-    shapes: tuple[Any, ...] | None = tuple(pytree.tree_map(batch_dim, inputs)) if dynamic else None
-    if shapes is not None and _has_var_positional(model):
-        shapes = (shapes,)
-    try:
-        return torch.export.export(model, inputs, dynamic_shapes=shapes, strict=False)
-    except Exception as error:
-        raise TraceError(_explain(model, inputs, error)) from error
-
-
-def _has_var_positional(model: nn.Module) -> bool:
-    import inspect
-
-    return any(p.kind is p.VAR_POSITIONAL for p in inspect.signature(model.forward).parameters.values())
-
-
-def _explain(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> str:
-    """The place in the user's model where `error` rose, the first line of what it says, and what to do."""
-    name = type(model).__name__
-    try:
-        model(*inputs)
-    except Exception as eager:
-        return f"{name}: forward fails on example_inputs{_place(model, eager)}: {_first_line(eager)}"
-    text = f"{type(error).__name__} {error}"
-    advice = next((advice for marks, advice in _ADVICE if any(mark in text for mark in marks)), None)
-    advice = (
-        advice or "rewrite that operation with exportable torch operations (torch.export.export must accept the model)"
-    )
-    return f"{name} cannot be exported{_place(model, error)}: {_first_line(error)}. What to do: {advice}"
-
-
-def _place(model: nn.Module, error: Exception) -> str:
-    names = {id(module): path for path, module in model.named_modules()}
-    library = os.path.dirname(os.path.abspath(torch.__file__))
-    module, line = "", ""
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and id(owner) in names:
-            path = names[id(owner)]
-            module = f" in {path} ({type(owner).__name__})" if path else ""
-        file = frame.f_code.co_filename
-        if not file.startswith((library, "<")) and file != __file__:
-            source = traceback.linecache.getline(file, number).strip()  # type: ignore[attr-defined]
-            line = f" at {os.path.basename(file)}:{number}, `{source}`"
-    return module + line
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+def _functional(program: torch.export.ExportedProgram) -> GraphModule:
+    module = _clean(program.module())
+    if _mutations(module.graph) or has_regions(module.graph):
+        # Writes through views, sub-graphs: PyTorch's own functionalisation resolves the aliasing, spells out the
+        # casts of autocast, and puts in line what only sets a mode.
+        module = _clean(own_writes(program.run_decompositions({}).module()))
+        _restore_batch_norm(module.graph)
+    for part in [m for m in module.modules() if isinstance(m, GraphModule)]:
+        _simplify(part.graph)
+        keep_layouts(part.graph)
+        part.graph.eliminate_dead_code()
+        part.graph.lint()
+        part.recompile()
+    return module
 
 
 def _clean(module: GraphModule) -> GraphModule:
@@ -220,6 +133,8 @@ def _clean(module: GraphModule) -> GraphModule:
             module.delete_submodule("_guards_fn")
         elif node.target in _CHECKS and not node.users:
             graph.erase_node(node)
+        elif node.target is aten._assert_async.default:  # fx takes this overload for dead code
+            node.target, node.args = aten._assert_async.msg, (*node.args, "assertion of the model failed")
         elif node.target in _DROPOUTS and not node.args[2]:
             _replace(node, node.args[0])
     graph.eliminate_dead_code()
@@ -235,11 +150,7 @@ def _replace(node: Node, value: Any) -> None:
 
 def _mutations(graph: Graph) -> list[Node]:
     """The nodes that write to one of their arguments."""
-    return [
-        node
-        for node in graph.nodes
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-    ]  # fmt: skip
+    return [node for node in graph.nodes if writes(node)]
 
 
 def _make_functional(node: Node) -> bool:

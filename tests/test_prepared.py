@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernelpress import native, ops
 from kernelpress.emit import direct
 from kernelpress.ops import bound, bound_python, prepared, registry
+from kernelpress.ops.snapshot import Snapshot
 
 recalls_natively = pytest.mark.skipif(
     not native.load().reads_tensors, reason="no native module, or a torch that publishes no DLPack exchange"
@@ -168,8 +169,8 @@ def test_transforms_see_every_call(call: Recall) -> None:
 def test_a_tensor_without_memory_is_not_recalled(call: Recall) -> None:
     """Its address is null, and a kernel would read there."""
     zeros = torch._efficientzerotensor(2, 6, 3, 4)
-    table = native.cpu().CallTable((0,))
-    assert table.remember((zeros, call.weight), (), "auto", len) is None
+    table, snapshot = native.cpu().CallTable((0,)), Snapshot((None, call.weight))
+    assert table.remember((zeros, call.weight), (), "auto", len, snapshot) is None
     assert table((zeros, call.weight), (), "auto") is None
 
 
@@ -183,7 +184,7 @@ def test_a_table_forgets_calls_whose_parameters_are_dead() -> None:
 
     run = Run()
     gone = weakref.ref(run)
-    word = table.remember((x, weight, None), ("relu",), "cpu", run)
+    word = table.remember((x, weight, None), ("relu",), "cpu", run, Snapshot((None, weight, None)))
     del run
     assert table((x, weight, None), ("relu",), "cpu") == 3
     table.forget(word)

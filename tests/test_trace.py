@@ -57,7 +57,7 @@ def _mutating(graph: torch.fx.GraphModule) -> list[str]:
 def test_graph_equals_model_at_every_batch_size(example_batch: int) -> None:
     model = _randomise(Net())
     graph = trace(model, torch.randn(example_batch, 3, 8, 8))
-    assert graph.meta["dynamic_batch"] is True
+    assert graph.meta["contract"].dynamic_batch is True
     _assert_same_outputs(model, graph, (1, 3, 8, 8), (2, 3, 8, 8), (5, 3, 8, 8))
 
 
@@ -212,7 +212,7 @@ class _OneImageOnly(nn.Module):
 def test_model_with_fixed_batch_is_exported_static_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="_OneImageOnly fixes its batch size"):
         graph = trace(_OneImageOnly(), torch.randn(1, 4))
-    assert graph.meta["dynamic_batch"] is False
+    assert graph.meta["contract"].dynamic_batch is False
     _assert_same_outputs(_OneImageOnly(), graph, (1, 4))
 
 

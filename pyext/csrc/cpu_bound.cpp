@@ -4,6 +4,7 @@
 
 #include "cpu_calls.h"
 #include "cpu_objects.h"
+#include "cpu_snapshot.h"
 #include "cpu_tensors.h"
 
 namespace py = pybind11;

@@ -6,6 +6,7 @@
 #include <unordered_map>
 
 #include "cpu_objects.h"
+#include "cpu_snapshot.h"
 #include "cpu_tensors.h"
 
 namespace py = pybind11;
@@ -59,10 +60,15 @@ class CallTable {
     return run_prepared(entry->prepared.ptr(), query.tensors, query.count);
   }
 
-  // (tensors, options, backend, prepared) → a word to `forget` it by when one of the parameters dies, or None if it is not kept.
+  // (tensors, options, backend, prepared, snapshot) → a word to `forget` it by when one of the parameters dies, or None if it is not
+  // kept. `snapshot` are the Snapshots of the parameters, by position, taken before `prepared` read them.
   PyObject* remember(PyObject* const* arguments, Py_ssize_t count) {
     Query query;
-    if (count != 4 || !read(arguments[0], arguments[1], arguments[2], &query)) return none();
+    if (count != 5 || !Callable<Snapshots>::in(arguments[4])) {
+      PyErr_SetString(PyExc_TypeError, "CallTable.remember: expected (tensors, options, backend, prepared, snapshot)");
+      return nullptr;
+    }
+    if (!read(arguments[0], arguments[1], arguments[2], &query)) return none();
     auto entry = std::make_shared<Entry>();
     for (Py_ssize_t i = 0; i < query.count; ++i) {
       TensorView view;
@@ -72,8 +78,6 @@ class CallTable {
         return none();
       } else if (is_activation_[i]) {
         entry->activations.push_back({i, Form(view)});
-      } else {
-        entry->parameters.push_back({i, Snapshot(query.tensors[i], view)});
       }
     }
     entry->count = query.count;
@@ -81,6 +85,7 @@ class CallTable {
     entry->options = py::reinterpret_borrow<py::object>(query.options);
     entry->backend = py::reinterpret_borrow<py::object>(query.backend);
     entry->prepared = py::reinterpret_borrow<py::object>(arguments[3]);
+    entry->snapshot = py::reinterpret_borrow<py::object>(arguments[4]);
     Entries void_now;  // its objects are given up last: that may run anything
     if (generation_ != generation_count || entries_.size() >= kMostCalls) void_now.swap(entries_);
     generation_ = generation_count;
@@ -94,9 +99,7 @@ class CallTable {
     if (PyErr_Occurred()) return nullptr;
     const auto found = entries_.find(hash);
     if (found == entries_.end()) return none();
-    const auto is_dead = [](const auto& parameter) { return parameter.second.is_dead(); };
-    const auto& parameters = found->second->parameters;
-    if (std::any_of(parameters.begin(), parameters.end(), is_dead)) {
+    if (parameters_of(*found->second).has_dead()) {
       const std::shared_ptr<const Entry> last = found->second;
       entries_.erase(found);
     }
@@ -119,8 +122,7 @@ class CallTable {
     int64_t panel_width;
     std::vector<Py_ssize_t> absent;
     std::vector<std::pair<Py_ssize_t, Form>> activations;
-    std::vector<std::pair<Py_ssize_t, Snapshot>> parameters;
-    py::object options, backend, prepared;
+    py::object options, backend, prepared, snapshot;
   };
   using Entries = std::unordered_map<size_t, std::shared_ptr<const Entry>>;
 
@@ -167,11 +169,11 @@ class CallTable {
     for (const auto& [position, form] : entry.activations) {
       if (query.tensors[position] == Py_None || !form.fits(query.views[position])) return false;
     }
-    for (const auto& [position, snapshot] : entry.parameters) {
-      if (!snapshot.is_still(query.tensors[position])) return false;
-    }
-    return are_equal(entry.options.ptr(), query.options) && are_equal(entry.backend.ptr(), query.backend);
+    return parameters_of(entry).are_still(query.tensors, query.count) && are_equal(entry.options.ptr(), query.options) &&
+           are_equal(entry.backend.ptr(), query.backend);
   }
+
+  static const Snapshots& parameters_of(const Entry& entry) { return Callable<Snapshots>::of(entry.snapshot.ptr()); }
 
   static bool are_equal(PyObject* a, PyObject* b) {
     const int answer = PyObject_RichCompareBool(a, b, Py_EQ);
@@ -299,7 +301,7 @@ bool add_call_types(PyObject* module) {
   static PyGetSetDef no_attributes[] = {{nullptr, nullptr, nullptr, nullptr, nullptr}};
   static PyMethodDef table_methods[] = {
       {"remember", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&remember_call)), METH_FASTCALL,
-       "(tensors, options, backend, prepared) -> a word for `forget`, or None where the call cannot be kept"},
+       "(tensors, options, backend, prepared, snapshot) -> a word for `forget`, or None where the call cannot be kept"},
       {"forget", &forget_call, METH_O, "Drops what `remember` gave this word for, if one of its parameters is no more."},
       {nullptr, nullptr, 0, nullptr}};
   static PyMethodDef functions[] = {{"forget_calls",

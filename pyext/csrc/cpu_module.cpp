@@ -11,6 +11,7 @@
 #include "cpu_kernels.h"
 #include "cpu_plan.h"
 #include "cpu_runtime.h"
+#include "cpu_snapshot.h"
 #include "cpu_tensors.h"
 #include "kernels/cpu/args.h"
 #include "kernels/cpu/runtime.h"
@@ -173,7 +174,7 @@ PYBIND11_MODULE(_cpu, module) {
   bind_kernel<GlobalAvgPool2dArgs, &KernelTable::global_avg_pool2d>(module, plan, "global_avg_pool2d");
   bind_kernel<MaxPool2dArgs, &KernelTable::max_pool2d>(module, plan, "max_pool2d");
 
-  if (!add_call_types(module.ptr()) || !add_bound_types(module.ptr())) throw py::error_already_set();
+  if (!add_snapshot_type(module.ptr()) || !add_call_types(module.ptr()) || !add_bound_types(module.ptr())) throw py::error_already_set();
   module.def(
       "read_tensors",
       [](const py::object& tensor_type, const py::object& parameter_type, const py::object& is_grad_enabled) {

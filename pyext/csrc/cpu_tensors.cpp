@@ -5,8 +5,6 @@
 namespace kernelpress {
 namespace {
 
-constexpr int32_t kCpu = 1, kCuda = 2;  // DLPack's numbers
-
 // The functions that a framework publishes; of them only one is called here.
 struct Exchange {
   uint32_t major, minor;
@@ -23,6 +21,7 @@ PyObject* grad_enabled_function = nullptr;
 PyObject* is_neg_method = nullptr;
 PyObject* requires_grad_attribute = nullptr;
 PyObject* version_attribute = nullptr;
+PyObject* storage_method = nullptr;
 int (*view_of_object)(void* object, TensorView* view) = nullptr;
 
 const Exchange* published_exchange(PyObject* type) {
@@ -50,18 +49,6 @@ PyObject* attribute_of(PyObject* attribute, PyObject* tensor) {
   return Py_TYPE(attribute)->tp_descr_get(attribute, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
 }
 
-PyObject* referent(PyObject* reference) {
-#if PY_VERSION_HEX >= 0x030d0000
-  PyObject* found = nullptr;
-  if (PyWeakref_GetRef(reference, &found) < 0) PyErr_Clear();
-  Py_XDECREF(found);  // only compared
-  return found;
-#else
-  PyObject* found = PyWeakref_GetObject(reference);
-  return found == Py_None ? nullptr : found;
-#endif
-}
-
 }  // namespace
 
 bool learn_tensors(PyObject* tensor, PyObject* parameter, PyObject* grad_enabled) {
@@ -70,7 +57,7 @@ bool learn_tensors(PyObject* tensor, PyObject* parameter, PyObject* grad_enabled
     return false;
   }
   if (!learn(tensor, "is_neg", &is_neg_method) || !learn(tensor, "requires_grad", &requires_grad_attribute) ||
-      !learn(tensor, "_version", &version_attribute)) {
+      !learn(tensor, "_version", &version_attribute) || !learn(tensor, "untyped_storage", &storage_method)) {
     return false;
   }
   Py_INCREF(tensor), Py_INCREF(parameter), Py_INCREF(grad_enabled);
@@ -86,12 +73,11 @@ bool learn_tensors(PyObject* tensor, PyObject* parameter, PyObject* grad_enabled
 bool reads_tensors() { return view_of_object != nullptr; }
 
 bool view_memory(PyObject* tensor, TensorView* view) {
-  if (Py_TYPE(tensor) != tensor_type && Py_TYPE(tensor) != parameter_type) return false;
   if (view_of_object(tensor, view) != 0) {
     PyErr_Clear();
     return false;
   }
-  if (view->device_type != kCpu && view->device_type != kCuda) return false;
+  if (view->device_type != kDlpackCpu && view->device_type != kDlpackCuda) return false;
   const int64_t* end = view->shape + view->dimensions;
   return view->data || std::find(view->shape, end, 0) != end;
 }
@@ -127,6 +113,24 @@ int64_t version_of(PyObject* tensor) {
   return version;
 }
 
+PyObject* storage_of(PyObject* tensor) {
+  PyObject* storage = PyObject_CallOneArg(storage_method, tensor);
+  if (!storage) PyErr_Clear();
+  return storage;
+}
+
+PyObject* referent(PyObject* reference) {
+#if PY_VERSION_HEX >= 0x030d0000
+  PyObject* found = nullptr;
+  if (PyWeakref_GetRef(reference, &found) < 0) PyErr_Clear();
+  Py_XDECREF(found);  // only compared
+  return found;
+#else
+  PyObject* found = PyWeakref_GetObject(reference);
+  return found == Py_None ? nullptr : found;
+#endif
+}
+
 Form::Form(const TensorView& view)
     : device_type_(view.device_type), device_index_(view.device_index), dimensions_(view.dimensions), dtype_(view.dtype) {
   sizes_.assign(view.shape, view.shape + dimensions_);
@@ -146,23 +150,5 @@ size_t Form::hash(const TensorView& view) {
   }
   return hash;
 }
-
-Snapshot::Snapshot(PyObject* tensor, const TensorView& view)
-    : reference_(PyWeakref_NewRef(tensor, nullptr)), form_(view), address_(view.address()), version_(version_of(tensor)) {
-  if (!reference_) PyErr_Clear();
-}
-
-Snapshot::Snapshot(Snapshot&& other) noexcept
-    : reference_(other.reference_), form_(std::move(other.form_)), address_(other.address_), version_(other.version_) {
-  other.reference_ = nullptr;
-}
-
-bool Snapshot::is_still(PyObject* tensor) const {
-  TensorView view;
-  return reference_ && referent(reference_) == tensor && view_memory(tensor, &view) && view.address() == address_ && form_.fits(view) &&
-         (version_ < 0 || version_of(tensor) == version_);
-}
-
-bool Snapshot::is_dead() const { return !reference_ || !referent(reference_); }
 
 }  // namespace kernelpress

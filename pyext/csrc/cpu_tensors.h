@@ -9,6 +9,8 @@
 
 namespace kernelpress {
 
+constexpr int32_t kDlpackCpu = 1, kDlpackCuda = 2;
+
 // DLPack's DLTensor. Shape and strides belong to the tensor, which must not change meanwhile.
 struct TensorView {
   void* data;
@@ -20,6 +22,8 @@ struct TensorView {
   uint64_t byte_offset;
 
   int64_t address() const { return static_cast<int64_t>(reinterpret_cast<uintptr_t>(data) + byte_offset); }
+  int64_t element_bytes() const { return ((dtype >> 8 & 0xff) * (dtype >> 16) + 7) / 8; }
+  bool is_on_cpu() const { return device_type == kDlpackCpu; }
 };
 
 // Looks up what the functions below call. Where torch publishes no exchange, `reads_tensors` stays false. Returns false with a Python
@@ -31,7 +35,7 @@ bool reads_tensors();
 // Returns false, and sets no error, for anything else.
 bool view_plain(PyObject* tensor, TensorView* view);
 
-// The same for a tensor that is known to hold its values, which takes torch most of the time to tell.
+// The same for a tensor that is known to hold its values, which takes torch most of the time to tell; of any type.
 bool view_memory(PyObject* tensor, TensorView* view);
 
 // The address of any tensor's first element. Returns false with a Python error set where it has none.
@@ -42,6 +46,12 @@ bool requires_grad(PyObject* tensor);
 
 // How often a tensor was written to; -1 for one that does not count that (made under torch.inference_mode).
 int64_t version_of(PyObject* tensor);
+
+// What torch calls the tensor's storage, a new reference; null, and no error set, where it has none.
+PyObject* storage_of(PyObject* tensor);
+
+// What a weak reference refers to, borrowed, only to be compared; null once that is dead.
+PyObject* referent(PyObject* reference);
 
 // What a tensor looks like, without its values.
 class Form {
@@ -54,22 +64,6 @@ class Form {
   int32_t device_type_, device_index_, dimensions_;
   uint32_t dtype_;
   std::vector<int64_t> sizes_;  // shape, then strides
-};
-
-// A parameter as it was, remembered without keeping it alive. Writes through `.data`, and to tensors that do not count them, leave it
-// valid, as they do kernelpress.ops.snapshot.Snapshot.
-class Snapshot {
- public:
-  Snapshot(PyObject* tensor, const TensorView& view);
-  Snapshot(Snapshot&& other) noexcept;
-  ~Snapshot() { Py_XDECREF(reference_); }
-  bool is_still(PyObject* tensor) const;
-  bool is_dead() const;
-
- private:
-  PyObject* reference_;
-  Form form_;
-  int64_t address_, version_;
 };
 
 }  // namespace kernelpress

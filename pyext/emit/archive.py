@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 import kernelpress.ops  # noqa: F401  (an archive can be read only once its operations are registered)
+from kernelpress.contract import Contract
 from kernelpress.emit.assemble import copy_of, with_constants
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.evaluate import Example
@@ -47,7 +48,7 @@ def save(model: EmittedModel, path: str | os.PathLike[str]) -> None:
         )
     meta = {
         "format": FORMAT,
-        "dynamic_batch": model.dynamic_batch,
+        "contract": model.contract.to_json(),
         "examples": [_example_to_json(example) for example in model.examples],
         "record": model.record.to_json(),
     }
@@ -91,8 +92,9 @@ def load(path: str | os.PathLike[str]) -> EmittedModel:
         raise ValueError(f"path: the {RECORD_FILE} of {path} cannot be read ({_first_line(error)})") from error
     unlifted = program.module(check_guards=False)
     assert isinstance(unlifted, GraphModule)
+    contract = Contract.from_json(meta["contract"], unlifted._in_spec)
     body = with_constants(unlifted, copy_of(unlifted).graph)
-    return EmittedModel(body, record, examples, bool(meta["dynamic_batch"]))
+    return EmittedModel(body, record, examples, contract)
 
 
 def _at_least_two_images(value: Any) -> Any:

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.emit.candidates import Candidate, constant, mark_channels_last
+from kernelpress.emit.graph import attribute
 from kernelpress.emit.quantized import merge_dequantize
+from kernelpress.regions import is_written
 
-__all__ = ["assemble", "channels_last_copy", "copy_of", "with_constants"]
+__all__ = ["assemble", "channels_last_copy", "copy_of", "owned_copy", "with_constants"]
 
 
 def copy_of(graph_module: GraphModule) -> GraphModule:
@@ -21,6 +23,22 @@ def copy_of(graph_module: GraphModule) -> GraphModule:
     graph.set_codegen(graph_module.graph._codegen)
     graph.output(graph.graph_copy(graph_module.graph, {}))
     return GraphModule(graph_module, graph)
+
+
+def owned_copy(graph_module: GraphModule) -> GraphModule:
+    """Another graph over copies of the tensors: what is written to one of the two is not seen by the other."""
+    whole = copy_of(graph_module)
+    copies: dict[Any, Any] = {}
+    for target in {str(node.target) for node in whole.graph.nodes if node.op == "get_attr"}:
+        found, (owner, _, name) = attribute(whole, target), target.rpartition(".")
+        if isinstance(found, Tensor):
+            form = (found.data_ptr(), found.shape, found.stride(), found.dtype)  # two of one form stay one
+            copied = copies.setdefault(form, found.detach().clone())
+            found = nn.Parameter(copied, found.requires_grad) if isinstance(found, nn.Parameter) else copied
+        elif isinstance(found, GraphModule):
+            found = owned_copy(found)
+        setattr(whole.get_submodule(owner), name, found)
+    return whole
 
 
 def assemble(graph_module: GraphModule, chosen: Sequence[Candidate]) -> GraphModule:
@@ -45,12 +63,15 @@ def assemble(graph_module: GraphModule, chosen: Sequence[Candidate]) -> GraphMod
 
 
 def with_constants(graph_module: GraphModule, graph: Graph) -> GraphModule:
-    """`graph` as a module that owns just the constants it reads, each in the memory format it is read in."""
+    """`graph` as a module that owns just the constants it reads, each in the memory format it is read in, and a copy of
+    each buffer that it writes."""
     root: dict[str, Any] = {}
     graph.eliminate_dead_code()
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
         tensor = constant(graph_module, node)
-        if isinstance(tensor, Tensor):
+        if is_written(node):
+            tensor = tensor.clone()
+        elif isinstance(tensor, Tensor):
             target = _target_for(root, str(node.target), tensor)
             node.target, tensor = target, nn.Parameter(tensor.detach(), False) if tensor.is_floating_point() else tensor
         root.setdefault(str(node.target), tensor)
@@ -75,7 +96,7 @@ def channels_last_copy(traced: GraphModule) -> GraphModule:
     for node in [n for n in whole.graph.nodes if n.op == "placeholder"]:
         tensor = node.meta.get("val")
         if isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.is_floating_point():
-            with whole.graph.inserting_before(nodes[0] if nodes else None):
+            with whole.graph.inserting_before(nodes[0] if nodes else whole.graph.output_node()):
                 image = whole.graph.call_function(torch.ops.aten.contiguous.default, (node,))
                 image.kwargs = {"memory_format": torch.channels_last}
                 image.meta = dict(node.meta)

@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from kernelpress.emit.fuse import Match
 from kernelpress.emit.graph import attribute, channels_last_if_image, shape, value
 from kernelpress.ops import registry
+from kernelpress.regions import is_written
 
 __all__ = ["ORIGINAL", "Candidate", "candidates_for", "constant", "mark_channels_last", "original"]
 
@@ -71,7 +72,8 @@ def candidates_for(match: Match, order: Mapping[Node, int]) -> list[Candidate]:
 def constant(graph_module: GraphModule, node: Node) -> Any:
     """The constant of one `get_attr` node, in the memory format the node wants it."""
     found = attribute(graph_module, str(node.target))
-    return channels_last_if_image(found) if node.meta.get(CHANNELS_LAST_CONSTANT) else found
+    is_wanted = node.meta.get(CHANNELS_LAST_CONSTANT) and isinstance(found, Tensor) and not is_written(node)
+    return channels_last_if_image(found) if is_wanted else found
 
 
 def mark_channels_last(node: Node) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,11 @@ from torch.fx import Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from kernelpress.cuda_graph import record
+from kernelpress.emit.assemble import owned_copy
 from kernelpress.emit.emitted import EmittedModel
+from kernelpress.emit.evaluate import Example
 from kernelpress.emit.inputs import check_tensor
+from kernelpress.emit.recapture import fingerprint, reduced
 from kernelpress.ops import registry
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.registry import Run
@@ -30,6 +33,9 @@ class CudaPlan:
     are new tensors at each call and do not require grad. Intermediate tensors lie in a pool that belongs to this plan,
     so calls wait for one another, whichever threads and streams they come from; plans of their own run at the same
     time. Raises `ValueError` for inputs of another shape, dtype, device or structure.
+
+    The weights are those of the moment of capture, in memory of the plan's own. Copies and pickles are equal plans,
+    made anew from a copy of `model`; `TypeError` where that has other weights by now.
     """
 
     def __init__(
@@ -50,9 +56,9 @@ class CudaPlan:
         self._inputs = list(inputs)
         self._tensors = [(i, x) for i, x in enumerate(inputs) if isinstance(x, Tensor)]
         self._plain = [(i, x) for i, x in enumerate(inputs) if not isinstance(x, Tensor)]
-        # The graph reads the weights where they are, even if the model gets others.
-        self._constants = [t.detach() for t in [*model.body.parameters(), *model.body.buffers()]]
-        self._layers = layers = _Layers(model.body)
+        # The graph reads weights where they are, whatever happens to the model's: it has others.
+        self._layers = layers = _Layers(owned_copy(model.body))
+        self._weights = fingerprint(model.body)
         flat = self._inputs
         try:
             self._recording = record(lambda: layers.run(*flat, enable_io_processing=False), device)
@@ -82,6 +88,13 @@ class CudaPlan:
     def native_steps(self) -> int:
         """How many of the steps are kernels of ours."""
         return sum(step.startswith("native ") for step in self.steps)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        examples = [
+            Example(tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else Example(plain=x)
+            for x in self._inputs
+        ]
+        return reduced(self.model, self._weights, examples)
 
     def __len__(self) -> int:
         return len(self._layers.steps)
@@ -145,13 +158,18 @@ class _Layers(Interpreter):
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         entry = registry.operator(name)
         tensors, options, backend = registry.bind(entry, args, kwargs)
-        if n not in self._runs:
+        run = self._runs.get(n)
+        if run is None:
             specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
             problem = registry.problem(entry, specs, options, registry.common_device(entry, tensors))
             chosen = registry.implementation(entry, problem, registry.requested_backend(backend))
-            self._runs[n] = chosen.prepare(problem, tensors)
+            run = chosen.prepare(problem, tensors)
             self.steps[n] = _step(name, chosen.backend)
-        return self._runs[n](tensors)
+            sources = registry.bind(entry, n.args, n.kwargs)[0]
+            parameters = [s for i, s in enumerate(sources) if i not in entry.activations]
+            if all(s is None or s.op == "get_attr" for s in parameters):  # others are computed at each run
+                self._runs[n] = run
+        return run(tensors)
 
     def _is_view(self, n: Node, result: Any) -> bool:
         """Whether a result is the memory of an argument: nothing then runs."""

@@ -53,13 +53,13 @@ class Direct:
         """Whether `body` is still the module that this was made of, and its code the same."""
         return self.body is body and self.code is body._code
 
-    def may_run(self, inputs: tuple[Any, ...], named_inputs: dict[str, Any]) -> bool:
+    def may_run(self, inputs: tuple[Any, ...]) -> bool:
         """Whether nothing takes part in a run that only the module's own call would serve: modes, transforms, traces,
         hooks, other kinds of tensors, wanted gradients."""
         body = self.body
         if is_intercepted() or body._forward_hooks or body._forward_pre_hooks or _has_global_hooks():
             return False
-        flat = inputs if not named_inputs else (*inputs, *named_inputs.values())
+        flat = inputs
         if not _are_plain(flat):
             flat = tuple(pytree.tree_leaves(flat))
             if not _are_plain(flat):

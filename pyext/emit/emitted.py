@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from kernelpress.contract import Contract
 from kernelpress.emit.direct import Direct
 from kernelpress.emit.evaluate import Example
 from kernelpress.emit.record import EmissionRecord, summary_table
@@ -19,32 +20,38 @@ __all__ = ["EmittedModel"]
 class EmittedModel(nn.Module):
     """A model whose graph consists of kernelpress layers and of the operations that were faster as they came.
 
-    Takes and returns what the original does: same arguments by position, same output structure. Images may come in any
-    memory format. Weights are frozen parameters of `body`; gradients reach the inputs.
+    Takes and returns what the original does: same arguments, by position or name, same output structure. Sizes, dtypes
+    and values that are no tensors are those of the example inputs, but for the batch (`contract`, told by `summary`);
+    images may come in any memory format. Weights are frozen parameters of `body`; gradients reach the inputs.
     """
 
     def __init__(
-        self, body: GraphModule, record: EmissionRecord, examples: tuple[Example, ...], dynamic_batch: bool
+        self, body: GraphModule, record: EmissionRecord, examples: tuple[Example, ...], contract: Contract
     ) -> None:
-        """`body`: the graph; `examples`: the form of its flat inputs; `dynamic_batch`: whether any batch size goes."""
+        """`body`: the graph; `examples`: the form of its flat inputs; `contract`: the calls it answers."""
         super().__init__()
         self.body = body
         self.record = record
         self.examples = examples
-        self.dynamic_batch = dynamic_batch
+        self.contract = contract
         self._direct: Direct | None = None
         self.eval()
 
     def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
-        """The model's outputs for `inputs`."""
+        """The model's outputs for `inputs`. Raises `ValueError`, naming the argument, for calls that the model might
+        answer in another way than the graph does."""
+        if named_inputs:
+            inputs = self.contract.positional(inputs, named_inputs)
         if torch.compiler.is_compiling():
-            return self.body(*inputs, **named_inputs)
+            self.contract.require(inputs)
+            return self.body(*inputs)
+        self.contract.check(inputs)
         direct = self._direct
         if direct is None or not direct.serves(self.body):
             direct = self._direct = Direct.of(self.body)
-        if direct.may_run(inputs, named_inputs):
-            return direct.forward(self.body, *inputs, **named_inputs)
-        return self.body(*inputs, **named_inputs)
+        if direct.may_run(inputs):
+            return direct.forward(self.body, *inputs)
+        return self.body(*inputs)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles bind to parameters of their own."""
@@ -57,8 +64,13 @@ class EmittedModel(nn.Module):
         return super().train(False)
 
     def summary(self) -> str:
-        """A table of places: what runs there, how long it took, and why it was chosen."""
-        return summary_table(self.record)
+        """A table of places: what runs there, how long it took, and why it was chosen; then the sizes it takes."""
+        return f"{summary_table(self.record)}\n{self.contract.describe()}"
+
+    @property
+    def dynamic_batch(self) -> bool:
+        """Whether it takes several batch sizes."""
+        return self.contract.dynamic_batch
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a `torch.export` archive (`.pt2`) that `kernelpress.load` reads; see `emit.archive.save`."""

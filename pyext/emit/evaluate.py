@@ -13,10 +13,12 @@ from torch.fx import GraphModule, Interpreter, Node, map_arg
 
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.candidates import Candidate, constant, original
+from kernelpress.emit.graph import shares_memory_within
 from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.latency import Timing, time_alternately
 from kernelpress.ops import tuning
 from kernelpress.ops.step import native_steps
+from kernelpress.regions import writes
 
 __all__ = [
     "INT8_TOLERANCE",
@@ -91,14 +93,14 @@ class Evaluation:
 def example_values(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[Node, Example]:
     """Runs the graph once on `inputs` (flat, one per placeholder) and notes the form of every value.
 
-    Images between operations are noted as channels_last, which is what the emitted graph hands on, and graph inputs as
-    the caller lays them out.
+    Images between operations are noted as channels_last, which is what the emitted graph hands on, graph inputs as the
+    caller lays them out, and tensors whose elements share memory as dense ones. Writes into buffers are left out.
     """
     examples: dict[Node, Example] = {}
 
     class Recorder(Interpreter):
         def run_node(self, node: Node) -> Any:
-            result = super().run_node(node)
+            result = self.env[node.args[0]] if writes(node) else super().run_node(node)
             examples[node] = _example(result, is_input=node.op == "placeholder")
             return result
 
@@ -108,9 +110,9 @@ def example_values(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[Nod
 
 
 def _example(result: Any, *, is_input: bool) -> Example:
-    if not isinstance(result, Tensor):
+    if not isinstance(result, Tensor) or result.layout != torch.strided:
         return Example(plain=result if isinstance(result, (int, float, bool)) else None)
-    stride = result.stride()
+    stride = torch.empty_like(result).stride() if shares_memory_within(result) else result.stride()
     if result.dim() == 4 and not is_input:
         stride = torch.empty(result.shape, device="meta").contiguous(memory_format=torch.channels_last).stride()
     return Example(tuple(result.shape), tuple(stride), result.dtype, result.device)
@@ -287,8 +289,12 @@ def _check(
 def relative_error(result: Tensor, expected: Tensor) -> float:
     """‖result − expected‖ / ‖expected‖ in float64; infinite where shape, dtype or the places of NaN and ±∞ differ,
     where int8 values differ by more than one step, and values of other dtypes at all."""
-    if result.shape != expected.shape or result.dtype != expected.dtype:
+    if result.shape != expected.shape or result.dtype != expected.dtype or result.layout != expected.layout:
         return float("inf")
+    if expected.layout != torch.strided:
+        result, expected = result.to_dense(), expected.to_dense()
+    if expected.is_complex():
+        result, expected = (torch.view_as_real(t.resolve_conj()) for t in (result, expected))
     if expected.dtype == torch.int8:
         steps = result.int() - expected.int()
         if bool((steps.abs() > 1).any()):

@@ -22,6 +22,7 @@ from kernelpress.emit.graph import (
     value,
 )
 from kernelpress.emit.quantized import hand_on_quantized, remember_quantized
+from kernelpress.regions import reads_layout, writes
 
 __all__ = ["fold"]
 
@@ -59,6 +60,8 @@ def _remove_identities(graph_module: GraphModule) -> None:
 
 
 def _is_identity(node: Node) -> bool:
+    if any(map(reads_layout, node.users)):
+        return False
     if node.target in DROPOUTS:
         given = arguments(node)
         return not given["train"] or given["p"] == 0
@@ -78,7 +81,7 @@ def _evaluate_constants(graph_module: GraphModule) -> None:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not node.all_input_nodes:
             continue
         inputs = [constant_tensor(graph_module, source) for source in node.all_input_nodes]
-        if any(tensor is None for tensor in inputs) or not isinstance(value(node), Tensor) or not _is_pure(node.target):
+        if any(tensor is None for tensor in inputs) or not isinstance(value(node), Tensor) or not _is_pure(node):
             continue
         known = dict(zip(node.all_input_nodes, inputs, strict=True))
         with torch.no_grad():
@@ -93,8 +96,8 @@ def _evaluate_constants(graph_module: GraphModule) -> None:
         graph_module.graph.erase_node(node)
 
 
-def _is_pure(target: torch._ops.OpOverload) -> bool:
-    return torch.Tag.nondeterministic_seeded not in target.tags and not target._schema.is_mutable
+def _is_pure(node: Node) -> bool:
+    return torch.Tag.nondeterministic_seeded not in node.target.tags and not writes(node)  # type: ignore[union-attr]
 
 
 def _owner(node: Node) -> str:

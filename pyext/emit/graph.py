@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from kernelpress.regions import is_written
+
 __all__ = [
     "arguments",
     "attribute",
@@ -19,6 +21,7 @@ __all__ = [
     "only_user",
     "set_attribute",
     "shape",
+    "shares_memory_within",
     "value",
 ]
 
@@ -62,8 +65,8 @@ def attribute(module: nn.Module, target: str) -> Any:
 
 
 def constant_tensor(graph_module: GraphModule, argument: object) -> Tensor | None:
-    """The tensor behind a `get_attr` node, or None if `argument` is anything else."""
-    if not isinstance(argument, Node) or argument.op != "get_attr":
+    """The tensor behind a `get_attr` node, or None if `argument` is anything else, or a buffer that the graph writes."""
+    if not isinstance(argument, Node) or argument.op != "get_attr" or is_written(argument):
         return None
     found = attribute(graph_module, str(argument.target))
     return found.detach() if isinstance(found, Tensor) else None
@@ -110,3 +113,13 @@ def channels_last_if_image(tensor: Tensor) -> Tensor:
     if tensor.dim() == 4 and tensor.is_floating_point():
         return tensor.contiguous(memory_format=torch.channels_last)
     return tensor
+
+
+def shares_memory_within(tensor: Tensor) -> bool:
+    """Whether several elements of `tensor` may lie at one address, as in expanded tensors and overlapping windows."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False

@@ -2,12 +2,13 @@
 
 The graph is interpreted once. A result that shares memory with an argument becomes another view of that argument's
 buffer and costs nothing; a kernelpress layer on the `cpu` backend becomes a native step; everything else is a call of
-torch.
+torch. Calls of torch read constants in memory of the program's own; native steps pack theirs.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +19,17 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils import _pytree as pytree
 
 from kernelpress.ops import registry
+from kernelpress.ops.checks import TensorSpec
+from kernelpress.regions import is_written, writes
 
 __all__ = ["Buffer", "NativeStep", "Place", "Program", "Step", "TorchStep", "View", "lower"]
+
+aten = torch.ops.aten
+
+_BY_VALUES = frozenset(
+    {aten.where.default, aten.nonzero_numpy.default, aten.repeat_interleave.self_Tensor, aten.is_nonzero.default}
+)
+"""Operations whose sizes follow from values, though their tags do not say so."""
 
 
 class Place(enum.Enum):
@@ -36,7 +46,10 @@ class Place(enum.Enum):
 
 @dataclass
 class Buffer:
-    """A piece of memory of `nbytes`; `base` is the view that covers what was stored there first."""
+    """A piece of memory of `nbytes`; `base` is the view that covers what was stored there first.
+
+    `constant` is the graph's own tensor where native steps alone read it, to pack it; else a copy.
+    """
 
     place: Place
     nbytes: int
@@ -107,7 +120,8 @@ def views_of(nest: Any) -> list[View]:
 def lower(graph_module: GraphModule, inputs: Sequence[Any]) -> Program:
     """The program of `graph_module` for flat inputs of these shapes and strides.
 
-    Raises `ValueError` for a graph that writes to its own tensors in place, or computes on another device than the CPU.
+    Raises `ValueError` for a graph that writes in place to anything but its buffers, holds sparse tensors, or computes on
+    another device than the CPU.
     """
     lowering = _Lowering(graph_module)
     with torch.no_grad():
@@ -117,7 +131,25 @@ def lower(graph_module: GraphModule, inputs: Sequence[Any]) -> Program:
         buffer = program.buffers[view.buffer]
         if buffer.place is Place.ARENA:
             buffer.place = Place.OUTPUT
+    _own_constants(program)
     return program
+
+
+def _own_constants(program: Program) -> None:
+    """Copies the constants that calls of torch read, or that are handed out."""
+    calls = [(step.args, step.kwargs) for step in program.steps if isinstance(step, TorchStep)]
+    copies: dict[int, Tensor] = {}
+    for index in {view.buffer for view in views_of((calls, program.output))}:
+        buffer = program.buffers[index]
+        if buffer.constant is not None:
+            buffer.constant = copies.setdefault(id(buffer.constant), _same_layout_copy(buffer.constant))
+
+
+def _same_layout_copy(t: Tensor) -> Tensor:
+    """A copy of whatever lies from the first element to the last, with the same strides, none excepted."""
+    span = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) if t.numel() else 0
+    memory = t.detach().as_strided((span,), (1,), t.storage_offset()).clone()
+    return memory.as_strided(t.shape, t.stride(), 0)
 
 
 class _Lowering(Interpreter):
@@ -125,21 +157,24 @@ class _Lowering(Interpreter):
 
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__(graph_module)
+        self.extra_traceback = False
         self.program = Program()
         self._views: dict[Node, Any] = {}
 
     def run_node(self, node: Node) -> Any:
         if node.op == "call_function":
             _check_functional(node)
-        result = super().run_node(node)
-        _check_device(node, result)
+            _check_static(node, self.fetch_args_kwargs_from_env(node)[0])
+        result = self.env[node.args[0]] if writes(node) else super().run_node(node)
+        _check_tensors(node, result)
         if node.op == "placeholder":
             self._views[node] = self._new_view(result, Place.INPUT) if isinstance(result, Tensor) else result
             self.program.inputs.append(self._views[node])
         elif node.op == "get_attr":
-            self._views[node] = self._constant(result) if isinstance(result, Tensor) else result
+            own = result.clone() if is_written(node) else result
+            self._views[node] = self._constant(own) if isinstance(result, Tensor) else result
         elif node.op == "output":
-            self.program.output = self._arguments(node.args[0])
+            self.program.output = pytree.tree_map(self._returned, self._arguments(node.args[0]))
         else:
             self._views[node] = self._call(node, result)
         return result
@@ -149,24 +184,32 @@ class _Lowering(Interpreter):
 
     def _call(self, node: Node, result: Any) -> Any:
         args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
+        if writes(node):
+            self.program.steps.append(TorchStep(str(node.target), node.target, args, kwargs, (), ()))
+            return args[0]
         leaves, spec = pytree.tree_flatten(result)
         owners = self._owners(node)
         views = [self._alias(leaf, owners) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        fresh = tuple(i for i, view in enumerate(views) if view is None)
-        if fresh:
+        fresh = tuple(i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and views[i] is None)
+        if fresh or result is None:
             native = self._native_step(node, args, kwargs, result)
             if native is not None:
                 self.program.steps.append(native)
                 return native.out
-            out_variant = _out_variant(node.target) if spec.is_leaf() else None
+            out_variant = _out_variant(node.target) if fresh and spec.is_leaf() else None
             place = Place.TORCH if out_variant is None else Place.ARENA
+            target: Any = out_variant or node.target
+            if any(_share_memory(leaves[i], owner) for i in fresh for owner, _ in owners):
+                target = functools.partial(_copied, node.target)
             results: list[View] = []
             for i in fresh:
                 views[i] = view = self._alias(leaves[i], owners) or self._new_view(leaves[i], place)
                 owners.append((leaves[i], view))
                 results.append(view)
-            target: Any = out_variant or node.target
             into_out = out_variant is not None
+            layer = self._prepared_layer(node, args, kwargs)
+            if layer is not None:
+                target, args, kwargs = *layer, {}
             self.program.steps.append(
                 TorchStep(str(node.target), target, args, kwargs, tuple(results), fresh, into_out)
             )
@@ -182,9 +225,9 @@ class _Lowering(Interpreter):
 
     def _alias(self, tensor: Tensor, owners: Sequence[tuple[Tensor, View]]) -> View | None:
         """`tensor` as a view of the buffer of the tensor it shares memory with, if there is one."""
-        address = tensor.untyped_storage().data_ptr()
+        form = (tensor.dtype, tensor.is_conj(), tensor.is_neg())
         for owner, view in owners:
-            if address and owner.untyped_storage().data_ptr() == address and owner.dtype == tensor.dtype:
+            if _share_memory(tensor, owner) and (owner.dtype, owner.is_conj(), owner.is_neg()) == form:
                 offset = view.offset + int(tensor.storage_offset()) - int(owner.storage_offset())
                 return View(view.buffer, tuple(tensor.shape), tuple(tensor.stride()), offset, tensor.dtype)
         return None
@@ -196,20 +239,52 @@ class _Lowering(Interpreter):
         self.program.buffers.append(Buffer(place, nbytes, view, constant))
         return view
 
+    def _returned(self, leaf: Any) -> Any:
+        """A view of a constant as a copy of it: plans do not give their own memory away."""
+        if not isinstance(leaf, View) or self.program.buffers[leaf.buffer].place is not Place.CONSTANT:
+            return leaf
+        copy = self._new_view(torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype), Place.ARENA)
+        self.program.steps.append(TorchStep("copy of a constant", aten_copy, (leaf,), {}, (copy,), into_out=True))
+        return copy
+
     def _constant(self, tensor: Tensor) -> View:
-        return self._new_view(tensor, Place.CONSTANT, tensor.detach())
+        return self._new_view(tensor, Place.CONSTANT, tensor)
+
+    def _prepared_layer(
+        self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[PreparedLayer, tuple[Any, ...]] | None:
+        """What runs a kernelpress op on oneDNN, on weights packed once, and its arguments; None for anything else."""
+        operator = _operator_of(node)
+        if operator is None or not any(entry.backend == "onednn" for entry in operator.implementations):
+            return None
+        tensors, options, backend = registry.bind(operator, *self.fetch_args_kwargs_from_env(node))
+        given = registry.bind(operator, args, kwargs)[0]
+        specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
+        problem = registry.problem(operator, specs, options, registry.common_device(operator, tensors))
+        chosen = registry.implementation(operator, problem, registry.requested_backend(backend))
+        if chosen.backend != "onednn" or not self._has_constant_weights(operator, given):
+            return None
+        positions = tuple(i for i in operator.activations if tensors[i] is not None)
+        layer = PreparedLayer(chosen.prepare(problem, tensors), positions, len(tensors))
+        return layer, tuple(given[i] for i in positions)
+
+    def _has_constant_weights(self, operator: registry.Operator, given: Sequence[Any]) -> bool:
+        """Whether no parameter among the tensors of an op is computed by the graph."""
+        weights = [view for i, view in enumerate(given) if view is not None and i not in operator.activations]
+        return all(self.program.buffers[view.buffer].place is Place.CONSTANT for view in weights)
 
     def _native_step(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> NativeStep | None:
         """The native step of a kernelpress op, after copies of the images that do not lie as the kernel reads them."""
-        target = node.target
-        if not isinstance(target, torch._ops.OpOverload) or target.namespace != "kernelpress":
+        operator = _operator_of(node)
+        if operator is None:
             return None
-        op = target._schema.name.split("::")[1]
-        operator = registry.operator(op)
+        op = operator.name
         tensors, options, backend = registry.bind(operator, *self.fetch_args_kwargs_from_env(node))
         if registry.requested_backend(backend) not in ("auto", "cpu") or operator.native is None:
             return None
         given: list[Any] = list(registry.bind(operator, args, kwargs)[0])
+        if not self._has_constant_weights(operator, given):
+            return None
         copies: list[tuple[int, Tensor]] = []
         for i, (layout, tensor) in enumerate(zip(operator.native.layouts, tensors, strict=True)):
             if layout is not None and tensor is not None and layout.spacing(tensor.shape, tensor.stride()) is None:
@@ -226,21 +301,71 @@ class _Lowering(Interpreter):
         return NativeStep(op, tuple(given), named, self._new_view(result, Place.ARENA))
 
 
+def _share_memory(tensor: Tensor, other: Tensor) -> bool:
+    address = tensor.untyped_storage().data_ptr()
+    return address != 0 and other.untyped_storage().data_ptr() == address
+
+
+def _copied(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The results of a call in memory of their own, where they are views of an operand that no `View` describes: of
+    another type, conjugated, negated."""
+    return pytree.tree_map_only(Tensor, lambda t: t.resolve_conj().resolve_neg().clone(), target(*args, **kwargs))
+
+
+def _operator_of(node: Node) -> registry.Operator | None:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "kernelpress":
+        return None
+    return next((operator for operator in registry.operators() if operator.name == target._opname), None)
+
+
+@dataclass(frozen=True)
+class PreparedLayer:
+    """A kernelpress op on weights that it holds, packed; it takes the tensors at `positions` among `count`."""
+
+    run: registry.Run
+    positions: tuple[int, ...]
+    count: int
+
+    def __call__(self, *activations: Tensor) -> Tensor:
+        tensors: list[Tensor | None] = [None] * self.count
+        for position, t in zip(self.positions, activations, strict=True):
+            tensors[position] = t
+        return self.run(tensors)
+
+
 def aten_copy(source: Tensor, *, out: Tensor) -> Tensor:
     """`source` in the memory format of `out`."""
     return out.copy_(source)
 
 
 def _check_functional(node: Node) -> None:
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable:
+    if writes(node) and not (isinstance(node.args[0], Node) and is_written(node.args[0])):
         raise ValueError(
-            f"model: expected operations without side effects, got the in-place {target} at {node.name}; emit the model"
+            f"model: expected operations without side effects, got the in-place {node.target} at {node.name}; emit the "
+            "model"
         )
 
 
-def _check_device(node: Node, result: Any) -> None:
+def _check_static(node: Node, args: tuple[Any, ...]) -> None:
+    """Sizes and numbers that follow from the values of tensors would stay those of the capture."""
+    tags = getattr(node.target, "tags", ())
+    depends = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*tags} or node.target in _BY_VALUES
+    if node.target is aten.index.Tensor:
+        depends = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    elif node.target is aten.one_hot.default:
+        depends = len(args) < 2 or args[1] < 0
+    if depends and node.users:
+        raise ValueError(
+            f"model: a plan has fixed sizes, but those of {node.target} at {node.name} follow from the values of its"
+            " inputs; call the emitted model itself"
+        )
+
+
+def _check_tensors(node: Node, result: Any) -> None:
     for leaf in pytree.tree_leaves(result):
+        if isinstance(leaf, Tensor) and leaf.layout != torch.strided:
+            raise ValueError(f"model: expected dense tensors, got {leaf.layout} at {node.name}; run the model itself")
         if isinstance(leaf, Tensor) and leaf.device.type != "cpu":
             raise ValueError(f"model: expected tensors on the CPU, got {leaf.device} at {node.name}")
 
@@ -248,6 +373,8 @@ def _check_device(node: Node, result: Any) -> None:
 def _out_variant(target: Any) -> Any:
     """The overload of an ATen operation that writes into a given tensor, where it does so without a copy of its own."""
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    if torch.Tag.dynamic_output_shape in target.tags:
         return None
     wanted = [(a.name, str(a.type)) for a in target._schema.arguments]
     packet = target.overloadpacket

@@ -85,6 +85,17 @@ class NativeSteps:
         found = choose_chains(self._plan, addresses, steps, links, cache)
         return [(self._positions[first], self._positions[last - 1]) for first, last in found]
 
+    def joinable(self, chains: Sequence[Chain]) -> list[Chain]:
+        """Those chains of which this plan has the steps, natively."""
+        if not chains:
+            return []
+        trial, found = self._plan, []
+        for chain in chains:
+            first, last = bisect_left(self._positions, chain[0]), bisect_right(self._positions, chain[1])
+            if last - first == chain[1] - chain[0] + 1 and trial.copy().join(first, last):
+                found.append(chain)
+        return found
+
     def between(self, after: int, before: int) -> tuple[int, int]:
         """The native plan's steps that stand between two positions of the program."""
         return bisect_right(self._positions, after), bisect_left(self._positions, before)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernelpress.ops  # noqa: F401  (registers torch.ops.kernelpress)
-from kernelpress.emit.assemble import assemble, channels_last_copy, copy_of, with_constants
+from kernelpress.emit.assemble import assemble, channels_last_copy, copy_of, owned_copy, with_constants
 from kernelpress.emit.cache import TimingCache, device_key
 from kernelpress.emit.candidates import Candidate, candidates_for, original
 from kernelpress.emit.canonical import canonicalize
@@ -39,6 +39,7 @@ from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
 from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.latency import Timing, time_alternately
 from kernelpress.trace import module_of, trace
+from kernelpress.untouched import own_tensors, untouched
 
 __all__ = ["emit"]
 
@@ -74,7 +75,20 @@ def emit(
     """
     if tolerance is not None and not 0 < tolerance < float("inf"):
         raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    inputs = own_tensors((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs))
+    with untouched(model):
+        return _emit(model, inputs, dynamic_batch, tolerance, cache, progress, cost)
+
+
+def _emit(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    dynamic_batch: bool,
+    tolerance: float | None,
+    cache: bool,
+    progress: bool,
+    cost: Cost | None,
+) -> EmittedModel:
     traced = trace(model, inputs, dynamic_batch=dynamic_batch)
     flat = pytree.tree_leaves((inputs, {}))
     device, dtype = _device_and_dtype(traced, flat)
@@ -95,12 +109,13 @@ def emit(
         places = tuple(_place_record(graph_module, choice, examples, order) for choice in choices)
         body = assemble(graph_module, [choice.chosen for choice in choices])
         record = EmissionRecord(places, device_key(device))
-        return EmittedModel(body, record, flat_examples, bool(traced.meta["dynamic_batch"]))
+        return EmittedModel(body, record, flat_examples, traced.meta["contract"])
 
     arrangements = _arrangements(evaluations, order, FUSION_MARGINS if cost is None else FUSION_MARGINS[:1])
     best = _fastest([emitted(choices) for choices in arrangements], inputs, cache)
     body, record = _faster_of(traced, best.body, best.record, inputs, whole_bound, is_measured=cost is None)
-    return EmittedModel(body, record, flat_examples, best.dynamic_batch)
+    body = owned_copy(body)  # until here its weights are the model's own
+    return EmittedModel(body, record, flat_examples, best.contract)
 
 
 def _arrangements(
@@ -119,7 +134,10 @@ def _fastest(models: Sequence[EmittedModel], inputs: tuple[Any, ...], cache: boo
     if len(models) == 1:
         return models[0]
     device = _device_of(inputs)
-    runs = [capture(model, *inputs, cache=cache) if device.type == "cpu" else model for model in models]
+    runs: Sequence[Callable[..., Any]] = models
+    if device.type == "cpu":
+        with suppress(ValueError):  # sizes that follow from values
+            runs = [capture(model, *inputs, cache=cache) for model in models]
     timings = _time_models({str(i): functools.partial(run, *inputs) for i, run in enumerate(runs)}, device)
     return models[min(range(len(models)), key=lambda i: timings[str(i)].median)]
 

@@ -10,16 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from kernelpress.contract import PlainInput
 from kernelpress.emit.arena import ArenaLayout, Lifetime, lay_out
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.cuda_plan import CudaPlan
 from kernelpress.emit.emitted import EmittedModel
+from kernelpress.emit.evaluate import Example
 from kernelpress.emit.inputs import check_tensor, own_copy
 from kernelpress.emit.lower import NativeStep, Place, Program, TorchStep, View, lower, views_of
 from kernelpress.emit.native_steps import Bases, Chain, NativeSteps, tensor_at
+from kernelpress.emit.recapture import fingerprint, reduced
+from kernelpress.ops import packing
 from kernelpress.ops.memory import ALIGNMENT, advise_huge_pages
 
-__all__ = ["Plan", "capture"]
+__all__ = ["Plan", "capture", "plan_of"]
 
 CPU = torch.device("cpu")
 
@@ -31,7 +35,9 @@ def capture(model: EmittedModel, *example_inputs: Any, stream: bool = True, cach
     Layers with large maps between them are timed as a chain that streams them by rows, and run so where that is faster;
     `stream=False` runs every layer by itself. `cache`: reuse and remember those times on disk.
 
-    The plan reads the model's weights as they are now. Raises `TypeError` for a model that was not emitted,
+    The plan computes with the model's weights as they are now and owns all that it reads: whatever happens to the
+    model's parameters later (in-place writes, `load_state_dict`, `.data`, `.to`, `share_memory`) does not reach it.
+    Capture again for the present ones. Raises `TypeError` for a model that was not emitted,
     `ValueError` for one that is neither on the CPU nor, with its inputs, on one CUDA device, `RuntimeError` for one
     that cannot be a CUDA graph.
     """
@@ -43,19 +49,28 @@ def capture(model: EmittedModel, *example_inputs: Any, stream: bool = True, cach
             else ""
         )
         raise TypeError(f"model: expected an EmittedModel, got {kind}{hint}")
+    model.contract.require(example_inputs)
     flat, spec = pytree.tree_flatten((example_inputs, {}))
-    expected = model.body._in_spec
-    if spec != expected:
-        raise ValueError(f"example_inputs: expected the structure {expected} of the model's inputs, got {spec}")
     inputs = [own_copy(x) if isinstance(x, Tensor) else x for x in flat]
     model.body.graph.eliminate_dead_code()
+    return plan_of(model, inputs, spec, TimingCache(CPU, enabled=cache) if stream else None)
+
+
+def plan_of(
+    model: EmittedModel,
+    inputs: Sequence[Any],
+    in_spec: pytree.TreeSpec,
+    times: TimingCache | None = None,
+    chains: Sequence[Chain] = (),
+) -> Plan | CudaPlan:
+    """The plan of a model for flat inputs like these; `times` and `chains` as `Plan` takes them."""
     out_spec = model.body._out_spec
     assert out_spec is not None
     device = _cuda_device(model, inputs)
     if device is not None:
-        return CudaPlan(model, inputs, spec, out_spec, device)
-    times = TimingCache(CPU, enabled=cache) if stream else None
-    return Plan(model, lower(model.body, inputs), spec, out_spec, times)
+        return CudaPlan(model, inputs, in_spec, out_spec, device)
+    with packing.renewed():
+        return Plan(model, lower(model.body, inputs), in_spec, out_spec, times, chains)
 
 
 def _cuda_device(model: EmittedModel, inputs: Sequence[Any]) -> torch.device | None:
@@ -77,6 +92,9 @@ class Plan:
     this plan, so calls from several threads run one after the other; plans of their own run at the same time. Results
     are new tensors at each call and do not require grad. Raises `ValueError` for inputs of another shape, dtype, device
     or structure.
+
+    The weights are those of the moment of capture, held by the plan itself. Copies and pickles are equal plans, made
+    anew from a copy of `model`; `TypeError` where that has other weights by now.
     """
 
     def __init__(
@@ -86,18 +104,20 @@ class Plan:
         in_spec: pytree.TreeSpec,
         out_spec: pytree.TreeSpec,
         times: TimingCache | None = None,
+        chains: Sequence[Chain] = (),
     ) -> None:
-        """`times`: what chains were timed to cost; None for no chains."""
+        """`times`: what chains were timed to cost; None to run `chains`, those of them that this machine can."""
         self.model = model
+        self._weights = fingerprint(model.body)
         self._program = program
         self._in_spec, self._out_spec = in_spec, out_spec
         self._lock = threading.Lock()
         self._outputs = [i for i, buffer in enumerate(program.buffers) if buffer.place is Place.OUTPUT]
         self._inputs = [(i, view) for i, view in enumerate(program.inputs) if isinstance(view, View)]
-        self._plain = [(i, value) for i, value in enumerate(program.inputs) if not isinstance(value, View)]
+        self._plain = [(i, x) for i, x in enumerate(model.contract.inputs) if isinstance(x, PlainInput)]
         self._native_steps = sum(isinstance(step, NativeStep) for step in program.steps)
         self._arrange([])
-        chains = self._native.faster_chains(times) if times is not None else []
+        chains = self._native.faster_chains(times) if times is not None else self._native.joinable(chains)
         if chains:
             self._arrange(chains)
         self._run = self._compile()
@@ -111,7 +131,7 @@ class Plan:
         self._memory, self._static = _allocate(self._program, self._lifetimes, self._layout)
         self._native = NativeSteps(self._program, self._static, chains)
         leaves = pytree.tree_leaves(self._program.output)
-        self._result = [_getter(leaf, self._static, self._program) for leaf in leaves]
+        self._result = [_result_getter(leaf, self._static, self._program) for leaf in leaves]
 
     @property
     def arena_bytes(self) -> int:
@@ -153,6 +173,13 @@ class Plan:
         native_count, torch_count = self.native_steps, len(self) - self.native_steps
         return f"Plan({native_count} native steps, {torch_count} torch steps, arena of {self.arena_bytes} bytes)"
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        examples = [
+            Example(x.shape, x.stride, x.dtype, CPU) if isinstance(x, View) else Example(plain=x)
+            for x in self._program.inputs
+        ]
+        return reduced(self.model, self._weights, examples, self._chains)
+
     def __call__(self, *inputs: Any) -> Any:
         """The model's outputs for `inputs`, in the structure that the model returns."""
         if self._direct is not None:
@@ -162,9 +189,8 @@ class Plan:
         flat, spec = pytree.tree_flatten((inputs, {}))
         if spec != self._in_spec:
             raise ValueError(f"inputs: expected the structure {self._in_spec}, got {spec}")
-        for position, value in self._plain:
-            if flat[position] != value:
-                raise ValueError(f"inputs[{position}]: expected {value!r} as captured, got {flat[position]!r}")
+        for position, plain in self._plain:
+            plain.require(flat[position])
         with torch.no_grad(), self._lock:
             bases: Bases = self._static.copy()
             for position, view in self._inputs:
@@ -277,6 +303,14 @@ def _getter(argument: Any, static: Bases, program: Program) -> Callable[[Bases],
     return lambda bases: argument
 
 
+def _result_getter(leaf: Any, static: Bases, program: Program) -> Callable[[Bases], Any]:
+    """As `_getter`; a constant is handed out as a copy, since the caller may write to it."""
+    get = _getter(leaf, static, program)
+    if isinstance(leaf, View) and program.buffers[leaf.buffer].place is Place.CONSTANT:
+        return lambda bases: get(bases).clone()
+    return get
+
+
 def _torch_call(step: TorchStep, static: Bases, program: Program) -> Callable[[Bases], None]:
     positional = [_getter(argument, static, program) for argument in step.args]
     named = {name: _getter(argument, static, program) for name, argument in step.kwargs.items()}
@@ -298,7 +332,13 @@ def _torch_call(step: TorchStep, static: Bases, program: Program) -> Callable[[B
 
 
 def _in_layout(tensor: Tensor, view: View) -> Tensor:
-    """`tensor` itself if its elements lie as `view` says, else a copy that does."""
+    """`tensor` itself if its elements lie as `view` says, else a copy that does. Raises `ValueError` for another shape:
+    it followed from the values of other inputs."""
+    if tensor.shape != view.shape:
+        raise ValueError(
+            f"inputs: expected values that lead to a result of shape {list(view.shape)} as captured, got "
+            f"{list(tensor.shape)}; call the model itself, whose shapes may depend on values"
+        )
     if all(size <= 1 or a == b for size, a, b in zip(view.shape, tensor.stride(), view.stride, strict=True)):
         return tensor
     return torch.empty_strided(view.shape, view.stride, dtype=view.dtype).copy_(tensor)

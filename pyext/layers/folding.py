@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from kernelpress.ops.snapshot import Snapshot
+
 __all__ = ["fold", "folded", "is_foldable"]
 
 
-@dataclass(frozen=True)
-class _Folded:
-    """A folded weight and bias, and the state of the tensors that they were made of."""
+class _Folded(NamedTuple):
+    """A folded weight and bias, and the `Snapshot` of the tensors that they were made of."""
 
-    state: tuple[tuple[int, int, int], ...]
-    sources: tuple[Tensor, ...]
+    snapshot: Any
     weight: Tensor
     bias: Tensor
 
@@ -58,12 +58,11 @@ def folded(convolution: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tens
         return fold(convolution, norm)
     tensors = (convolution.weight, convolution.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
     sources = tuple([t for t in tensors if t is not None])
-    state = tuple([(id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in sources])
     known = _cache.get(norm)
-    if known is None or known.state != state:
+    if known is None or not known.snapshot(sources):
+        snapshot = Snapshot(sources)
         with torch.no_grad():
-            weight, bias = fold(convolution, norm)
-        known = _Folded(state, sources, weight, bias)
+            known = _Folded(snapshot, *fold(convolution, norm))
         with _lock:
             _cache[norm] = known
     return known.weight, known.bias

@@ -6,7 +6,6 @@ They are what `kernelpress._cpu.ParameterWatch` and `kernelpress._cpu.BoundCall`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 from kernelpress.ops.interception import is_plain
 from kernelpress.ops.prepared import generation, panel_width
 from kernelpress.ops.registry import Run
+from kernelpress.ops.snapshot import PythonSnapshot
 
 __all__ = ["BoundCall", "ParameterWatch"]
 
@@ -25,44 +25,28 @@ class ParameterWatch:
     def __init__(self, slots: Sequence[tuple[dict[str, Tensor | None], str]]) -> None:
         self.epoch = 0
         self._slots = tuple(slots)
-        self._seen = _Seen((-1, -1), [], [], [], False)
+        self._seen = _Seen((-1, -1), PythonSnapshot(()), False)
 
     def look(self) -> bool:
         """Whether bound calls can run on what is in the slots now: plain tensors, none of which wants a gradient."""
-        environment, held, versioned, states, all_plain = self._seen
-        now: list[Any] = [table.get(name) for table, name in self._slots]
-        if not (
-            environment == (generation(), panel_width())
-            and len(held) == len(now)
-            and all(map(is_, now, held))
-            and states == list(map(_state, now, versioned))
-        ):
+        environment, snapshot, all_plain = self._seen
+        now = tuple([table.get(name) for table, name in self._slots])
+        if environment != (generation(), panel_width()) or not snapshot(now):
             all_plain = self._look_anew(now)
         return all_plain and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*now))
 
-    def _look_anew(self, now: list[Tensor | None]) -> bool:
+    def _look_anew(self, now: tuple[Tensor | None, ...]) -> bool:
         self.epoch += 1  # before `_seen`: another thread may look at the same time
-        tensors = [t for t in now if t is not None and is_plain(t)]
-        versioned = [not t.is_inference() for t in tensors]
-        states = list(map(_state, tensors, versioned))
-        self._seen = _Seen((generation(), panel_width()), tensors, versioned, states, len(tensors) == len(now))
-        return self._seen.all_plain
-
-
-_State = tuple[int, torch.Size, tuple[int, ...], int | bool]
-
-
-def _state(t: Tensor, versioned: bool) -> _State:
-    return t.data_ptr(), t.shape, t.stride(), versioned and t._version
+        all_plain = all(t is not None and is_plain(t) for t in now)
+        self._seen = _Seen((generation(), panel_width()), PythonSnapshot(now if all_plain else ()), all_plain)
+        return all_plain
 
 
 class _Seen(NamedTuple):
-    """What a watch saw: the parameters (those of no special kind), which of them count their writes."""
+    """What a watch saw: a snapshot of the parameters if all of them are plain tensors."""
 
     environment: tuple[int, int]
-    parameters: list[Tensor]
-    versioned: list[bool]
-    states: list[_State]
+    snapshot: PythonSnapshot
     all_plain: bool
 
 

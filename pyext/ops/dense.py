@@ -217,11 +217,7 @@ def _gemm_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...]:
     x, weight, bias, scale, residual = tensors[:5]
     assert weight is not None
     input_scale = tensors[5] if len(tensors) > 5 else None
-    return (x, _rows(weight), float_vector(bias), float_vector(scale), residual, input_scale)
-
-
-def _rows(weight: Tensor) -> Tensor:
-    return weight if weight.is_contiguous() else packing.packed(weight, None, "rows", Tensor.contiguous)
+    return (x, packing.contiguous(weight), float_vector(bias), float_vector(scale), residual, input_scale)
 
 
 def _gemm_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:

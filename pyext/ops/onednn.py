@@ -97,7 +97,7 @@ def _prepare(problem: Problem, tensors: Tensors) -> Run:
 
     weight, bias, scale = tensors[1:4]
     assert weight is not None
-    weight = packing.packed(weight, scale, layout, pack)
+    weight, bias = packing.packed(weight, scale, layout, pack), packing.vector(bias)
 
     def compute(tensors: Tensors) -> Tensor:
         image, residual = tensors[0], tensors[4]

@@ -1,17 +1,20 @@
 """Weights in the form that a kernel reads, packed once per weight and kept for as long as the weight lives unchanged.
 
 A packed weight is found by the identity of the weight and of its scale, and is packed anew when either was changed, as
-far as `Snapshot` tells; call `forget` after a write that it does not. Packed weights stand in no state dict.
+far as `snapshot.Snapshot` tells; call `forget` after a write that it does not. Packed weights stand in no state dict
+and are never written to again. Those for the CPU share no memory with the weight: whoever runs on one may hold it.
 """
 
 from __future__ import annotations
 
+import enum
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,42 +24,63 @@ from kernelpress import native
 from kernelpress.ops.memory import long_lived_copy
 from kernelpress.ops.snapshot import Snapshot
 
-__all__ = ["depthwise", "forget", "packed", "panels", "traced", "vector"]
+__all__ = ["contiguous", "depthwise", "forget", "packed", "panels", "renewed", "traced", "vector"]
 
 _LIMIT_PER_WEIGHT = 8
 
 
+class _Mode(enum.Enum):
+    CACHED = enum.auto()
+    RENEWED = enum.auto()
+    TRACED = enum.auto()
+
+
 @dataclass(frozen=True)
 class _Entry:
-    weight: Snapshot
-    scale: Snapshot | None
+    snapshot: Any
     packed: Tensor
 
 
-_Entries = dict[tuple[Hashable, int], _Entry]
-_is_traced: ContextVar[bool] = ContextVar("kernelpress_packing_is_traced", default=False)
+@dataclass(frozen=True)
+class _Packed:
+    """What was packed from a weight, by layout and identity of the scale."""
+
+    weight: weakref.ref[Tensor]
+    entries: dict[tuple[Hashable, int], _Entry] = field(default_factory=dict)
+
+
+_mode: ContextVar[_Mode] = ContextVar("kernelpress_packing", default=_Mode.CACHED)
 _lock = threading.Lock()
-_by_weight: dict[int, _Entries] = {}
+_by_weight: dict[int, _Packed] = {}
 
 
 def _find(weight: Tensor, scale: Tensor | None, layout: Hashable) -> Tensor | None:
-    entries = _by_weight.get(id(weight))
-    entry = None if entries is None else entries.get((layout, id(scale)))
-    if entry is None or not entry.weight.is_still(weight):
-        return None
-    if scale is None:
-        return entry.packed if entry.scale is None else None
-    return entry.packed if entry.scale is not None and entry.scale.is_still(scale) else None
+    known = _by_weight.get(id(weight))
+    entry = None if known is None else known.entries.get((layout, id(scale)))
+    return entry.packed if entry is not None and entry.snapshot((weight, scale)) else None
 
 
 @contextmanager
 def traced() -> Iterator[None]:
     """Packing inside belongs to what is traced: nothing is looked up, nothing is kept."""
-    token = _is_traced.set(True)
+    with _packing(_Mode.TRACED):
+        yield
+
+
+@contextmanager
+def renewed() -> Iterator[None]:
+    """Packing inside reads every value: what was packed before serves again only where it is equal, bit by bit."""
+    with _packing(_Mode.RENEWED):
+        yield
+
+
+@contextmanager
+def _packing(mode: _Mode) -> Iterator[None]:
+    token = _mode.set(mode)
     try:
         yield
     finally:
-        _is_traced.reset(token)
+        _mode.reset(token)
 
 
 def packed(weight: Tensor, scale: Tensor | None, layout: Hashable, pack: Callable[[Tensor], Tensor]) -> Tensor:
@@ -64,35 +88,43 @@ def packed(weight: Tensor, scale: Tensor | None, layout: Hashable, pack: Callabl
 
     `weight: [C_out, ...]`; `scale: [C_out]` or None; `layout` names what `pack` makes. A few per weight are kept.
     """
-    is_traced = _is_traced.get()
-    found = None if is_traced else _find(weight, scale, layout)
-    if found is not None:
+    mode = _mode.get()
+    found = None if mode is _Mode.TRACED else _find(weight, scale, layout)
+    if found is not None and mode is _Mode.CACHED:
         return found
+    snapshot = None if mode is _Mode.TRACED else Snapshot((weight, scale))  # before the values are read
     with torch.no_grad():
         scaled = weight if scale is None else weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
         made = pack(scaled.detach())
-    if is_traced:
+    if snapshot is None:
         return made
+    if found is not None and _are_same(found, made):
+        return found
     key = id(weight)
-    entry = _Entry(Snapshot.of(weight), None if scale is None else Snapshot.of(scale), made)
     with _lock:
-        entries = _by_weight.get(key)
-        if entries is None or not _alive(entries, weight):
-            entries = _by_weight[key] = {}
-            weakref.finalize(weight, _drop, key, entries).atexit = False
+        known = _by_weight.get(key)
+        if known is None or known.weight() is not weight:
+            known = _by_weight[key] = _Packed(weakref.ref(weight))
+            weakref.finalize(weight, _drop, key, known).atexit = False
+        entries = known.entries
         entries.pop((layout, id(scale)), None)
         while len(entries) >= _LIMIT_PER_WEIGHT:
             entries.pop(next(iter(entries)))
-        entries[layout, id(scale)] = entry
+        entries[layout, id(scale)] = _Entry(snapshot, made)
     return made
 
 
-def _alive(entries: _Entries, weight: Tensor) -> bool:
-    return all(entry.weight.reference() is weight for entry in entries.values())
+def _are_same(a: Tensor, b: Tensor) -> bool:
+    a, b = (t.to_dense() if t.is_mkldnn else t for t in (a, b))
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b))
 
 
-def _drop(key: int, entries: _Entries) -> None:
-    if _by_weight.get(key) is entries:
+def _bytes(t: Tensor) -> Tensor:
+    return t.contiguous().flatten().view(torch.uint8)
+
+
+def _drop(key: int, known: _Packed) -> None:
+    if _by_weight.get(key) is known:
         del _by_weight[key]
 
 
@@ -126,9 +158,18 @@ def depthwise(weight: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def _to_depthwise(weight: Tensor) -> Tensor:
-    return weight[:, 0].permute(1, 2, 0).clone(memory_format=torch.contiguous_format)
+    return _copy(weight[:, 0].permute(1, 2, 0))
 
 
 def vector(t: Tensor | None) -> Tensor | None:
-    """A bias as the kernels read it: contiguous."""
-    return t if t is None or t.is_contiguous() else t.contiguous()
+    """A bias as the CPU's kernels read it: a contiguous copy."""
+    return None if t is None else packed(t, None, "vector", _copy)
+
+
+def contiguous(t: Tensor) -> Tensor:
+    """A weight for kernels that read it where it is: itself, or a contiguous copy."""
+    return t if t.is_contiguous() else packed(t, None, "contiguous", _copy)
+
+
+def _copy(t: Tensor) -> Tensor:
+    return t.clone(memory_format=torch.contiguous_format)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from kernelpress.ops.registry import (
     requested_backend,
     resolve,
 )
-from kernelpress.ops.snapshot import Snapshot
+from kernelpress.ops.snapshot import Snapshot, is_in_memory
 
 __all__ = ["Prepared", "attempt", "clear", "generation", "panel_width", "prepare", "recall", "run"]
 
@@ -31,9 +32,10 @@ _CACHED_DEVICES = frozenset({"cpu", "cuda"})
 
 
 class Prepared(NamedTuple):
-    """What runs, and the parameters that it was prepared for, by position."""
+    """What runs, the `Snapshot` of the parameters that it was prepared for, and what forgets it once one dies."""
 
-    parameters: tuple[tuple[int, Snapshot], ...]
+    snapshot: Any
+    references: tuple[weakref.ref[Tensor], ...]
     run: Run
 
 
@@ -85,10 +87,10 @@ def _attempt_nothing(operator: Operator, tensors: tuple[Tensor | None, ...], opt
 
 
 def _remember_natively(
-    operator: Operator, tensors: Tensors, options: Any, requested: str, run: Run
+    operator: Operator, tensors: Tensors, options: Any, requested: str, run: Run, snapshot: Any
 ) -> Callable[[], None] | None:
     """Let `attempt` find a call; returns what makes it forget the call once a parameter is dead, None if it cannot."""
-    word = _table(operator).remember(tuple(tensors), options, requested, run) if _reads_tensors else None
+    word = _table(operator).remember(tuple(tensors), options, requested, run, snapshot) if _reads_tensors else None
     return None if word is None else functools.partial(_table(operator).forget, word)
 
 
@@ -98,46 +100,47 @@ attempt = _attempt if _reads_tensors else _attempt_nothing
 def recall(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Prepared | None:
     """What was prepared for this call, if its parameters are still what they were; else None."""
     found = _calls.get(_key(operator, tensors, options, requested_backend(backend)))
-    if found is None:
-        return None
-    for index, snapshot in found.parameters:
-        if not snapshot.is_still(tensors[index]):
-            return None
-    return found
+    return found if found is not None and found.snapshot(_parameters(operator, tensors)) else None
+
+
+def _parameters(operator: Operator, tensors: Tensors) -> tuple[Tensor | None, ...]:
+    """The tensors without the activations."""
+    return tuple([None if index in operator.activations else t for index, t in enumerate(tensors)])
 
 
 def prepare(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Run:
     """Check a call and prepare it; on tensors of the CPU or a CUDA device `recall` finds it afterwards.
 
-    Raises: `ValueError` or `TypeError` naming a bad argument; `RuntimeError` where the backend asked for cannot run.
+    Raises: `ValueError` or `TypeError` naming a bad argument, such as a parameter whose memory was freed;
+        `RuntimeError` where the backend asked for cannot run.
     """
     device = common_device(operator, tensors)
     specs = tuple([None if t is None else TensorSpec.of(t) for t in tensors])
     requested = requested_backend(backend)
     checked = options_of(operator, options)
     problem, implementation = resolve(operator, specs, checked, device, allows_tf32(), requested)
-    run = implementation.prepare(problem, tensors)
     if device.partition(":")[0] not in _CACHED_DEVICES:
-        return run
+        return implementation.prepare(problem, tensors)
+    parameters = _parameters(operator, tensors)
+    for name, t in zip(operator.tensors, parameters, strict=True):
+        if t is not None and not is_in_memory(t):
+            size = t.untyped_storage().nbytes()
+            raise ValueError(f"{name}: expected {t.nbytes} bytes of values, got a storage that was resized to {size}")
+    snapshot = Snapshot(parameters)  # before the values are read: they may be written to meanwhile
+    run = implementation.prepare(problem, tensors)
     key = _key(operator, tensors, options, requested)
-    forget = _remember_natively(operator, tensors, options, requested, run) if device == "cpu" else None
+    forget = _remember_natively(operator, tensors, options, requested, run, snapshot) if device == "cpu" else None
 
     def on_death(_: Any) -> None:
         _calls.pop(key, None)
         if forget is not None:
             forget()
 
-    parameters = tuple(
-        [
-            (index, Snapshot.of(t, on_death))
-            for index, t in enumerate(tensors)
-            if t is not None and index not in operator.activations
-        ]
-    )
+    references = tuple([weakref.ref(t, on_death) for t in parameters if t is not None])
     with _lock:
         if len(_calls) >= _LIMIT:
             _calls.clear()
-        _calls[key] = Prepared(parameters, run)
+        _calls[key] = Prepared(snapshot, references, run)
     return run
 
 

@@ -105,7 +105,7 @@ def _separable_cuda_operands(tensors: Tensors, options: Any) -> tuple[Tensor | N
         x,
         packing.depthwise(depthwise_weight, None),
         float_vector(depthwise_bias),
-        packing.vector(pointwise_weight),
+        packing.contiguous(pointwise_weight),
         float_vector(pointwise_bias),
         residual,
     )
@@ -271,7 +271,7 @@ def _inverted_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, .
 def _inverted_cuda_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...]:
     x, expand_weight, expand_bias, *rest = tensors
     _, *others = _separable_cuda_operands((None, *rest), options)
-    return (x, packing.vector(expand_weight), float_vector(expand_bias), *others)
+    return (x, packing.contiguous(expand_weight), float_vector(expand_bias), *others)
 
 
 def _inverted_workspace(problem: Problem, device: CudaDevice) -> int:

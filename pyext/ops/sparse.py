@@ -181,12 +181,8 @@ def _checked(plain: Implementation) -> Implementation:
 
 def _triton_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...]:
     x, row_offsets, columns, blocks, bias, scale, residual = tensors
-    parts = (_contiguous(part) for part in (row_offsets, columns, blocks) if part is not None)
+    parts = (packing.contiguous(part) for part in (row_offsets, columns, blocks) if part is not None)
     return (x, *parts, float_vector(bias), float_vector(scale), residual)
-
-
-def _contiguous(part: Tensor) -> Tensor:
-    return part if part.is_contiguous() else packing.packed(part, None, "contiguous", Tensor.contiguous)
 
 
 def _triton_kernel(op: str) -> TritonKernel:

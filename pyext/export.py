@@ -1,0 +1,303 @@
+"""`torch.export` of a module, the contract that the exported program holds under, and the proof on the model itself."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import io
+import os
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.fx import Node
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from kernelpress.contract import (
+    LARGEST_SIZE,
+    Contract,
+    PlainInput,
+    SymbolRange,
+    TensorInput,
+    argument_names,
+    input_names,
+)
+from kernelpress.guards import Expression, UnknownExpressionError, evaluate, from_sympy, symbols_in
+from kernelpress.untouched import own_tensors, run_apart
+
+__all__ = ["Exported", "TraceError", "exports", "proven"]
+
+_ADVICE = (
+    (("GuardOnDataDependent", "data-dependent", "Could not guard", "aten._local_scalar_dense"),
+     "a branch or shape depends on tensor values: write it with torch.where or torch.cond, or move it out of forward"),
+    (("numpy", "fake tensor to NumPy"), "stay in torch operations: NumPy cannot be exported"),
+    (("symbolically trace", "control flow"), "replace the Python control flow on tensors by torch.where or torch.cond"),
+    (("pickle", "ScriptModule", "ScriptFunction"), "pass the original nn.Module, not its scripted or compiled form"),
+)  # fmt: skip
+
+SAME = 1e-3
+"""Largest relative difference, ‖a − b‖ / ‖b‖, of a graph's outputs to the model's: both run the same operations."""
+
+
+class TraceError(ValueError):
+    """The model cannot be exported; the message names the place in the model and what to do about it."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A program, and the calls that it answers as the model does."""
+
+    program: torch.export.ExportedProgram
+    contract: Contract
+
+
+def exports(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_batch: bool) -> Iterator[Exported]:
+    """Programs of `model` in eval mode, the most general first, none of them proven on the model; the last one is for
+    the sizes of `inputs` alone.
+
+    The batch is dimension 0 of the input with the most dimensions (the first of these), and of every other input that
+    has the same size there. Where that is 1, and may be no batch for some, it is tried as the batch of all first, then
+    of that one input alone.
+
+    Raises `TraceError` if there is no program at all.
+    """
+    reason = ""
+    for carriers in _batch_carriers(inputs) if dynamic_batch else ():
+        try:
+            program = _export(model, _with_batch_of_two(inputs, carriers), carriers)
+            contract = _contract_of(program, model, inputs)
+        except (TraceError, UnknownExpressionError) as error:
+            reason = _first_line(error)
+            continue
+        if not contract.dynamic_batch:
+            reason = "the model reads its size"
+            continue
+        yield Exported(program, contract)
+        reason = "the model treats the example's size apart, or looks at strides"
+    program = _export(model, inputs, frozenset())
+    yield Exported(program, replace(_contract_of(program, model, inputs), fixed_because=reason))
+
+
+def proven(graph: nn.Module, model: nn.Module, inputs: tuple[Any, ...], contract: Contract) -> Contract | None:
+    """The contract with the sizes below two that `graph` was found right at, or None if it is wrong at `inputs`.
+
+    A model that looks at strides while it runs answers for the example's alone: its sizes are fixed as well.
+    """
+    if _is_abstract(model, inputs):
+        return contract
+    with _MemoryReads() as reads:
+        if not _agree(graph, model, inputs):
+            return None
+    if reads.happened:
+        if contract.dynamic_batch:
+            return None
+        contract = replace(contract, inputs=tuple(map(_pinned, contract.inputs, pytree.tree_leaves(inputs))))
+    small = [n for n in (0, 1) if contract.dynamic_batch and _holds_at(n, graph, model, inputs, contract)]
+    contract = replace(contract, small=frozenset(small))
+    try:
+        contract.require(inputs)
+    except ValueError:
+        return None
+    return contract
+
+
+class _MemoryReads(TorchFunctionMode):
+    """Notices whether Python code asks how tensors lie in memory."""
+
+    READS = frozenset({
+        Tensor.is_contiguous, Tensor.stride, Tensor.storage_offset, Tensor.data_ptr, Tensor.untyped_storage,
+        Tensor.as_strided, torch.as_strided, Tensor.dim_order,
+    })  # fmt: skip
+
+    happened = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.happened |= func in self.READS
+        return func(*args, **(kwargs or {}))
+
+
+def _pinned(given: TensorInput | PlainInput, example: Any) -> TensorInput | PlainInput:
+    return replace(given, stride=example.stride()) if isinstance(given, TensorInput) else given
+
+
+def _holds_at(size: int, graph: nn.Module, model: nn.Module, inputs: tuple[Any, ...], contract: Contract) -> bool:
+    """Whether the graph is right with all batches of that size."""
+    resized = _with_batch(inputs, contract, size)
+    try:
+        replace(contract, small=frozenset({size})).require(resized)
+    except ValueError:
+        return False
+    return _agree(graph, model, resized)
+
+
+def _batch_carriers(inputs: tuple[Any, ...]) -> list[frozenset[int]]:
+    """Positions, among the flat inputs, of those whose dimension 0 may be the batch; the likeliest set first."""
+    flat = pytree.tree_leaves(inputs)
+    sized = [i for i, x in enumerate(flat) if isinstance(x, Tensor) and x.dim() > 0]
+    if not sized:
+        return []
+    leader = max(sized, key=lambda i: flat[i].dim())
+    together = frozenset(i for i in sized if flat[i].shape[0] == flat[leader].shape[0])
+    return list(dict.fromkeys([together, frozenset({leader})]))
+
+
+def _with_batch_of_two(inputs: tuple[Any, ...], carriers: frozenset[int]) -> tuple[Any, ...]:
+    """Examples that torch.export takes for a batch: sizes of 0 and 1 are constants to it."""
+    flat, spec = pytree.tree_flatten(inputs)
+    flat = [_resized(x, 2) if i in carriers and x.shape[0] < 2 else x for i, x in enumerate(flat)]
+    return pytree.tree_unflatten(flat, spec)
+
+
+def _with_batch(inputs: tuple[Any, ...], contract: Contract, size: int) -> tuple[Any, ...]:
+    """The inputs with every symbol of the contract at one size."""
+    sizes = {symbol.name: size for symbol in contract.symbols}
+    flat, spec = pytree.tree_flatten(inputs)
+    for i, (x, given) in enumerate(zip(flat, contract.inputs, strict=True)):
+        if isinstance(given, TensorInput) and given.shape and not isinstance(given.shape[0], int):
+            flat[i] = _resized(x, evaluate(given.shape[0], sizes))
+    return pytree.tree_unflatten(flat, spec)
+
+
+def _resized(x: Tensor, size: int) -> Tensor:
+    """`x` with as many of its rows, one after the other and over again."""
+    if x.shape[0] == 0:
+        return x.new_zeros((size, *x.shape[1:]))
+    return x[:size] if size <= x.shape[0] else x[torch.arange(size, device=x.device) % x.shape[0]]
+
+
+def _agree(graph: nn.Module, model: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Whether both give the same for `inputs`, within rounding; false where one of them fails."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # fx prints the code of what fails
+            expected, got = (pytree.tree_flatten(run_apart(module, inputs)) for module in (model, graph))
+    except Exception:
+        return False
+    return got[1] == expected[1] and all(map(_is_same, got[0], expected[0]))
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    if not isinstance(b, Tensor):
+        return type(a) is type(b) and bool(a == b or a != a)
+    if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if torch.equal(a, b):
+        return True
+    if not b.dtype.is_floating_point and not b.dtype.is_complex:
+        return False
+    wide = torch.complex128 if b.dtype.is_complex else torch.float64
+    a, b = a.to(wide).nan_to_num(), b.to(wide).nan_to_num()
+    return bool((a - b).norm() <= SAME * b.norm())
+
+
+def _is_abstract(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    """Whether there are no values to compute with."""
+    tensors = [*model.parameters(), *model.buffers(), *(x for x in pytree.tree_leaves(inputs) if isinstance(x, Tensor))]
+    return any(t.is_meta or isinstance(t, FakeTensor) for t in tensors)
+
+
+def _export(model: nn.Module, inputs: tuple[Any, ...], carriers: frozenset[int]) -> torch.export.ExportedProgram:
+    import torch.export
+
+    flat, spec = pytree.tree_flatten(inputs)
+    dims = [{0: torch.export.Dim.AUTO} if i in carriers else None for i in range(len(flat))]
+    shapes = _by_parameter(model, pytree.tree_unflatten(dims, spec)) if carriers else None
+    try:
+        return torch.export.export(model, own_tensors(inputs), dynamic_shapes=shapes, strict=False)
+    except Exception as error:
+        raise TraceError(_explain(model, inputs, error)) from error
+
+
+def _by_parameter(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """One entry a parameter of `forward`: those of `*rest` in a tuple."""
+    kinds = [parameter.kind for parameter in inspect.signature(model.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL not in kinds:
+        return shapes
+    first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+    return (*shapes[:first], shapes[first:])
+
+
+def _contract_of(program: torch.export.ExportedProgram, model: nn.Module, inputs: tuple[Any, ...]) -> Contract:
+    """Raises `UnknownExpressionError` for conditions that a contract cannot state."""
+    flat, structure = pytree.tree_flatten((inputs, {}))
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"][-len(flat) :]
+    arguments = argument_names(model.forward, len(inputs))
+    specs = tuple(map(_input_of, input_names(arguments, inputs), placeholders, flat))
+    names = frozenset().union(*(symbols_in(size) for x in specs if isinstance(x, TensorInput) for size in x.shape))
+    if not names:
+        return Contract(specs, arguments, structure)
+    environment = next(
+        size.node.shape_env
+        for node in placeholders
+        if isinstance(node.meta["val"], Tensor)
+        for size in node.meta["val"].shape
+        if isinstance(size, torch.SymInt)
+    )
+    guards = dict.fromkeys(from_sympy(environment.replace(guard.expr)) for guard in environment.guards)
+    conditions = tuple(guard for guard in guards if guard is not True)
+    read = {size for x in specs if isinstance(x, TensorInput) for size in x.shape if isinstance(size, str)}
+    unread = names.union(*map(symbols_in, conditions)) - read
+    if unread:
+        raise UnknownExpressionError(f"the sizes {sorted(unread)} are no sizes of an input")
+    ranges = {str(symbol): bounds for symbol, bounds in environment.var_to_range.items()}
+    symbols = tuple(_range_of(name, ranges.get(name)) for name in sorted(names))
+    return Contract(specs, arguments, structure, symbols, conditions)
+
+
+def _input_of(name: str, node: Node, given: Any) -> TensorInput | PlainInput:
+    if not isinstance(given, Tensor):
+        return PlainInput(name, given)
+    shape = tuple(_size_of(size) for size in node.meta["val"].shape)
+    return TensorInput(name, shape, given.dtype, given.device.type, given.layout)
+
+
+def _size_of(size: Any) -> Expression:
+    return from_sympy(size.node.expr) if isinstance(size, torch.SymInt) else int(size)
+
+
+def _range_of(name: str, bounds: Any) -> SymbolRange:
+    """Bounds beyond what a size can be are none."""
+    if bounds is None:
+        return SymbolRange(name)
+    least, most = (int(bound) if bound.is_Integer else None for bound in (bounds.lower, bounds.upper))
+    return SymbolRange(name, max(2, least or 2), LARGEST_SIZE if most is None else min(most, LARGEST_SIZE))
+
+
+def _explain(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> str:
+    """The place in the user's model where `error` rose, the first line of what it says, and what to do."""
+    name = type(model).__name__
+    try:
+        run_apart(model, inputs)
+    except Exception as eager:
+        return f"{name}: forward fails on example_inputs{_place(model, eager)}: {_first_line(eager)}"
+    text = f"{type(error).__name__} {error}"
+    advice = next((advice for marks, advice in _ADVICE if any(mark in text for mark in marks)), None)
+    advice = (
+        advice or "rewrite that operation with exportable torch operations (torch.export.export must accept the model)"
+    )
+    return f"{name} cannot be exported{_place(model, error)}: {_first_line(error)}. What to do: {advice}"
+
+
+def _place(model: nn.Module, error: Exception) -> str:
+    names = {id(module): path for path, module in model.named_modules()}
+    library = os.path.dirname(os.path.abspath(torch.__file__))
+    module, line = "", ""
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and id(owner) in names:
+            path = names[id(owner)]
+            module = f" in {path} ({type(owner).__name__})" if path else ""
+        file = frame.f_code.co_filename
+        if not file.startswith((library, "<")) and file != __file__:
+            source = traceback.linecache.getline(file, number).strip()  # type: ignore[attr-defined]
+            line = f" at {os.path.basename(file)}:{number}, `{source}`"
+    return module + line
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__

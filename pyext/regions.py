@@ -1,0 +1,124 @@
+"""What an exported graph holds besides functional calls: sub-graphs, writes into buffers, and operations that see how
+their operands lie in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+__all__ = [
+    "has_regions",
+    "is_written",
+    "keep_layouts",
+    "own_writes",
+    "reads_layout",
+    "regions",
+    "writes",
+    "writes_undone",
+]
+
+aten = torch.ops.aten
+
+_WRITTEN = "kernelpress_written"
+
+_LAYOUT_READERS = frozenset({aten.as_strided.default, aten.view_as_complex.default, aten.view.dtype})
+_LAYOUT_FREE_NAMESPACES = frozenset({"aten", "prims", "kernelpress", "quantized_decomposed"})
+_UPDATE_STATISTICS = frozenset({aten.batch_norm.default, aten.instance_norm.default})
+
+
+def regions(graph: Graph) -> list[Node]:
+    """The calls of operators on sub-graphs: `cond`, `while_loop`, `map`, regions of `autocast` …"""
+    return [node for node in graph.nodes if isinstance(node.target, torch._ops.HigherOrderOperator)]
+
+
+def has_regions(graph: Graph) -> bool:
+    """Whether the graph has calls that are no operations: sub-graphs, or the levels of a `vmap`."""
+    return bool(regions(graph)) or any(
+        node.op == "call_function" and getattr(node.target, "__module__", "").startswith("torch._functorch")
+        for node in graph.nodes
+    )
+
+
+def writes(node: Node) -> bool:
+    """Whether `node` writes to one of its arguments. Two norms do and their schemas do not say so: those that normalise
+    by the statistics of their input, and update running ones with them."""
+    if node.target in _UPDATE_STATISTICS:
+        return bool(node.args[3] is not None and node.args[5])
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def own_writes(module: GraphModule) -> GraphModule:
+    """In place: of what PyTorch's functionalisation writes back at the end, inputs are left as they are, and buffers become the
+    module's own: the model's keep their values."""
+    for node in [node for node in module.graph.nodes if node.target is aten.copy_.default]:
+        target = node.args[0]
+        if target.op == "get_attr":
+            owner = module.get_submodule(str(target.target).rpartition(".")[0])
+            name = str(target.target).rpartition(".")[2]
+            owned = getattr(owner, name).detach().clone()
+            delattr(owner, name)
+            owner.register_buffer(name, owned)
+            for reader in module.graph.find_nodes(op="get_attr", target=target.target):
+                reader.meta[_WRITTEN] = True
+            node.meta["val"] = target.meta["val"]
+        elif target.op == "placeholder":
+            module.graph.erase_node(node)
+    return module
+
+
+def is_written(node: Node) -> bool:
+    """Whether `node` reads a buffer that the graph writes: it is no constant."""
+    return _WRITTEN in node.meta
+
+
+@contextmanager
+def writes_undone(*modules: GraphModule) -> Iterator[None]:
+    """Gives the buffers that the modules write back the values that they have now."""
+    names = {(module, str(node.target)) for module in modules for node in module.graph.nodes if is_written(node)}
+    buffers = [module.get_buffer(name) for module, name in names]
+    values = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, values, strict=True):
+                buffer.copy_(value)
+
+
+def reads_layout(node: Node) -> bool:
+    """Whether the result of `node` may depend on the strides of its operands: views that are told strides, sub-graphs
+    with views in them, operations that are not PyTorch's."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target in _LAYOUT_READERS or target.namespace not in _LAYOUT_FREE_NAMESPACES
+    return isinstance(target, torch._ops.HigherOrderOperator)
+
+
+def keep_layouts(graph: Graph) -> None:
+    """Makes contiguous again what was so at export, before operations that see it."""
+    for node in [node for node in graph.nodes if reads_layout(node)]:
+        with graph.inserting_before(node):
+            copies = {source: _contiguous(graph, source) for source in node.all_input_nodes if _is_contiguous(source)}
+        for source, copy in copies.items():
+            node.replace_input_with(source, copy)
+
+
+def _contiguous(graph: Graph, source: Node) -> Node:
+    copy = graph.call_function(aten.contiguous.default, (source,))
+    copy.meta = {"val": source.meta["val"], "nn_module_stack": source.meta.get("nn_module_stack")}
+    return copy
+
+
+def _is_contiguous(source: Node) -> bool:
+    value: Any = source.meta.get("val")
+    if source.op == "get_attr" or not isinstance(value, Tensor) or value.layout != torch.strided:
+        return False
+    try:
+        return value.is_contiguous()
+    except RuntimeError:  # A size that depends on data: nobody knows.
+        return False
