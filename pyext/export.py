@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -117,7 +117,8 @@ class _MemoryReads(TorchFunctionMode):
     happened = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.happened |= func in self.READS
+        if not torch.compiler.is_compiling():  # torch.cond compiles its branches, modes included
+            self.happened |= func in self.READS
         return func(*args, **(kwargs or {}))
 
 
@@ -174,10 +175,19 @@ def _agree(graph: nn.Module, model: nn.Module, inputs: tuple[Any, ...]) -> bool:
     """Whether both give the same for `inputs`, within rounding; false where one of them fails."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # fx prints the code of what fails
-            expected, got = (pytree.tree_flatten(run_apart(module, inputs)) for module in (model, graph))
+            expected, got = (pytree.tree_flatten(_plain(run_apart(module, inputs))) for module in (model, graph))
     except Exception:
         return False
     return got[1] == expected[1] and all(map(_is_same, got[0], expected[0]))
+
+
+def _plain(outputs: Any) -> Any:
+    """The outputs with each `torch.Size` as the tuple that an exported graph gives for it."""
+
+    def is_size(leaf: Any) -> bool:
+        return isinstance(leaf, torch.Size)
+
+    return pytree.tree_map(lambda leaf: tuple(leaf) if is_size(leaf) else leaf, outputs, is_leaf=is_size)
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -206,10 +216,23 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], carriers: frozenset[int])
     flat, spec = pytree.tree_flatten(inputs)
     dims = [{0: torch.export.Dim.AUTO} if i in carriers else None for i in range(len(flat))]
     shapes = _by_parameter(model, pytree.tree_unflatten(dims, spec)) if carriers else None
-    try:
+    def export() -> torch.export.ExportedProgram:
         return torch.export.export(model, own_tensors(inputs), dynamic_shapes=shapes, strict=False)
+
+    try:
+        program = export()
+        if _turns_gradients_on(program.graph):
+            with torch.enable_grad():
+                program = export()
+        return program
     except Exception as error:
         raise TraceError(_explain(model, inputs, error)) from error
+
+
+def _turns_gradients_on(graph: Graph) -> bool:
+    """Whether there is a region that does: torch cannot put it in line where gradients are off around it."""
+    regions = graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled)
+    return any(region.args[0] for region in regions)
 
 
 def _by_parameter(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
