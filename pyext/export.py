@@ -216,6 +216,7 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], carriers: frozenset[int])
     flat, spec = pytree.tree_flatten(inputs)
     dims = [{0: torch.export.Dim.AUTO} if i in carriers else None for i in range(len(flat))]
     shapes = _by_parameter(model, pytree.tree_unflatten(dims, spec)) if carriers else None
+
     def export() -> torch.export.ExportedProgram:
         return torch.export.export(model, own_tensors(inputs), dynamic_shapes=shapes, strict=False)
 

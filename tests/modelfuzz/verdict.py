@@ -211,7 +211,8 @@ class _Examiner:
             bound = max(FACTOR * own, floor)
             if error <= bound:
                 return None
-            bound = max([bound, *(FACTOR * _relative(t, truth) for t in self._perturbed(call, i, wanted))])
+            others = [*self._perturbed(call, i, wanted), *self._in_channels_last(call, i)]
+            bound = max([bound, *(FACTOR * _relative(other, truth) for other in others)])
             return None if error <= bound else f"relative error {error:.1e}, original's {own:.1e}, bound {bound:.1e}"
         differing = int((got != wanted).sum())
         near = [int((t != truth).sum()) for t in self._perturbed(call, i, wanted)]
@@ -237,6 +238,14 @@ class _Examiner:
         results = [self._in_float64(self.exact, call, ROUNDING[self.dtype]) for _ in range(3)]
         leaves = [pytree.tree_leaves(result)[i] for result in results if result is not None]
         return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.shape == wanted.shape]
+
+    def _in_channels_last(self, call: Call, i: int) -> list[Tensor]:
+        """Output `i` of the original in channels_last memory, which is an original too: torch's norms are less exact
+        there."""
+        positional, named = pytree.tree_map(_channels_last, call.arguments())
+        with torch.no_grad():
+            result = _result_of(self.program.model().to(memory_format=torch.channels_last), positional, named)
+        return [] if isinstance(result, Exception) else pytree.tree_leaves(result)[i : i + 1]
 
     def _in_float64(self, model: nn.Module, call: Call, noise: float = 0.0) -> Any:
         def exact(value: Any) -> Any:
@@ -299,6 +308,11 @@ class _Noise(TorchFunctionMode):
 
         with torch._C.DisableTorchFunction():
             return pytree.tree_map(rounded, result)
+
+
+def _channels_last(value: Any) -> Any:
+    is_image = isinstance(value, Tensor) and value.dim() == 4
+    return value.contiguous(memory_format=torch.channels_last) if is_image else value
 
 
 def _result_of(run: Callable[..., Any], positional: Any, named: Any) -> Any:
