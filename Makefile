@@ -11,11 +11,18 @@ build $(VENV)/.installed: export KERNELPRESS_CUDA_ARCHS ?= 80;90
 INSTALLED := $(VENV)/.installed
 PEERS := $(VENV)/.peers
 
-.PHONY: help demo test lint build resources bench gpu wheel clean distclean
+# Of test-torch: each version has an environment of its own.
+PINNED := $(shell sed -n 's/^torch==//p' constraints.txt)
+TORCH ?= $(PINNED)
+TORCH_VENV := .venv-torch-$(TORCH)
+TORCH_INSTALLED := $(TORCH_VENV)/.installed
+
+.PHONY: help demo test test-torch test-torch-all lint build resources bench gpu wheel clean distclean
 
 help:
 	@echo 'make demo       train, prune, emit and measure a small CNN on scanned digits; writes results/digits/'
 	@echo 'make test       the tests'
+	@echo 'make test-torch TORCH=2.11.0   the tests that need no GPU, under that torch; test-torch-all: under each that is promised'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make build      compile what changed of the native modules'
 	@echo 'make resources  registers, shared memory and spills of the CUDA and Triton kernels; writes the tables in docs/gpu.md'
@@ -30,6 +37,13 @@ demo: build
 # The workers' threads share the cores, so they sleep where they would spin.
 test: build
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# What was built, under another torch. A GPU is hidden: its tests belong to the torch of that machine.
+test-torch: build $(TORCH_INSTALLED)
+	CUDA_VISIBLE_DEVICES= OMP_WAIT_POLICY=passive $(TORCH_VENV)/bin/python -m pytest -n $(TEST_WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+test-torch-all:
+	.ci/torch-matrix
 
 # mypy knows a package by its folder's name: links give the folders their import names.
 lint: $(INSTALLED)
@@ -62,7 +76,7 @@ clean:
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean
-	rm -rf $(VENV) results
+	rm -rf $(VENV) .venv-torch-* results
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit("kernelpress needs Python 3.10 or newer; choose one with make PYTHON=python3.x" if sys.version_info < (3, 10) else 0)'
@@ -72,6 +86,17 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt | $(BIN)/python
 	@echo 'Installing into $(VENV) and compiling the kernels: some minutes the first time'
 	$(PIP) setuptools pybind11 ninja
 	$(PIP) --no-build-isolation -e '.[all,test,dev]'
+	@touch $@
+
+# The package is not built again: its editable installation is copied, its requirements are those that this one states.
+# Another torch asks for Triton and setuptools of its own.
+$(TORCH_INSTALLED): $(INSTALLED)
+	@echo 'Installing torch $(TORCH) into $(TORCH_VENV): some gigabytes'
+	$(BIN)/python -m venv --clear $(TORCH_VENV)
+	cp -r $(VENV)/lib/python3*/site-packages/*kernelpress* $(TORCH_VENV)/lib/python3*/site-packages/
+	grep -vE '^(torch$(if $(filter-out $(PINNED),$(TORCH)),|triton|setuptools))==' constraints.txt > $(TORCH_VENV)/constraints.txt
+	$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q -c $(TORCH_VENV)/constraints.txt \
+		torch==$(TORCH) pybind11 ninja 'kernelpress[all,test]'
 	@touch $@
 
 $(PEERS): $(INSTALLED)

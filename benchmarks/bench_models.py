@@ -18,7 +18,7 @@ from rich.table import Table
 from kernelpress import models
 from kernelpress.measure.units import ABSENT, latency_text, ratio_text
 
-__all__ = ["main", "table"]
+__all__ = ["DEFAULT_MODELS", "main", "positive", "table"]
 
 TABLE_WIDTH = 130
 
@@ -57,14 +57,14 @@ def _verdict(result: ModelResult) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Compares the networks asked for, prints a table each and, unless told not to, records them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--models", nargs="+", metavar="MODEL", choices=models.names(), default=_DEFAULT_MODELS)
+    parser.add_argument("--models", nargs="+", metavar="MODEL", choices=models.names(), default=DEFAULT_MODELS)
     names = [runtime.name for runtime in RUNTIMES]
     parser.add_argument("--runtimes", nargs="+", metavar="RUNTIME", choices=names, default=names, help=", ".join(names))
-    parser.add_argument("--threads", type=_positive, default=2)
-    parser.add_argument("--batch", type=_positive, default=1)
-    parser.add_argument("--size", type=_positive, default=224, help="rows and columns of the image")
-    parser.add_argument("--rounds", type=_positive, default=6)
-    parser.add_argument("--iterations", type=_positive, default=30, help="calls in a burst")
+    parser.add_argument("--threads", type=positive, default=2)
+    parser.add_argument("--batch", type=positive, default=1)
+    parser.add_argument("--size", type=positive, default=224, help="rows and columns of the image")
+    parser.add_argument("--rounds", type=positive, default=6)
+    parser.add_argument("--iterations", type=positive, default=30, help="calls in a burst")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args(arguments)
@@ -89,10 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         console.print(f"recorded in {save('models', results, options.results)}")
 
 
-_DEFAULT_MODELS = ["mobilenet_v1", "mobilenet_v2", "resnet18", "resnet50"]
+DEFAULT_MODELS = ["mobilenet_v1", "mobilenet_v2", "resnet18", "resnet50"]
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """The option's value, a whole number from 1 on."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")

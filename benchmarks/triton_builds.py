@@ -7,12 +7,14 @@ float16. For AMD's device it is what an op tries first. `sample` is a part of al
 bfloat16, TF32, exact float32 and int8 by turns.
 
 `build(family)` compiles in a process of its own: nothing can be compiled where TRITON_INTERPRET is set, as in tests.
+What is found is known again by the content of what was compiled and of this file.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import os
 import re
@@ -30,6 +32,7 @@ from typing import Any
 import torch
 from triton_layers import DEMANDING, DEVICE, FORMS, Call, usual_layers
 
+from kernelpress.files import write_atomically
 from kernelpress.kernels.triton import quantize
 from kernelpress.kernels.triton.launch import Configuration, Device, launching_with
 from kernelpress.ops import registry, triton
@@ -207,14 +210,25 @@ def _first_choices(op: str, device: Device) -> Iterator[Launch]:
                     yield from next(launches_of(op, form(layer, KINDS[kind][0]), kind, device, name), [])
 
 
-def _all_choices(op: str, device: Device) -> Iterator[Launch]:
-    """In layers of all sizes, those of the form that stands for the others and the most demanding ones first."""
+@functools.cache
+def _all_calls(op: str) -> tuple[tuple[str, str, Call], ...]:
+    """Forms, kinds and calls of layers of all sizes, those of the form that stands for the others and the most
+    demanding ones first; without layers that differ in what the op has no use for."""
+    found: dict[Any, tuple[str, str, Call]] = {}
     for name, form in FORMS[op].items():
         for layer in (*DEMANDING, *usual_layers()):
             for kind in kinds_of(op):
                 if kind != "fp16":
-                    for launched in launches_of(op, form(layer, KINDS[kind][0]), kind, device, name):
-                        yield from launched
+                    tensors, options = form(layer, KINDS[kind][0])
+                    sizes = tuple(None if t is None else t.shape for t in tensors)
+                    found.setdefault((name, kind, sizes, str(options)), (name, kind, (tensors, options)))
+    return tuple(found.values())
+
+
+def _all_choices(op: str, device: Device) -> Iterator[Launch]:
+    for name, kind, call in _all_calls(op):
+        for launched in launches_of(op, call, kind, device, name):
+            yield from launched
 
 
 @functools.cache
@@ -311,33 +325,37 @@ _OF_STACK = re.compile(r"\b(?:STL|LDL)\b")
 _USE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+) .*?LOCAL:(?P<local>\d+)")
 
 
-def _compile(launch: Launch, target: Target, folder: Path) -> Build:
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile, make_backend
-    from triton.runtime.jit import create_function_from_signature
+def _compile(launch: Launch, target: Target, folder: Path, known: Mapping[str, Any], used: dict[str, Any]) -> Build:
+    """What became of a launch, told by `known` or compiled in `folder`; in `used` under its key too."""
+    import triton
+
+    from kernelpress.runtime.triton_private import GPUTarget, compiled, source_of
 
     described = GPUTarget(target.backend, target.architecture, target.lanes)
-    backend, kernel = make_backend(described), launch.kernel
     settings = {
         "num_warps": launch.configuration.warps,
         "num_stages": launch.configuration.stages,
         "enable_fp_fusion": True,
     }
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, _ = bind(*launch.arguments, **launch.constants, **settings)
-    _, signature, constants, attributes = kernel._pack_args(backend, settings, bound, specialization, None)
-    built = compile(ASTSource(kernel, signature, constants, attributes), target=described, options=settings)
+    source, identity = source_of(launch.kernel, launch.arguments, launch.constants, settings, described)
+    told = (identity, triton.__version__, Path(__file__).read_text())
+    key = hashlib.sha256(repr(told).encode()).hexdigest()
+    used[key] = known.get(key) or _read(compiled(source, settings, described), target, folder)
+    return Build(**_identity(launch, target), **used[key])
+
+
+def _read(built: Any, target: Target, folder: Path) -> dict[str, Any]:
+    """The fields of a build that tell what became of it."""
     text = built.asm["ptx" if target.backend == "cuda" else "amdgcn"]
     registers, spilled = _use_of_cubin(built.asm["cubin"], folder) if target.backend == "cuda" else _use_of_amdgcn(text)
-    return Build(
-        **_identity(launch, target),
-        registers=registers,
-        spilled_bytes=spilled,
-        shared_bytes=built.metadata.shared,
-        tensor_columns=getattr(built.metadata, "tmem_size", None) or 0,
-        has_product="tt.dot" in built.asm["ttir"],
-        instructions=tuple(sorted(set(_PRODUCTS.findall(text)))),
-    )
+    return {
+        "registers": registers,
+        "spilled_bytes": spilled,
+        "shared_bytes": built.metadata.shared,
+        "tensor_columns": getattr(built.metadata, "tmem_size", None) or 0,
+        "has_product": "tt.dot" in built.asm["ttir"],
+        "instructions": sorted(set(_PRODUCTS.findall(text))),
+    }
 
 
 def _identity(launch: Launch, target: Target) -> dict[str, Any]:
@@ -357,13 +375,13 @@ def _identity(launch: Launch, target: Target) -> dict[str, Any]:
 
 def _use_of_cubin(cubin: bytes, folder: Path) -> tuple[int, int]:
     """Registers of a thread, and bytes of its stack and local memory; ptxas may reserve some that nothing touches."""
-    from triton import knobs
+    from kernelpress.runtime.triton_private import cuobjdump
 
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
 
     def told(what: str) -> str:
-        command = [knobs.nvidia.cuobjdump.path, what, str(path)]
+        command = [cuobjdump(), what, str(path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     use = _USE.search(told("-res-usage"))
@@ -390,13 +408,15 @@ PARTS: Mapping[str, Callable[[Sequence[Launch], Target], Sequence[Launch]]] = {
 """Of a family's launches for a target."""
 
 
-def build(family: str, part: str = "sample", tell: Callable[[Build], object] | None = None) -> list[Build]:
+def build(
+    family: str, part: str = "sample", tell: Callable[[Build], object] | None = None, known: Path | None = None
+) -> list[Build]:
     """Compiles a part of the launches of a family, one of `PARTS`, in a process of its own with an empty cache; `tell`
-    gets each build as soon as it is there.
+    gets each build as soon as it is there. `known`: a file that remembers what became of them, and of no others.
 
     Raises `RuntimeError` with what it said where that process dies.
     """
-    command = [sys.executable, __file__, family, "--part", part]
+    command = [sys.executable, __file__, family, "--part", part, *(["--known", str(known)] if known else [])]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
     found: list[Build] = []
     with tempfile.TemporaryDirectory() as cache, tempfile.TemporaryFile("w+") as said:
@@ -419,16 +439,22 @@ def _main() -> None:
     parser = argparse.ArgumentParser(description="Compiles the Triton kernels of a family; a line of JSON for each.")
     parser.add_argument("family", choices=families())
     parser.add_argument("--part", choices=PARTS, default="all")
+    parser.add_argument("--known", type=Path, help="a file that remembers builds")
     options = parser.parse_args()
+    known = json.loads(options.known.read_text()) if options.known and options.known.exists() else {}
+    used: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for target in TARGETS:
             found = launches(options.family)[target.name]
             for launch in PARTS[options.part](found, target):
                 try:
-                    made = _compile(launch, target, Path(folder))
+                    made = _compile(launch, target, Path(folder), known, used)
                 except Exception as error:  # whatever the compiler raises is a fault of this build alone
                     made = Build(**_identity(launch, target), error=f"{type(error).__name__}: {error}")
                 print(json.dumps(asdict(made)), flush=True)
+    if options.known and used.keys() != known.keys():
+        options.known.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(options.known, json.dumps(used).encode())
 
 
 if __name__ == "__main__":

@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from kernelpress.guards import Expression, check_expression, evaluate, spell, symbols_in
+from kernelpress.runtime.torch_private import pytree
 
 __all__ = ["Contract", "PlainInput", "SymbolRange", "TensorInput", "argument_names", "input_names"]
 
@@ -43,12 +43,6 @@ class PlainInput:
     name: str
     value: Any
 
-    def require(self, given: Any) -> None:
-        """Raises `ValueError` unless `given` is that value."""
-        if not _same_value(self.value, given):
-            came = f"a Tensor {list(given.shape)}" if isinstance(given, Tensor) else f"{given!r:.80}"
-            raise ValueError(f"{self.name}: expected {self.value!r} as exported, got {came}; emit the model for it")
-
 
 class SymbolRange(NamedTuple):
     """The sizes that a symbol stands for; those below two are in `Contract.small`."""
@@ -76,6 +70,8 @@ class Contract:
     small: frozenset[int] = frozenset()
     fixed_because: str = ""
     """Why no batch size but the example's can be had, if that was asked for."""
+    made: str = "exported"
+    """What was done to the model for these inputs, as refusals say it."""
     _accepted: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
@@ -117,20 +113,29 @@ class Contract:
             self._accepted.insert(0, forms)
             del self._accepted[REMEMBERED_CALLS:]
 
-    def require(self, inputs: tuple[Any, ...]) -> None:
-        """As `check`, without remembering the answer."""
+    def require(self, inputs: tuple[Any, ...]) -> list[Any]:
+        """As `check`, without remembering the answer; returns the flat inputs."""
         flat = self.flatten(inputs)
         sizes: dict[str, int] = {}
         for expected, given in zip(self.inputs, flat, strict=True):
             if isinstance(expected, PlainInput):
-                expected.require(given)
+                self._require_value(expected, given)
             else:
-                _require_form(expected, given)
+                self._require_form(expected, given)
                 _bind(expected, given, sizes)
         for expected, given in zip(self.inputs, flat, strict=True):
             if isinstance(expected, TensorInput):
                 self._require_sizes(expected, given, sizes)
         self._require_guards(sizes)
+        return flat
+
+    def captured_for(self, flat: Sequence[Any]) -> Contract:
+        """The contract of a plan for flat inputs of just these sizes."""
+        fixed = [
+            replace(expected, shape=tuple(given.shape)) if isinstance(expected, TensorInput) else expected
+            for expected, given in zip(self.inputs, flat, strict=True)
+        ]
+        return Contract(tuple(fixed), self.arguments, self.structure, made="captured")
 
     def flatten(self, inputs: tuple[Any, ...]) -> list[Any]:
         """The flat inputs, in the order of the graph's; keys of dicts may come in any order. Raises `ValueError` for
@@ -205,6 +210,34 @@ class Contract:
         most_text = "any size" if most == LARGEST_SIZE else f"at most {most}"
         return f"{', '.join(readers)}: {most_text}, at least {least}{gap}"
 
+    def _require_value(self, expected: PlainInput, given: Any) -> None:
+        if not _same_value(expected.value, given):
+            came = f"a Tensor {list(given.shape)}" if isinstance(given, Tensor) else f"{given!r:.80}"
+            raise ValueError(f"{expected.name}: expected {expected.value!r} as {self.made}, got {came}{self._advice}")
+
+    def _require_form(self, expected: TensorInput, given: Any) -> None:
+        name, made = expected.name, self.made
+        if not isinstance(given, Tensor):
+            raise ValueError(f"{name}: expected a Tensor as {made}, got {type(given).__name__} {given!r:.40}")
+        if given.dtype != expected.dtype:
+            raise ValueError(f"{name}: expected {expected.dtype} as {made}, got {given.dtype}")
+        if given.device.type != expected.device:
+            raise ValueError(f"{name}: expected a tensor on {expected.device} as {made}, got {given.device}")
+        if given.layout != expected.layout:
+            raise ValueError(f"{name}: expected {expected.layout} as {made}, got {given.layout}")
+        if given.dim() != len(expected.shape):
+            dims = len(expected.shape)
+            raise ValueError(f"{name}: expected {dims} dimensions as {made}, got shape {list(given.shape)}")
+        if expected.stride is not None and given.stride() != expected.stride:
+            raise ValueError(
+                f"{name}: expected strides {list(expected.stride)} as {made}, as the model looks at them, got"
+                f" {list(given.stride())}"
+            )
+
+    @property
+    def _advice(self) -> str:
+        return "; emit the model for it" if self.made == "exported" else "; capture the model for it"
+
     def _require_sizes(self, expected: TensorInput, given: Tensor, sizes: Mapping[str, int]) -> None:
         for dim, (size, got) in enumerate(zip(expected.shape, given.shape, strict=True)):
             wanted = size if isinstance(size, int) else _value(size, sizes)
@@ -232,23 +265,21 @@ class Contract:
     def _refuse_size(self, where: str, allowed: str, got: str) -> NoReturn:
         batch = " (the batch)" if where.endswith("[0]") else ""
         why = self.fixed_because and f" ({self.fixed_because})"
-        raise ValueError(
-            f"{where}{batch}: expected {allowed} as exported{why}, got {got}; emit the model for that size"
-        )
+        raise ValueError(f"{where}{batch}: expected {allowed} as {self.made}{why}, got {got}{self._advice}")
 
     def _refuse_structure(self, inputs: tuple[Any, ...], structure: pytree.TreeSpec) -> NoReturn:
         wanted, got = self.structure.child(0), structure.child(0)
         if wanted.num_children != got.num_children:
             arguments = ", ".join(self.arguments)
             raise ValueError(
-                f"inputs: expected {wanted.num_children} as exported ({arguments}), got {got.num_children} arguments"
+                f"inputs: expected {wanted.num_children} as {self.made} ({arguments}), got {got.num_children} arguments"
             )
         for i, name in enumerate(self.arguments):
             if wanted.child(i) != got.child(i):
                 raise ValueError(
-                    f"{name}: expected {_spell_spec(wanted.child(i))} as exported, got {_spell_spec(got.child(i))}"
+                    f"{name}: expected {_spell_spec(wanted.child(i))} as {self.made}, got {_spell_spec(got.child(i))}"
                 )
-        raise ValueError(f"inputs: expected the structure {self.structure} as exported, got {structure}")
+        raise ValueError(f"inputs: expected the structure {self.structure} as {self.made}, got {structure}")
 
 
 def argument_names(forward: Callable[..., Any], count: int) -> tuple[str, ...]:
@@ -280,26 +311,6 @@ def _same_value(a: Any, b: Any) -> bool:
     if type(a) is not type(b):
         return False
     return repr(a) == repr(b) if isinstance(a, (float, complex)) else bool(a == b)
-
-
-def _require_form(expected: TensorInput, given: Any) -> None:
-    if not isinstance(given, Tensor):
-        raise ValueError(f"{expected.name}: expected a Tensor as exported, got {type(given).__name__} {given!r:.40}")
-    if given.dtype != expected.dtype:
-        raise ValueError(f"{expected.name}: expected {expected.dtype} as exported, got {given.dtype}")
-    if given.device.type != expected.device:
-        raise ValueError(f"{expected.name}: expected a tensor on {expected.device} as exported, got {given.device}")
-    if given.layout != expected.layout:
-        raise ValueError(f"{expected.name}: expected {expected.layout} as exported, got {given.layout}")
-    if given.dim() != len(expected.shape):
-        raise ValueError(
-            f"{expected.name}: expected {len(expected.shape)} dimensions as exported, got shape {list(given.shape)}"
-        )
-    if expected.stride is not None and given.stride() != expected.stride:
-        raise ValueError(
-            f"{expected.name}: expected strides {list(expected.stride)} as exported, as the model looks at them, got"
-            f" {list(given.stride())}"
-        )
 
 
 def _bind(expected: TensorInput, given: Tensor, sizes: dict[str, int]) -> None:

@@ -13,10 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from kernelpress.contract import (
     LARGEST_SIZE,
@@ -28,7 +26,8 @@ from kernelpress.contract import (
     input_names,
 )
 from kernelpress.guards import Expression, UnknownExpressionError, evaluate, from_sympy, symbols_in
-from kernelpress.untouched import own_tensors, run_apart
+from kernelpress.preserve import own_tensors, run_apart
+from kernelpress.runtime.torch_private import FakeTensor, pytree
 
 __all__ = ["Exported", "TraceError", "exports", "proven"]
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from kernelpress.runtime.torch_private import HigherOrderOperator, OpOverload
+
 __all__ = [
     "has_regions",
     "is_written",
@@ -33,7 +35,7 @@ _UPDATE_STATISTICS = frozenset({aten.batch_norm.default, aten.instance_norm.defa
 
 def regions(graph: Graph) -> list[Node]:
     """The calls of operators on sub-graphs: `cond`, `while_loop`, `map`, regions of `autocast` …"""
-    return [node for node in graph.nodes if isinstance(node.target, torch._ops.HigherOrderOperator)]
+    return [node for node in graph.nodes if isinstance(node.target, HigherOrderOperator)]
 
 
 def has_regions(graph: Graph) -> bool:
@@ -49,7 +51,7 @@ def writes(node: Node) -> bool:
     by the statistics of their input, and update running ones with them."""
     if node.target in _UPDATE_STATISTICS:
         return bool(node.args[3] is not None and node.args[5])
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 def own_writes(module: GraphModule) -> GraphModule:
@@ -95,9 +97,9 @@ def reads_layout(node: Node) -> bool:
     """Whether the result of `node` may depend on the strides of its operands: views that are told strides, sub-graphs
     with views in them, operations that are not PyTorch's."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return target in _LAYOUT_READERS or target.namespace not in _LAYOUT_FREE_NAMESPACES
-    return isinstance(target, torch._ops.HigherOrderOperator)
+    return isinstance(target, HigherOrderOperator)
 
 
 def keep_layouts(graph: Graph) -> None:

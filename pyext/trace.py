@@ -8,13 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from kernelpress.export import TraceError, exports, proven
+from kernelpress.preserve import trainable_tensors
 from kernelpress.regions import has_regions, keep_layouts, own_writes, writes
-from kernelpress.untouched import untouched
+from kernelpress.runtime.torch_private import FakeTensor, OpOverload, pytree
 
 __all__ = ["TraceError", "module_of", "parameter_name", "trace"]
 
@@ -68,7 +67,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
     inputs = tuple(inputs)
     name = type(model).__name__
 
-    with untouched(model), torch.no_grad(), warnings.catch_warnings():
+    with trainable_tensors(model), torch.no_grad(), warnings.catch_warnings():
         # torch.export's own use of a deprecated pytree name.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         _set_eval_mode(model)
@@ -156,7 +155,7 @@ def _mutations(graph: Graph) -> list[Node]:
 def _make_functional(node: Node) -> bool:
     """Replaces an in-place node by its functional twin if nobody else can see the write; says whether it did."""
     target, written = node.target, node.args[0] if node.args else None
-    assert isinstance(target, torch._ops.OpOverload)
+    assert isinstance(target, OpOverload)
     packet, overload = target._schema.name.split("::")[-1], target._overloadname
     twin = getattr(getattr(aten, packet[:-1], None), overload, None) if packet.endswith("_") else None
     if twin is None or target.namespace != "aten" or not isinstance(written, Node):
@@ -192,7 +191,7 @@ def _aliased(node: Node) -> Node | None:
     target = node.target
     if target in _UNDECLARED_ALIASES:
         return node.args[0]  # type: ignore[return-value]
-    if isinstance(target, torch._ops.OpOverload) and any(r.alias_info is not None for r in target._schema.returns):
+    if isinstance(target, OpOverload) and any(r.alias_info is not None for r in target._schema.returns):
         return next((a for a in node.args if isinstance(a, Node)), None)
     return None
 
@@ -203,7 +202,7 @@ def _same_result(twin: Any, node: Node) -> bool:
     def value(n: Node) -> Any:
         return n.meta["val"]
 
-    expected = node.meta["val"]
+    expected = node.meta.get("val")  # a write back to a buffer has none
     if not isinstance(expected, FakeTensor):
         return False
     args, kwargs = torch.fx.map_arg(node.args, value), torch.fx.map_arg(node.kwargs, value)

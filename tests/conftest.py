@@ -13,7 +13,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, as torch does below kernelpress
 
-from hypothesis import settings
+from hypothesis import register_random, settings
 from simt.fixtures import emulated_cuda, simt  # noqa: F401 - fixtures
 
 from kernelpress import native
@@ -33,6 +33,24 @@ SEED = int(os.environ.get("KERNELPRESS_TEST_SEED", "0"))
 # Machines are shared and a kernel's first call packs its weights: the time of one example says nothing.
 settings.register_profile("kernelpress", deadline=None, print_blob=True)
 settings.load_profile("kernelpress")
+
+
+class TorchRandom:
+    """Torch's generator as hypothesis manages those of Python and NumPy: what an example draws from it follows from the
+    example, and with `st.random_module()` from a seed that the example draws."""
+
+    def seed(self, seed: int) -> None:
+        torch.default_generator.manual_seed(seed)
+
+    def getstate(self) -> torch.Tensor:
+        return torch.default_generator.get_state()
+
+    def setstate(self, state: torch.Tensor) -> None:
+        torch.default_generator.set_state(state)
+
+
+TORCH_RANDOM = TorchRandom()
+register_random(TORCH_RANDOM)
 
 KERNEL_THREADS = 2
 """On one thread no loop is split."""

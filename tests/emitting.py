@@ -12,6 +12,7 @@ import kernelpress as kp
 from kernelpress import native
 from kernelpress.emit import Candidate, EmittedModel
 from kernelpress.emit.evaluate import Cost
+from kernelpress.runtime.torch_private import BatchNorm
 
 FUSED_BACKENDS = ["reference", "cpu"] if native.cpu() is not None else ["reference"]
 
@@ -41,7 +42,7 @@ def ops_of(emitted: EmittedModel) -> list[str]:
 def randomize(model: nn.Module) -> nn.Module:
     """Gives BatchNorm layers statistics and weights that matter; eval mode."""
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, BatchNorm):
             nn.init.normal_(module.running_mean, std=0.2)
             nn.init.uniform_(module.running_var, 0.5, 1.5)
             nn.init.uniform_(module.weight, 0.5, 1.5)

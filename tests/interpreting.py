@@ -1,8 +1,9 @@
 """Triton kernels without a GPU: the backend "triton" on Triton's interpreter, in tiles of a test's choice.
 
-The interpreter of Triton 3.9 keeps bfloat16 as integers and multiplies them as such in `tl.dot` (and in any arithmetic
-that is not of float32, which kernels therefore avoid), and cuts off what it should round to it; and each call of a
-device function patches the language anew, which takes 5 ms. All of it is mended here.
+The interpreter of Triton 3.6 to 3.9 keeps bfloat16 as integers and multiplies them as such in `tl.dot` (and in any
+arithmetic that is not of float32, which kernels therefore avoid), and cuts off what it should round to it; each call of
+a device function patches the language anew, which takes 5 ms; and that of 3.6 makes indices of arrays in a way that
+NumPy refuses from 2.4 on. All of it is mended here.
 
 Programs run in a random order, as on a GPU, so that two that write the same value differently are seen; and outputs are
 NaN, or the largest integer, before they are written.
@@ -24,11 +25,11 @@ if importlib.util.find_spec("triton") is None:
 
 import triton.language as tl
 from torch import Tensor
-from triton.runtime import interpreter
 
 from kernelpress.kernels.triton.launch import Configuration, Device
 from kernelpress.ops import registry, triton
 from kernelpress.ops.checks import TensorSpec
+from kernelpress.runtime import triton_private
 
 __all__ = ["H200", "INTERPRETED", "interpreted_triton", "run_triton"]
 
@@ -36,12 +37,13 @@ H200 = Device("H200", 90, 132, 227 * 1024)
 
 INTERPRETED = triton.Target("cpu", lambda index: None, lambda index: H200, lambda index: nullcontext())
 
+interpreter: Any = triton_private.interpreter()
 
 _called: set[Any] = set()
 _call = interpreter.InterpretedFunction.__call__
 
 
-def _call_patched(function: interpreter.InterpretedFunction, *arguments: Any, **keywords: Any) -> Any:
+def _call_patched(function: Any, *arguments: Any, **keywords: Any) -> Any:
     """A device function. Its kernel patched the language; what only Triton's own library sees stays as the first call
     left it."""
     if function.fn in _called:
@@ -50,7 +52,7 @@ def _call_patched(function: interpreter.InterpretedFunction, *arguments: Any, **
     return _call(function, *arguments, **keywords)
 
 
-def _widened(t: interpreter.TensorHandle) -> interpreter.TensorHandle:
+def _widened(t: Any) -> Any:
     if t.dtype.scalar != tl.bfloat16:
         return t
     return interpreter.TensorHandle((t.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
@@ -71,6 +73,14 @@ _dot = interpreter.InterpreterBuilder.create_dot
 
 def _dot_of_widened(builder: Any, a: Any, b: Any, *others: Any) -> Any:
     return _dot(builder, _widened(a), _widened(b), *others)
+
+
+_patch_tensor = getattr(interpreter, triton_private.PATCH_OF_TENSORS)
+
+
+def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda t: t.handle.data.item())
 
 
 _set_grid_dim = interpreter.InterpreterBuilder.set_grid_dim
@@ -100,7 +110,8 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Sends the backend "triton" to the interpreter, where it takes CPU tensors."""
     if torch.cuda.is_available():
         pytest.skip("Triton's interpreter is chosen where there is no GPU; tests/test_ops_on_cuda.py runs them")
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", _call_patched)
+    monkeypatch.setattr(Any, "__call__", _call_patched)
+    monkeypatch.setattr(interpreter, triton_private.PATCH_OF_TENSORS, _patch_tensor_and_index)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", _dot_of_widened)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast_to_nearest)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_dim", _draw_order)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelpress import native
+from kernelpress.files import cache_folder
 from kernelpress.kernels import reference
 from kernelpress.ops import registry
 from kernelpress.ops.layout import PIXELS
@@ -16,43 +17,53 @@ from kernelpress.ops.layout import PIXELS
 RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest ‖out − ref‖ / ‖ref‖, by the dtype computed in."""
 
+BUILT = cache_folder() / "tests"
+"""What is slow to build and known again by the content of all that it is made from; read before tests move the rest."""
+
 Maker = Callable[..., Tensor]
 
 
-def relative_error(out: Tensor, expected: Tensor) -> float:
-    """‖out − expected‖ / ‖expected‖, in float64."""
+def relative_error(out: Tensor, expected: Tensor, terms: Tensor | None = None) -> float:
+    """‖out − expected‖ / ‖expected‖, in float64.
+
+    Where the terms of a sum cancel, its rounding error is relative to them: with `terms`, what the absolute values of
+    all tensors give, ‖expected‖ counts as at least a tenth of theirs.
+    """
     out, expected = out.detach().double(), expected.detach().double()
-    return float((out - expected).norm() / expected.norm().clamp_min(1e-30))
+    least = 1e-30 if terms is None else max(0.1 * float(terms.norm()), 1e-30)
+    return float((out - expected).norm() / expected.norm().clamp_min(least))
 
 
-def assert_close(out: Tensor, expected: Tensor, least_norm: float = 0.0) -> None:
-    """Shape equal, and the error, relative to ‖expected‖ or `least_norm`, within the bound of `out`'s dtype."""
+def assert_close(out: Tensor, expected: Tensor, terms: Tensor | None = None) -> None:
+    """Shape equal, and the relative error, with these terms of sums, within the bound of `out`'s dtype."""
     assert tuple(out.shape) == tuple(expected.shape)
     assert not out.isnan().any() or expected.isnan().any(), "NaN where the reference has none"
-    error = relative_error(out, expected)
-    norm = float(expected.detach().double().norm())
-    if norm < least_norm:
-        error *= norm / least_norm
+    error = relative_error(out, expected, terms)
     assert error <= RELATIVE_ERROR[out.dtype], f"relative error {error:.2e}"
 
 
+def exact(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """In float64; integers stay what they are."""
+    return [t.detach().double() if t is not None and t.is_floating_point() else t for t in tensors]
+
+
+def absolute(tensors: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The absolute values of what a sum is made of."""
+    return [None if t is None else t.abs() for t in tensors]
+
+
 def expected_output(op: str, tensors: Sequence[Tensor | None], **options: Any) -> Tensor:
-    """The reference in float64; integers stay what they are."""
-    exact = [t.double() if t is not None and t.is_floating_point() else t for t in tensors]
-    return getattr(reference, op)(*exact, **options)
+    """The reference in float64."""
+    return getattr(reference, op)(*exact(tensors), **options)
 
 
 def assert_matches(op: str, tensors: Sequence[Tensor | None], options: dict[str, Any], *outputs: Tensor) -> None:
-    """All outputs close to the reference in float64.
-
-    Where the terms of a sum cancel, its rounding error is relative to them: the norm counts as at least a tenth of what
-    the absolute values of all tensors give.
-    """
+    """All outputs close to the reference in float64, cancellation accounted for."""
     expected = expected_output(op, tensors, **options)
     linear = {name: "identity" if name.endswith("activation") else value for name, value in options.items()}
-    magnitude = expected_output(op, [None if t is None else t.abs() for t in tensors], **linear)
+    terms = expected_output(op, absolute(tensors), **linear)
     for out in outputs:
-        assert_close(out, expected, 0.1 * float(magnitude.norm()))
+        assert_close(out, expected, terms)
 
 
 def contiguous(*shape: int) -> Tensor:
@@ -128,5 +139,5 @@ def run_compiled(module: nn.Module, x: Tensor) -> tuple[Tensor, list[str]]:
         called.extend(called_functions(graph.graph))
         return graph
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return torch.compile(module, backend=backend, fullgraph=True)(x), called

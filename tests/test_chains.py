@@ -73,9 +73,10 @@ def native_plan(x, calls, residual):
     batch=st.sampled_from([1, 3]),
     residual=st.booleans(),
     contiguous=st.booleans(),
+    seeds=st.random_module(),
 )
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_chain_computes_what_its_layers_do(cpu_variant, layers, stem, size, batch, residual, contiguous):
+def test_a_chain_computes_what_its_layers_do(cpu_variant, layers, stem, size, batch, residual, contiguous, seeds):
     c = 3
     x = torch.randn(batch, c, *size)
     if not (stem and contiguous):

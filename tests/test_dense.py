@@ -46,8 +46,8 @@ def convolutions(draw: st.DrawFn) -> dict:
 
 
 @many
-@given(case=convolutions())
-def test_conv2d_of_any_geometry_writes_its_channels_only(cpu_variant: str, case: dict) -> None:
+@given(case=convolutions(), seeds=st.random_module())
+def test_conv2d_of_any_geometry_writes_its_channels_only(cpu_variant: str, case: dict, seeds: object) -> None:
     x = case["make"](case["batch"], case["c_in"], *case["size"])
     weight = torch.randn(case["c_out"], case["c_in"], *case["kernel"])
     bias, scale = torch.randn(case["c_out"]), torch.rand(case["c_out"]) + 0.5
@@ -69,6 +69,7 @@ def test_conv2d_of_any_geometry_writes_its_channels_only(cpu_variant: str, case:
     activation=st.sampled_from(ACTIVATIONS),
     parts=st.tuples(*[st.booleans()] * 4),
     make=st.sampled_from(MAKERS),
+    seeds=st.random_module(),
 )
 def test_pointwise_of_any_size(
     cpu_variant: str,
@@ -79,6 +80,7 @@ def test_pointwise_of_any_size(
     activation: str,
     parts: tuple[bool, ...],
     make: Maker,
+    seeds: object,
 ) -> None:
     given = (torch.randn(c_out), torch.rand(c_out) + 0.5, make(batch, c_out, *size), torch.rand(batch, c_in))
     tensors = [make(batch, c_in, *size), torch.randn(c_out, c_in, 1, 1)]

@@ -46,8 +46,8 @@ def depthwise_convolutions(draw: st.DrawFn) -> dict:
 
 
 @many
-@given(case=depthwise_convolutions())
-def test_depthwise_of_any_geometry_writes_its_channels_only(cpu_variant: str, case: dict) -> None:
+@given(case=depthwise_convolutions(), seeds=st.random_module())
+def test_depthwise_of_any_geometry_writes_its_channels_only(cpu_variant: str, case: dict, seeds: object) -> None:
     x = case["make"](case["batch"], case["channels"], *case["size"])
     c_out = case["channels"] * case["multiplier"]
     has_bias, has_scale, has_residual = case["parts"]

@@ -13,7 +13,6 @@ import torch
 from emitting import FUSED_BACKENDS, emit_fused, randomize
 from support import assert_close
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernelpress as kp
@@ -21,6 +20,7 @@ from kernelpress import native, ops
 from kernelpress.emit import EmittedModel
 from kernelpress.emit.direct import Direct
 from kernelpress.ops import bound, prepared, registry
+from kernelpress.runtime.torch_private import OpOverload, TorchDispatchMode, neg_view
 
 
 class Net(nn.Module):
@@ -81,7 +81,7 @@ def test_no_call_goes_through_the_dispatcher(pair: tuple[EmittedModel, nn.Module
     overloads = {n.target for n in emitted.body.graph.nodes if getattr(n.target, "namespace", "") == "kernelpress"}
     code = Direct.of(emitted.body).forward.__globals__
     assert overloads
-    assert overloads.isdisjoint(value for value in code.values() if isinstance(value, torch._ops.OpOverload))
+    assert overloads.isdisjoint(value for value in code.values() if isinstance(value, OpOverload))
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_nan_and_bad_inputs(pair: tuple[EmittedModel, nn.Module]) -> None:
         emitted(torch.randn(2, 4, 6, 6))
     with pytest.raises(TypeError, match="dtype"):
         emitted(x.double())
-    negative = torch._neg_view(image())
+    negative = neg_view(image())
     assert torch.equal(emitted(negative), emitted(negative.clone().contiguous()))
 
 

@@ -1,6 +1,5 @@
 """Emission of the grouped, ghost, sparse and int8 families: what is recognised in models of other people's making."""
 
-import importlib
 import subprocess
 import sys
 
@@ -16,9 +15,10 @@ from kernelpress.emit.canonical import canonicalize
 from kernelpress.emit.evaluate import INT8_TOLERANCE, evaluate, relative_error
 from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
+from kernelpress.runtime.torch_private import define_quantized_ops
 from kernelpress.trace import trace
 
-importlib.import_module("torch.ao.quantization.fx._decomposed")
+define_quantized_ops()
 quantized = torch.ops.quantized_decomposed
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -298,14 +297,27 @@ def test_model_without_parameters_and_loaders_without_batches_are_refused() -> N
 
 
 WORKER = """
-import json, sys
+import atexit, json, os, sys
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 import torch.distributed as distributed
 from kernelpress import compress
 
+folder, is_caller_s = sys.argv[1], sys.argv[2] == "the caller"
+
+def at_the_end():
+    threads = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    record.update(connected=distributed.is_initialized(), working=sum("gloo" in name for name in threads))
+    with open(f"{folder}/{rank}.json", "w") as file:
+        json.dump(record, file)
+    if is_caller_s:
+        os._exit(0)
+
+atexit.register(at_the_end)
 torch.set_num_threads(1)
+if is_caller_s:
+    distributed.init_process_group("gloo")
 generator = torch.Generator().manual_seed(1)
 images = torch.randn(37, 6, generator=generator)
 targets = (images[:, :3]).argmax(dim=1)
@@ -313,40 +325,32 @@ torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3))
 loader = DataLoader(TensorDataset(images, targets), batch_size=4, shuffle=True)
 ordered = DataLoader(TensorDataset(images, targets), batch_size=4)
-result = compress.finetune(
-    model, loader, epochs=12, lr=0.1, val_loader=ordered, checkpoint_dir=sys.argv[1], progress=False
-)
+for epochs in (1, 12):
+    result = compress.finetune(model, loader, epochs=epochs, lr=0.1, val_loader=ordered,
+                               checkpoint_dir=f"{folder}/{epochs}", progress=False)
+rank = distributed.get_rank()
 whole = (model(images).argmax(dim=1) == targets).sum().item() / 37
 record = {"processes": distributed.get_world_size(), "accuracy": result.history[-1].accuracy, "whole": whole,
           "shared": compress.evaluate(model, ordered), "loss": result.history[-1].loss,
           "checksum": sum(value.double().sum().item() for value in model.state_dict().values())}
-with open(f"{sys.argv[1]}/{distributed.get_rank()}.json", "w") as file:
-    json.dump(record, file)
-distributed.destroy_process_group()
 """
 
 
-@pytest.fixture
-def worker_script(tmp_path: Path) -> Iterator[Path]:
+@pytest.mark.parametrize("maker", ["the training", "the caller"])
+def test_two_processes_train_one_model_and_a_group_is_ended_by_who_made_it(tmp_path: Path, maker: str) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    return script
-
-
-def test_two_processes_train_one_model_and_share_the_evaluation(tmp_path: Path, worker_script: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     # A session of its own, so that a hang ends the workers as well as their launcher.
     run = subprocess.Popen(
-        [*launcher, str(worker_script), str(tmp_path)],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, tmp_path, maker],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
         start_new_session=True,
     )
     try:
-        printed, _ = run.communicate(timeout=120)
+        printed, _ = run.communicate(timeout=240)
     except subprocess.TimeoutExpired:
         os.killpg(run.pid, signal.SIGKILL)
         raise
@@ -356,8 +360,10 @@ def test_two_processes_train_one_model_and_share_the_evaluation(tmp_path: Path, 
     assert first["processes"] == 2
     assert first["accuracy"] == first["whole"] == first["shared"]
     assert first["whole"] > 0.8
-    settings = read_record(tmp_path / CHECKPOINT_NAME)["settings"]
+    settings = read_record(tmp_path / "12" / CHECKPOINT_NAME)["settings"]
     assert settings["steps_per_epoch"] == 5, "37 images in 10 batches of 4, shared by two"
+    assert first["connected"] == (maker == "the caller")
+    assert (first["working"] > 0) == (maker == "the caller"), "a thread of the group lives on as the interpreter ends"
 
 
 def test_weights_come_back_in_the_layout_they_had() -> None:

@@ -3,8 +3,10 @@ replaced by stand-ins that note what is asked of them."""
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -16,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from emitting import prefer
+from emitting import FUSED_BACKENDS, prefer
 from torch import Tensor, nn
 
 import kernelpress as kp
+from kernelpress import ops
 from kernelpress.cuda_graph import Recording, record
 from kernelpress.emit import cuda_plan, evaluate, pipeline, plan
 from kernelpress.emit.cuda_plan import CudaPlan
@@ -53,10 +56,10 @@ class FakeCuda:
             "synchronize": lambda device=None: self.log.append("synchronize"),
             "memory_reserved": lambda device: 1 << 20,
             "get_device_properties": lambda device: SimpleNamespace(L2_cache_size=1 << 10),
-            "_sleep": lambda cycles: self.log.append("sleep"),
         }
         for name, stand_in in replaced.items():
             patch.setattr(torch.cuda, name, stand_in)
+        patch.setattr(device_clock, "sleep", lambda cycles: self.log.append("sleep"))
         return self
 
     def within(self, what: str) -> Any:
@@ -300,11 +303,11 @@ class TestCudaPlan:
     @pytest.mark.parametrize(
         ("inputs", "message"),
         [
-            ((torch.zeros(1, 3, 6, 5), torch.zeros(1)), r"inputs\[0\]: expected shape \[2, 3, 6, 5\] as captured"),
-            ((torch.zeros(2, 3, 6, 5).half(), torch.zeros(1)), r"inputs\[0\]: expected dtype torch.float32"),
-            ((torch.zeros(2, 3, 6, 5), torch.zeros(1, device="meta")), r"inputs\[1\]: expected a tensor on the CPU"),
-            ((torch.zeros(2, 3, 6, 5), 1.0), r"inputs\[1\]: expected a Tensor, got float"),
-            ((torch.zeros(2, 3, 6, 5),), "inputs: expected the structure"),
+            ((torch.zeros(1, 3, 6, 5), torch.zeros(1)), r"x\.shape\[0\] .*: expected 2 as captured, got 1"),
+            ((torch.zeros(2, 3, 6, 5).half(), torch.zeros(1)), r"x: expected torch.float32 as captured"),
+            ((torch.zeros(2, 3, 6, 5), torch.zeros(1, device="meta")), r"scale: expected a tensor on cpu"),
+            ((torch.zeros(2, 3, 6, 5), 1.0), r"scale: expected a Tensor as captured, got float"),
+            ((torch.zeros(2, 3, 6, 5),), r"inputs: expected 2 as captured \(x, scale\), got 1"),
         ],
     )
     def test_other_inputs_are_refused(self, small: tuple[Any, CudaPlan], inputs: Any, message: str) -> None:
@@ -320,16 +323,58 @@ class TestCudaPlan:
         assert captured.arena_bytes == 512
         assert repr(captured) == f"CudaPlan(0 native steps, {len(captured)} torch steps, pool of 512 bytes)"
 
-    def test_what_was_packed_stays_although_the_ops_forget_it(self, small: tuple[Any, CudaPlan]) -> None:
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda p: p.mul_(2),
+            lambda p: p.data.mul_(2),
+            lambda p: setattr(p, "data", torch.zeros_like(p)),
+            lambda p: p.share_memory_(),
+        ],
+        ids=["in place", "through .data", "other .data", "share_memory"],
+    )
+    def test_it_keeps_the_captured_weights_although_model_and_ops_forget_them(
+        self, small: tuple[Any, CudaPlan], change: Callable[[Tensor], object]
+    ) -> None:
         emitted, captured = small
-        x, scale = torch.randn(2, 3, 6, 5), torch.ones(1)
-        expected = captured(x, scale)["map"]
-        prepared.clear()
-        for parameter in emitted.body.parameters():
-            parameter.data = torch.zeros_like(parameter)
+        given = torch.randn(2, 3, 6, 5), torch.ones(1)
+        expected = captured(*given)["map"]
+        with torch.no_grad():
+            prepared.clear()
+            for parameter in emitted.body.parameters():
+                change(parameter)
         assert len(captured._layers._runs) == 1
-        assert any(t.abs().sum() > 0 for t in captured._constants), "the weights it was captured with"
-        assert expected.abs().sum() > 0
+        assert torch.equal(captured(*given)["map"], expected)
+        again = kp.capture(emitted, *given)
+        torch.testing.assert_close(again(*given)["map"], emitted(*given)["map"])
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda plan: pickle.loads(pickle.dumps(plan))])
+    def test_copies_are_captured_again(self, small: tuple[Any, CudaPlan], copied: Callable[[Any], Any]) -> None:
+        emitted, captured = small
+        same, given = copied(captured), (torch.randn(2, 3, 6, 5), torch.randn(1))
+        assert isinstance(same, CudaPlan)
+        assert torch.equal(same(*given)["map"], captured(*given)["map"])
+        with torch.no_grad():
+            emitted.body.get_parameter("conv.bias").add_(1)
+        with pytest.raises(TypeError, match="plan: cannot be copied or pickled"):
+            copied(captured)
+
+    def test_weights_that_the_graph_computes_are_computed_at_each_call(
+        self, cuda: FakeCuda, small: tuple[Any, CudaPlan]
+    ) -> None:
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.weight = nn.Parameter(torch.randn(8, 3, 1, 1))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return ops.pointwise_conv2d(x, self.weight * x.mean(), backend=FUSED_BACKENDS[-1])
+
+        model = Scaled().eval().requires_grad_(False)
+        captured = kp.capture(kp.emit(model, torch.randn(2, 3, 6, 5), progress=False), torch.randn(2, 3, 6, 5))
+        for _ in range(2):
+            x = torch.randn(2, 3, 6, 5)
+            torch.testing.assert_close(captured(x), model(x))
 
     def test_the_last_call_is_waited_for_before_the_memory_goes(
         self, small: tuple[Any, CudaPlan], cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch

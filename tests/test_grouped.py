@@ -54,8 +54,8 @@ def grouped_convolutions(draw: st.DrawFn) -> dict[str, Any]:
 
 @pytest.mark.parametrize("backend", ["reference", "onednn"])
 @settings(max_examples=40)
-@given(case=grouped_convolutions())
-def test_grouped_of_any_geometry(backend: str, case: dict[str, Any]) -> None:
+@given(case=grouped_convolutions(), seeds=st.random_module())
+def test_grouped_of_any_geometry(backend: str, case: dict[str, Any], seeds: object) -> None:
     c_out, (has_bias, has_scale, has_residual) = case["c_out"], case["parts"]
     tensors = [
         case["make"](2, case["channels"], *case["size"]),

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernelpress import native, ops
 from kernelpress.ops import packing, prepared, registry
 from kernelpress.ops.checks import one_floating_dtype
+from kernelpress.runtime.torch_private import neg_view
 
 
 def example(op: str, dtype: torch.dtype = torch.float32) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -188,7 +189,7 @@ def test_symbolic_height_and_width(op: str) -> None:
 
 @every_op
 def test_torch_compile_takes_the_typed_functions(op: str) -> None:
-    torch._dynamo.reset()  # every op compiles this one lambda: together they pass the limit of recompilations
+    torch.compiler.reset()  # every op compiles this one lambda: together they pass the limit of recompilations
     tensors, options = example(op)
     compiled = torch.compile(lambda *t: getattr(ops, op)(*t, **options), fullgraph=True, backend="aot_eager")
     assert_close(compiled(*tensors), getattr(ops, op)(*tensors, **options))
@@ -404,8 +405,8 @@ def test_calls_of_other_dtype_or_shape_are_checked_after_a_good_one() -> None:
 
 
 def test_tensors_with_a_negative_bit_are_resolved() -> None:
-    x = torch._neg_view(channels_last(1, 4, 3, 3))
-    weight, bias = torch._neg_view(torch.randn(6, 4, 1, 1)), torch._neg_view(torch.randn(6))
+    x = neg_view(channels_last(1, 4, 3, 3))
+    weight, bias = neg_view(torch.randn(6, 4, 1, 1)), neg_view(torch.randn(6))
     resolved = tuple(t.resolve_neg().clone() for t in (x, weight, bias))
     assert_close(ops.pointwise_conv2d(x, weight, bias), expected_output("pointwise_conv2d", resolved))
 

@@ -169,11 +169,11 @@ def test_a_chain_needs_room_for_two():
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (torch.zeros(3, 3, 17, 15), r"inputs\[0\].*shape \[2, 3, 17, 15\].*\[3, 3, 17, 15\]"),
-        (torch.zeros(2, 3, 17, 15, dtype=torch.float64), r"inputs\[0\].*float32.*float64"),
-        (torch.zeros(2, 3, 17, 15, device="meta"), r"inputs\[0\].*CPU.*meta"),
-        ("image", r"inputs\[0\].*Tensor.*str"),
-        ([torch.zeros(2, 3, 17, 15)], "structure"),
+        (torch.zeros(3, 3, 17, 15), r"input\.shape\[0\] .*expected 2 as captured, got 3 in \[3, 3, 17, 15\]"),
+        (torch.zeros(2, 3, 17, 15, dtype=torch.float64), r"input: .*float32.*float64"),
+        (torch.zeros(2, 3, 17, 15, device="meta"), r"input: .*cpu.*meta"),
+        ("image", r"input: .*Tensor.*str"),
+        ([torch.zeros(2, 3, 17, 15)], "input: expected one value as captured, got a list of 1"),
     ],
     ids=["shape", "dtype", "device", "type", "structure"],
 )
@@ -197,7 +197,7 @@ def test_numbers_among_the_inputs_are_part_of_what_is_captured():
     emitted = emit(Scaled(), (x, 3))
     plan = kp.capture(emitted, x, 3)
     torch.testing.assert_close(plan(x, 3), emitted(x, 3))
-    with pytest.raises(ValueError, match=r"factor: expected 3 .*got 4"):
+    with pytest.raises(ValueError, match=r"factor: expected 3 as captured, got 4"):
         plan(x, 4)
 
 

@@ -13,12 +13,12 @@ from emitting import emit_fused, randomize
 from support import assert_close, channels_last, expected_output
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernelpress import native, ops
 from kernelpress.emit import direct
 from kernelpress.ops import bound, bound_python, prepared, registry
 from kernelpress.ops.snapshot import Snapshot
+from kernelpress.runtime.torch_private import TensorBase, TorchDispatchMode, efficient_zero_tensor, neg_view
 
 recalls_natively = pytest.mark.skipif(
     not native.load().reads_tensors, reason="no native module, or a torch that publishes no DLPack exchange"
@@ -89,7 +89,7 @@ CHANGES: dict[str, Callable[[Recall], object]] = {
     "x a channel slice": lambda c: setattr(c, "x", channels_last(2, 9, 3, 4)[:, 2:8]),
     "x of no element": lambda c: setattr(c, "x", channels_last(0, 6, 3, 4)),
     "x of a subclass": lambda c: setattr(c, "x", c.x.as_subclass(Subclass)),
-    "x with a negative bit": lambda c: setattr(c, "x", torch._neg_view(c.x)),
+    "x with a negative bit": lambda c: setattr(c, "x", neg_view(c.x)),
     "x wants a gradient": lambda c: c.x.requires_grad_(),
     "weight wants a gradient": lambda c: c.weight.requires_grad_(),
     "weight written to": lambda c: c.weight.mul_(2),
@@ -168,7 +168,7 @@ def test_transforms_see_every_call(call: Recall) -> None:
 @recalls_natively
 def test_a_tensor_without_memory_is_not_recalled(call: Recall) -> None:
     """Its address is null, and a kernel would read there."""
-    zeros = torch._efficientzerotensor(2, 6, 3, 4)
+    zeros = efficient_zero_tensor(2, 6, 3, 4)
     table, snapshot = native.cpu().CallTable((0,)), Snapshot((None, call.weight))
     assert table.remember((zeros, call.weight), (), "auto", len, snapshot) is None
     assert table((zeros, call.weight), (), "auto") is None
@@ -219,7 +219,7 @@ def test_kernels_run_where_torch_publishes_no_exchange() -> None:
     operator = registry.operator("pointwise_conv2d")
     tensors = (x, weight, None, None, None, None)
     try:
-        assert not module.read_tensors(torch._C.TensorBase, nn.Parameter, torch.is_grad_enabled)
+        assert not module.read_tensors(TensorBase, nn.Parameter, torch.is_grad_enabled)
         for _ in range(2):
             assert prepared.attempt(operator, tensors, ("identity",), "cpu") is None
             y = ops.pointwise_conv2d(x, weight, backend="cpu")
@@ -281,7 +281,7 @@ def test_bound_calls_take_what_comes(bound_types: Any) -> None:
     call.remember(watch.epoch, (0,), (x, None), lambda tensors: tensors[0] * 2)
     assert torch.equal(call(x), x * 2)
     assert torch.equal(call(x.clone()), x * 2)
-    others = [x.double(), x[:, :5], x.contiguous(), torch._neg_view(x), x.as_subclass(Subclass), x.to("meta")]
+    others = [x.double(), x[:, :5], x.contiguous(), neg_view(x), x.as_subclass(Subclass), x.to("meta")]
     assert [call(t) for t in others] == ["renewed"] * len(others)
     prepared.clear()
     assert watch.look()

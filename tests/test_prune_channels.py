@@ -443,14 +443,14 @@ class _Between(nn.Module):
     [
         (lambda y: y[:, :8], 8, "slice takes channels at fixed positions"),
         (lambda y: y.split(4, 1)[1], 4, "split takes channels at fixed positions"),
-        (lambda y: F.pixel_shuffle(y, 2), 4, "pixel_shuffle is not understood"),
-        (lambda y: F.group_norm(y, 4), 16, "group_norm is not understood"),
+        (lambda y: F.unfold(y, 1).unflatten(2, (8, 8)), 16, "im2col is not understood"),
+        (lambda y: F.normalize(y, dim=1), 16, "linalg_vector_norm is not understood"),
         (lambda y: y.softmax(1), 16, "softmax normalises over channels"),
         (lambda y: y * y.mean(1, keepdim=True), 16, "mean reduces over channels"),
         (lambda y: y.view(y.size(0), 16, 8, 8), 16, "view reshapes channels"),
         (lambda y: y + torch.arange(16.0).view(1, 16, 1, 1), 16, "combines them with channels that stay"),
     ],
-    ids=["slice", "split", "pixel_shuffle", "group_norm", "softmax", "mean", "literal view", "constant"],
+    ids=["slice", "split", "unfold", "normalize", "softmax", "mean", "literal view", "constant"],
 )
 def test_channels_that_cannot_be_followed_stay_with_a_reason(
     operation: Callable[[Tensor], Tensor], channels: int, reason: str

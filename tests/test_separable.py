@@ -64,8 +64,8 @@ def biases_of(case: dict, *sizes: int) -> list:
 
 
 @many
-@given(case=blocks())
-def test_separable_of_any_geometry_writes_its_channels_only(cpu_variant: str, case: dict) -> None:
+@given(case=blocks(), seeds=st.random_module())
+def test_separable_of_any_geometry_writes_its_channels_only(cpu_variant: str, case: dict, seeds: object) -> None:
     channels, c_out = case["hidden"], case["c_out"]
     depthwise_bias, pointwise_bias = biases_of(case, channels, c_out)
     tensors = [
@@ -76,9 +76,9 @@ def test_separable_of_any_geometry_writes_its_channels_only(cpu_variant: str, ca
 
 
 @many
-@given(case=blocks(), expand_activation=st.sampled_from(ACTIVATIONS))
+@given(case=blocks(), expand_activation=st.sampled_from(ACTIVATIONS), seeds=st.random_module())
 def test_inverted_residual_of_any_geometry_writes_its_channels_only(
-    cpu_variant: str, case: dict, expand_activation: str
+    cpu_variant: str, case: dict, expand_activation: str, seeds: object
 ) -> None:
     c_in, hidden, c_out = case["c_in"], case["hidden"], case["c_out"]
     expand_bias, depthwise_bias, project_bias = biases_of(case, hidden, hidden, c_out)
@@ -95,6 +95,7 @@ def test_inverted_residual_of_any_geometry_writes_its_channels_only(
     stem_activation=st.sampled_from(ACTIVATIONS),
     stem_kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
     stem_stride=st.sampled_from([(1, 1), (2, 2), (1, 3)]),
+    seeds=st.random_module(),
 )
 def test_separable_stem_of_any_geometry_writes_its_channels_only(
     cpu_variant: str,
@@ -102,6 +103,7 @@ def test_separable_stem_of_any_geometry_writes_its_channels_only(
     stem_activation: str,
     stem_kernel: tuple[int, int],
     stem_stride: tuple[int, int],
+    seeds: object,
 ) -> None:
     c_in, hidden, c_out = case["c_in"] % 5 + 1, case["hidden"], case["c_out"]
     options = {name: value for name, value in case["options"].items() if name != "dilation"}
@@ -161,8 +163,9 @@ def test_an_empty_batch_gives_an_empty_output(backend: str) -> None:
 @given(
     shape=st.tuples(st.integers(1, 3), st.sampled_from([1, 7, 16, 33, 100]), st.integers(1, 12), st.integers(1, 12)),
     make=st.sampled_from(MAKERS),
+    seeds=st.random_module(),
 )
-def test_global_average_of_any_shape(cpu_variant: str, shape: tuple[int, ...], make: Maker) -> None:
+def test_global_average_of_any_shape(cpu_variant: str, shape: tuple[int, ...], make: Maker, seeds: object) -> None:
     x = make(*shape)
     outputs = [ops.global_avg_pool2d(x, backend="cpu")]
     if make in in_place:
@@ -178,6 +181,7 @@ def test_global_average_of_any_shape(cpu_variant: str, shape: tuple[int, ...], m
     extra=st.tuples(st.integers(0, 9), st.integers(0, 9)),
     channels=st.sampled_from([1, 7, 16, 33]),
     make=st.sampled_from(MAKERS),
+    seeds=st.random_module(),
 )
 def test_max_pool_of_any_geometry_is_exact(
     cpu_variant: str,
@@ -187,6 +191,7 @@ def test_max_pool_of_any_geometry_is_exact(
     extra: tuple[int, int],
     channels: int,
     make: Maker,
+    seeds: object,
 ) -> None:
     x = make(2, channels, kernel[0] + extra[0], kernel[1] + extra[1])
     x -= 3.0

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import MAKERS, assert_close, channels_last, relative_error
+from support import MAKERS, absolute, assert_close, channels_last, exact, relative_error
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -139,6 +139,7 @@ sizes = st.sampled_from([1, 2, 3, 5, 8, 17])
     density=st.sampled_from([0.0, 0.3, 1.0]),
     activation=st.sampled_from(ACTIVATIONS),
     parts=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    seeds=st.random_module(),
 )
 def test_sparse_matmul_is_linear_with_the_dense_weight(
     rows: list[int],
@@ -148,6 +149,7 @@ def test_sparse_matmul_is_linear_with_the_dense_weight(
     density: float,
     activation: str,
     parts: tuple[bool, bool, bool],
+    seeds: object,
 ) -> None:
     weight, x = random_weight(c_out, c_in, block, density), torch.randn(*rows, c_in)
     bias, scale = (torch.rand(c_out) + 0.5 if part else None for part in parts[:2])
@@ -155,9 +157,15 @@ def test_sparse_matmul_is_linear_with_the_dense_weight(
     out = ops.sparse_matmul(
         x, *arguments(weight), bias, scale, residual, out_features=c_out, activation=activation, backend="reference"
     )
-    expected = F.linear(x.double(), weight.to_dense().double())
-    expected = expected * (1 if scale is None else scale.double()) + (0 if bias is None else bias.double())
-    assert_close(out, activate(expected + (0 if residual is None else residual.double()), activation), 1e-2)
+    tensors = [x, weight.to_dense(), bias, scale, residual]
+    assert_close(out, activate(dense_matmul(*exact(tensors)), activation), dense_matmul(*exact(absolute(tensors))))
+
+
+def dense_matmul(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, residual: Tensor | None
+) -> Tensor:
+    scaled = F.linear(x, weight) * (1 if scale is None else scale)
+    return scaled + (0 if bias is None else bias) + (0 if residual is None else residual)
 
 
 @settings(max_examples=60)
@@ -171,6 +179,7 @@ def test_sparse_matmul_is_linear_with_the_dense_weight(
     dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
     block=st.tuples(st.integers(1, 6), st.integers(1, 6)),
     make=st.sampled_from(MAKERS),
+    seeds=st.random_module(),
 )
 def test_sparse_conv2d_is_conv2d_with_the_dense_weight(
     batch: int,
@@ -182,6 +191,7 @@ def test_sparse_conv2d_is_conv2d_with_the_dense_weight(
     dilation: tuple[int, int],
     block: tuple[int, int],
     make: Any,
+    seeds: object,
 ) -> None:
     x = make(batch, c_in, 6, 7)
     dense = torch.randn(c_out, c_in, *kernel)
@@ -193,7 +203,9 @@ def test_sparse_conv2d_is_conv2d_with_the_dense_weight(
     bias = torch.randn(c_out)
     out = ops.sparse_conv2d(x, *arguments(weight), bias, kernel_size=kernel, out_channels=c_out, **geometry)
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert_close(out, F.conv2d(x.double(), dense.double(), bias.double(), **geometry), 1e-2)
+    tensors = [x, dense, bias]
+    expected, terms = (F.conv2d(*exact(given), **geometry) for given in (tensors, absolute(tensors)))
+    assert_close(out, expected, terms)
 
 
 @pytest.mark.parametrize("output_dtype", [None, torch.float16])
@@ -440,7 +452,7 @@ class TestLayers:
         more = torch.cat([x, x, x])
         with torch.no_grad():
             assert_close(exported.module()(more), copy.deepcopy(layer).double()(more.double()))
-            torch._dynamo.reset()
+            torch.compiler.reset()
             assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x).double())
 
     def test_new_layers_have_the_density_and_the_variance_of_dense_ones(self) -> None:

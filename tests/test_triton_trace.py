@@ -16,6 +16,7 @@ from torch import Tensor, nn
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
 import kernelpress  # noqa: F401 - registers the ops
+from kernelpress.runtime.torch_private import aoti_compile_and_package, aoti_load_package
 
 
 def run(what: str) -> Any:
@@ -59,7 +60,7 @@ def test_inductor_and_aot_inductor_carry_the_kernels(tmp_path: Path) -> None:
         expected = model(x)
         torch.testing.assert_close(torch.compile(model)(x), expected)
         exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
-        carried = torch._inductor.aoti_load_package(package)
+        package = aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+        carried = aoti_load_package(package)
         torch.testing.assert_close(carried(x), expected)
         torch.testing.assert_close(carried(x[:2]), expected[:2])

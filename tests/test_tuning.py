@@ -24,6 +24,7 @@ from kernelpress import ops
 from kernelpress.kernels.triton.launch import Configuration, launching_with
 from kernelpress.ops import prepared, registry, triton, tuned, tuning
 from kernelpress.ops.checks import TensorSpec
+from kernelpress.runtime.torch_private import FakeTensorMode
 
 OutOfResources = pytest.importorskip("triton", reason="pip install triton").OutOfResources
 
@@ -290,7 +291,7 @@ def test_no_call_measures_while_it_is_traced_or_watched(recorder, measured, monk
     problem, tensors, _ = tuning._candidates("pointwise_conv2d", (image(4), WEIGHT), {}, "triton")
     with FlopCounterMode(display=False):
         assert str(triton.configuration_of(kernel, problem, tensors)) == heuristic(4)
-    with torch._subclasses.FakeTensorMode() as mode:
+    with FakeTensorMode() as mode:
         fakes = [None if t is None else mode.from_tensor(t) for t in tensors]
     assert str(triton.configuration_of(kernel, problem, fakes)) == heuristic(4)
     assert measured == []

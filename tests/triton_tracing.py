@@ -12,18 +12,21 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from cuda_cases import CASES, OpCase
 from interpreting import INTERPRETED
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table, triton_kernel_wrapper_functional
-from triton.backends.compiler import GPUTarget
 
 import kernelpress  # noqa: F401 - registers the ops
 from kernelpress.kernels.triton.launch import launching_with
 from kernelpress.ops import registry
 from kernelpress.ops import triton as backend
+from kernelpress.runtime.torch_private import (
+    aot_autograd,
+    kernel_side_table,
+    mark_dynamic,
+    triton_kernel_wrapper_functional,
+)
+from kernelpress.runtime.triton_private import GPUTarget, set_driver
 
 
 class Driver:
@@ -90,7 +93,7 @@ def traced(call: Callable[..., Tensor], *tensors: Tensor) -> torch.fx.Graph:
         output = module.graph.output_node().args[0]
         return lambda *given: [torch.zeros([_number(size) for size in node.meta["val"].shape]) for node in output]
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     compiler = aot_autograd(fw_compiler=keep)
     with torch.no_grad():
         torch.compile(call, backend=compiler, fullgraph=True)(*tensors)
@@ -111,7 +114,7 @@ def both(case: OpCase, dynamic: bool) -> dict[str, Any]:
     if dynamic:
         for at in registry.operator(case.op).activations:
             if at < len(tensors) and (t := tensors[at]) is not None:
-                torch._dynamo.mark_dynamic(t, 0)
+                mark_dynamic(t, 0)
     return {"called": called, "traced": launches_of_graph(traced(call, *held))}
 
 
@@ -141,6 +144,6 @@ def whole() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    triton.runtime.driver.set_active(Driver())
+    set_driver(Driver())
     with backend.running_on(INTERPRETED):
         print(json.dumps({"ops": ops, "whole": whole}[sys.argv[1]]()))

@@ -14,6 +14,7 @@ from kernelpress.bench import networks
 from kernelpress.bench.layers import BLOCK, SPARSITY, int8_conv2d, int8_matmul, sparse_conv2d, sparse_matmul
 from kernelpress.kernels import reference
 from kernelpress.ops.block_csr import BlockCsr, conv_weight
+from kernelpress.runtime.torch_private import int_mm
 
 __all__ = ["int8", "sparse"]
 
@@ -53,7 +54,7 @@ def _bsr(x: Tensor, dense: Tensor, bias: Tensor, block: int) -> Call:
     right, column = x.t(), bias[:, None].expand(-1, x.shape[0])
 
     def call() -> Tensor:
-        from torch.sparse._triton_ops import bsr_dense_addmm
+        from kernelpress.runtime.torch_private import bsr_dense_addmm
 
         return bsr_dense_addmm(column, weight, right).t()
 
@@ -114,14 +115,14 @@ def _int8_product(place: Place, rows: int, c_in: int, c_out: int) -> Workload:
         return Contest(
             **place.own(layer.op, [x, weight, scale, bias], options),
             peers={
-                "_int_mm + epilogue": lambda: separate(torch._int_mm),
-                "_int_mm alone": lambda: torch._int_mm(x, transposed),
+                "_int_mm + epilogue": lambda: separate(int_mm),
+                "_int_mm alone": lambda: int_mm(x, transposed),
                 "cuBLAS bf16": lambda: F.relu(F.linear(*half), inplace=True),
             },
             expected=lambda: reference.int8_matmul(x, weight, scale, bias, **options),
             partial=frozenset({"_int_mm alone"}),
             other_values=frozenset({"cuBLAS bf16"}),
-            eager=lambda: separate(torch._int_mm),
+            eager=lambda: separate(int_mm),
         )
 
     return Workload.of(layer, make)

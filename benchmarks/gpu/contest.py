@@ -187,7 +187,7 @@ def with_inductor(row: Row, workload: Workload, place: Place, roofline: Roofline
         scale = row.ms / timings[OURS].median
         added = Contestant(INDUCTOR, timings[INDUCTOR].median * scale, timings[INDUCTOR].spread)
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     return _judged(replace(row, contestants=(*row.contestants, added)), roofline, contest.partial)
 
 

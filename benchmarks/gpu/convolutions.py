@@ -12,6 +12,7 @@ from gpu.place import Call, Place
 from kernelpress.bench import Case, layer_of_case, ours
 from kernelpress.bench import cases as layer_cases
 from kernelpress.bench.peers import LayerInputs, eager, random_inputs
+from kernelpress.runtime.torch_private import addmm_activation
 
 __all__ = ["workloads"]
 
@@ -78,11 +79,7 @@ def _fused_peer(case: Case, inputs: LayerInputs) -> tuple[str, Call] | None:
 
         def product() -> Tensor:
             rows = x.permute(0, 2, 3, 1).reshape(-1, stage.c_in)
-            y = (
-                torch._addmm_activation(bias, rows, matrix)
-                if stage.activation == "relu"
-                else torch.addmm(bias, rows, matrix)
-            )
+            y = addmm_activation(bias, rows, matrix) if stage.activation == "relu" else torch.addmm(bias, rows, matrix)
             return y.view(x.shape[0], *x.shape[2:], stage.c_out).permute(0, 3, 1, 2)
 
         return "cuBLASLt", product

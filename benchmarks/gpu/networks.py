@@ -182,7 +182,7 @@ def bench(place: Place, seconds: float, out: Path) -> int:
         times = ", ".join(f"{c.name} {c.reason if c.ms is None else f'{c.ms:.3f}'}" for c in row.contestants)
         print(f"{name} batch {batch}: {row.ms} ms, {row.ratio} [{times}]", flush=True)
         with contextlib.suppress(AttributeError):
-            torch._dynamo.reset()
+            torch.compiler.reset()
     return failures
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gpu.place import Place
+from kernelpress.runtime.torch_private import int_mm
 
 __all__ = ["Roofline", "measure_roofline"]
 
@@ -46,7 +47,7 @@ def measure_roofline(place: Place) -> Roofline:
         {
             "copy": lambda: target.copy_(source),
             "bf16": lambda: a @ b,
-            "int8": lambda: torch._int_mm(a8, b8.t()),
+            "int8": lambda: int_mm(a8, b8.t()),
         },
         budget_seconds=SECONDS,
     )

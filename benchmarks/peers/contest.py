@@ -30,16 +30,18 @@ OURS = "kernelpress"
 
 @dataclass(frozen=True)
 class Runtime:
-    """A contestant: its name in tables, the module of `peers` that runs it, that module's further arguments."""
+    """A contestant: its name in tables, the module of `peers` that runs it, that module's further arguments, and the
+    folder to import kernelpress from, if not this checkout's."""
 
     name: str
     module: str
     arguments: tuple[str, ...] = ()
     needs_onnx: bool = False
+    import_from: str = ""
 
     @property
     def slug(self) -> str:
-        return "-".join([self.module, *self.arguments])
+        return "-".join([self.module, *self.arguments, *([Path(self.import_from).name] if self.import_from else [])])
 
 
 RUNTIMES = (
@@ -49,7 +51,7 @@ RUNTIMES = (
     Runtime("Inductor channels_last", "inductor", ("channels_last",)),
     Runtime("ONNX Runtime", "ort", needs_onnx=True),
     Runtime("OpenVINO", "openvino", needs_onnx=True),
-    Runtime(OURS, "ours"),
+    Runtime(OURS, "ours", ("captured",)),
 )
 
 
@@ -156,6 +158,9 @@ class _Process:
                 env={
                     **os.environ,
                     "OMP_NUM_THREADS": str(job.threads),
+                    "PYTHONPATH": os.pathsep.join(
+                        filter(None, [runtime.import_from, os.environ.get("PYTHONPATH", "")])
+                    ),
                     # Emission times its candidates in this very run, not in some busier hour before.
                     "KERNELPRESS_CACHE": str(Path(job.folder) / "timings"),
                 },

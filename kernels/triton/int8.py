@@ -144,7 +144,7 @@ def int8_product_kernel(
         in_depth = (depth < c_in - start)[None, :]
         values = tl.load(x_tile + start, mask=is_pixel[:, None] & in_depth, other=0)
         weights = tl.load(weight_tile + start, mask=is_channel[:, None] & in_depth, other=0)
-        sums = tl.dot(values, tl.trans(weights), sums)
+        sums = tl.dot(values, tl.trans(weights), sums, out_dtype=tl.int32)
     finish_sums(
         *(sums, pixels, channels, is_pixel, c_out),
         *(corrections, row_scale, row_zero_point, weight_sums, scale, bias),
@@ -226,7 +226,7 @@ def int8_convolution_kernel(
             outside = padding + (start + depth)[None, :]
             values = tl.load(tl.where((is_inside & is_pixel)[:, None], inside, outside), mask=in_run, other=0)
         weights = tl.load(weight_tile + at * run + start, mask=is_channel[:, None] & in_run, other=0)
-        sums = tl.dot(values, tl.trans(weights), sums)
+        sums = tl.dot(values, tl.trans(weights), sums, out_dtype=tl.int32)
     finish_sums(
         *(sums, pixels, channels, is_pixel, c_out, corrections, None, None, None, scale, bias),
         *(residual, residual_spacing, residual_scale, residual_zero_point),

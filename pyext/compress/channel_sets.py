@@ -19,7 +19,7 @@ class ChannelSets:
 
     def __init__(self) -> None:
         self._parent = torch.zeros(1, dtype=torch.int64)
-        self._frozen: dict[int, str] = {FIXED: "not a channel of any layer"}
+        self._frozen: dict[int, str] = {FIXED: "a single channel"}
         self.last_change: str | None = None
 
     def fresh(self, count: int) -> Tensor:
@@ -59,6 +59,14 @@ class ChannelSets:
     def frozen_because(self, root: int) -> str | None:
         """Why the set of representative `root` must stay, or None if it may go."""
         return self._frozen.get(root)
+
+    def unfrozen(self, labels: Tensor) -> Tensor:
+        """The representative of each label, `FIXED` where it must stay, in the shape of `labels`."""
+        roots = self.find(labels)
+        for root in roots.unique().tolist():
+            if root in self._frozen:
+                roots = roots.masked_fill(roots == root, FIXED)
+        return roots
 
     def _freeze_root(self, root: int, reason: str) -> None:
         if root not in self._frozen:

@@ -12,21 +12,23 @@ from kernelpress.compress.channel_walk import Axis
 
 __all__ = ["CRITERIA", "Criterion"]
 
-Criterion = Callable[[nn.Module, Sequence[Axis], "Iterable[Any] | None"], Mapping[Axis, Tensor]]
-"""(model, output axes of weights, data) → importance of every position on each axis, larger for what should stay."""
+Criterion = Callable[[nn.Module, Sequence[Axis], Mapping[str, Tensor], "Iterable[Any] | None"], Mapping[Axis, Tensor]]
+"""(model, output axes of weights, their values by name, data) → importance of every position on each axis, larger for
+what should stay."""
 
 
 def _norm(order: int) -> Criterion:
-    def score(model: nn.Module, axes: Sequence[Axis], data: Iterable[Any] | None) -> Mapping[Axis, Tensor]:
-        return {axis: _filters(model, axis).norm(p=order, dim=1) for axis in axes}
+    def score(
+        model: nn.Module, axes: Sequence[Axis], weights: Mapping[str, Tensor], data: Iterable[Any] | None
+    ) -> Mapping[Axis, Tensor]:
+        return {axis: _filters(weights[axis.parameter], axis.dim).norm(p=order, dim=1) for axis in axes}
 
     return score
 
 
-def _filters(model: nn.Module, axis: Axis) -> Tensor:
+def _filters(weight: Tensor, dim: int) -> Tensor:
     """The weight as [filters, elements], float64 on the CPU."""
-    weight = model.get_parameter(axis.parameter).detach().movedim(axis.dim, 0)
-    return weight.flatten(1).to("cpu", torch.float64)
+    return weight.movedim(dim, 0).flatten(1).to("cpu", torch.float64)
 
 
 CRITERIA: Mapping[str, Criterion] = {

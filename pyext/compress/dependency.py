@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from kernelpress.compress.channel_sets import FIXED, ChannelSets
-from kernelpress.compress.channel_walk import Axis, ChannelWalk, LayerCall
+from kernelpress.compress.channel_rules import RULES
+from kernelpress.compress.channel_sets import ChannelSets
+from kernelpress.compress.channel_walk import Axis, ChannelWalk, Count, LayerCall
 from kernelpress.compress.record import SkippedLayers
 
-__all__ = ["Axis", "Dependencies", "LayerCall", "Occurrence", "Pool", "contradiction", "find_dependencies"]
+__all__ = ["Axis", "Count", "Dependencies", "LayerCall", "Occurrence", "Pool", "contradiction", "find_dependencies"]
 
 
 class Occurrence(NamedTuple):
@@ -38,7 +41,7 @@ class Pool:
     @property
     def layers(self) -> tuple[str, ...]:
         """Qualified names of the layers whose filters make these channels."""
-        return tuple(dict.fromkeys(axis.parameter.rpartition(".")[0] for axis, _ in self.producers))
+        return tuple(dict.fromkeys(axis.layer for axis, _ in self.producers))
 
 
 @dataclass(frozen=True)
@@ -46,13 +49,18 @@ class Dependencies:
     """The labels along every axis of every parameter that depends on channels, and what follows from them.
 
     `axes[axis][i]` is the set of position i; `FIXED` where it must stay. `calls`: every convolution and linear layer
-    in the graph with its FLOPs.
+    in the graph with its FLOPs. `counts`: attribute → the sets of what it counts. `weights`: parameter of a producer →
+    the weight made of it, itself where it is no mask's or norm's. `weight_norms`: magnitude → its direction, and the
+    dimension along which it lies.
     """
 
     axes: Mapping[Axis, Tensor]
     pools: tuple[Pool, ...]
     skipped: tuple[SkippedLayers, ...]
     calls: tuple[LayerCall, ...]
+    counts: Mapping[Count, Tensor]
+    weights: Mapping[str, Tensor]
+    weight_norms: Mapping[str, tuple[str, int]]
 
 
 def find_dependencies(
@@ -61,25 +69,34 @@ def find_dependencies(
     """Walks `graph`, the static export of `model` by `trace`, and groups its channels.
 
     `ignore`: qualified names of layers whose output channels stay. With `couple_splits`, a reshape or chunk that
-    divides an axis of channels (channel shuffle, heads) is understood as equal blocks that are pruned alike;
-    without, such channels stay.
+    divides an axis of channels (channel shuffle, heads) is understood as equal blocks that are pruned alike, and a size
+    in the graph as one that `forward` takes from its tensors; without, such channels stay.
 
     Source of the grouping: Fang et al., DepGraph: Towards Any Structural Pruning, CVPR 2023, section 3; here each
     channel is labelled and the labels are carried through the operations themselves, so that concatenation,
     flattening and shuffling need no rules of their own.
     """
     sets = ChannelSets()
-    walk = ChannelWalk(graph, model, sets, couple_splits=couple_splits)
+    walk = ChannelWalk(graph, model, sets, RULES, couple_splits=couple_splits)
     walk.run()
     ignored = set(ignore)
     for axis in walk.producers:
-        if (layer := axis.parameter.rpartition(".")[0]) in ignored:
+        if (layer := axis.layer) in ignored:
             sets.freeze(walk.axes[axis], f"{layer} is ignored on request")
 
     roots = {axis: sets.find(labels) for axis, labels in walk.axes.items()}
-    pools = _pools(roots, walk.producers, sets)
-    axes = {axis: _mask_frozen(labels, sets) for axis, labels in roots.items()}
-    return Dependencies(axes, pools, _skipped(roots, walk.producers, sets), tuple(walk.calls))
+    opaque = [SkippedLayers((layer,), channels, reason) for layer, (channels, reason) in walk.opaque.items()]
+    with torch.no_grad():
+        weights = {name: _value(graph, node).detach() for name, node in walk.weights.items()}
+    return Dependencies(
+        axes={axis: sets.unfrozen(labels) for axis, labels in roots.items()},
+        pools=_pools(roots, walk.producers, sets),
+        skipped=(*_skipped(roots, walk.producers, sets), *opaque),
+        calls=tuple(walk.calls),
+        counts={count: sets.unfrozen(labels) for count, labels in walk.counts.items()},
+        weights=weights,
+        weight_norms=walk.weight_norms,
+    )
 
 
 def contradiction(graph: GraphModule, model: nn.Module, kept: Mapping[Axis, Tensor]) -> str | None:
@@ -90,7 +107,7 @@ def contradiction(graph: GraphModule, model: nn.Module, kept: Mapping[Axis, Tens
     """
     sets = ChannelSets()
     sets.fresh(max((int(labels.max()) for labels in kept.values() if len(labels)), default=0))
-    walk = ChannelWalk(graph, model, sets, couple_splits=True, known_axes=kept)
+    walk = ChannelWalk(graph, model, sets, RULES, couple_splits=True, known_axes=kept)
     try:
         walk.run()
     except RuntimeError as error:
@@ -98,12 +115,14 @@ def contradiction(graph: GraphModule, model: nn.Module, kept: Mapping[Axis, Tens
     return sets.last_change
 
 
-def _mask_frozen(roots: Tensor, sets: ChannelSets) -> Tensor:
-    masked = roots.clone()
-    for root in roots.unique().tolist():
-        if sets.frozen_because(root) is not None:
-            masked[roots == root] = FIXED
-    return masked
+def _value(graph: GraphModule, node: Node) -> Tensor:
+    """What `node`, which depends on parameters alone, gives."""
+    if node.op == "get_attr":
+        value: Tensor = operator.attrgetter(str(node.target))(graph)
+        return value
+    args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda source: _value(graph, source))
+    result: Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+    return result
 
 
 def _pools(roots: Mapping[Axis, Tensor], producers: Iterable[Axis], sets: ChannelSets) -> tuple[Pool, ...]:
@@ -132,6 +151,6 @@ def _skipped(roots: Mapping[Axis, Tensor], producers: Iterable[Axis], sets: Chan
             reason = sets.frozen_because(root)
             if reason is not None:
                 counts = layers.setdefault(reason, {})
-                layer = axis.parameter.rpartition(".")[0]
+                layer = axis.layer
                 counts[layer] = counts.get(layer, 0) + 1
     return tuple(SkippedLayers(tuple(counts), max(counts.values()), reason) for reason, counts in layers.items())

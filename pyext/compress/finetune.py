@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader
 
 from kernelpress.compress.checkpoint import load_checkpoint, read_record, save_checkpoint
 from kernelpress.compress.evaluation import evaluate
+from kernelpress.compress.processes import join_processes
+from kernelpress.preserve import preserved
 
 __all__ = ["EpochRecord", "FinetuneResult", "TeacherLoss", "finetune", "learning_rate_factor"]
 
@@ -125,16 +127,17 @@ def finetune(
         label_smoothing=label_smoothing,
         seed=seed,
     )
-    try:
-        from accelerate import Accelerator
-        from accelerate.utils import DataLoaderConfiguration
-    except ImportError as error:
-        raise ImportError("training takes accelerate: pip install 'kernelpress[train]'") from error
-
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed))
+    accelerator = join_processes(seed=seed)
     checkpoint = Path(checkpoint_dir) / CHECKPOINT_NAME if checkpoint_dir is not None else None
     history: list[EpochRecord] = []
-    with _restored(model), _restored(teacher), _random_state_kept(accelerator.device):
+    # Whatever mode the caller is in, this is training. Random states are put back with the teacher's buffers.
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        _restored(model),
+        _restored(teacher),
+        preserved(teacher),
+    ):
         _weights_to_channels_last(model)
         if teacher is not None:
             teacher.to(accelerator.device).eval()
@@ -215,6 +218,11 @@ def _check_parts(
 ) -> None:
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"model: expected parameters to train, {type(model).__name__} has none")
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            f"model: {type(model).__name__} was made under torch.inference_mode, its tensors cannot be trained; "
+            "make, load or copy (copy.deepcopy) it outside"
+        )
     if not isinstance(loader, DataLoader):
         raise TypeError(f"loader: expected a torch DataLoader, got {type(loader).__name__}")
     if len(loader) == 0:
@@ -273,13 +281,6 @@ def _restored(module: nn.Module | None) -> Iterator[None]:
         for tensor in contiguous:
             tensor.data = tensor.data.contiguous()
         module.to(device)
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """Leaves the caller's random state as it was."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        yield
 
 
 @contextmanager

@@ -6,17 +6,19 @@ import copy
 import math
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from kernelpress.compress.criteria import CRITERIA
 from kernelpress.compress.dependency import Axis, Dependencies, Pool, contradiction, find_dependencies
 from kernelpress.compress.record import LayerChange, PassRecord, SkippedLayers, add_record
 from kernelpress.compress.resize import adapt_sizes, named_tensors, replace_tensors
 from kernelpress.measure.cost import count_flops, count_parameters
+from kernelpress.preserve import preserved
 from kernelpress.trace import TraceError, trace
 
 __all__ = ["prune_channels"]
@@ -40,9 +42,19 @@ def prune_channels(
     """Removes the least important channels of `model` at once and returns a smaller copy; `model` stays as it is.
 
     The copy is of the same class, with smaller parameters, and trains as before. Channels that depend on each other
-    (residual sums, concatenations, depthwise and grouped convolutions, BatchNorm, flatten → linear, channel
-    shuffles) leave together; what is not understood stays, and `record_of(pruned)` says why. Inputs and outputs of
-    the network keep their channels.
+    (residual sums, also weighted ones, concatenations, depthwise and grouped convolutions, normalisations, flatten →
+    linear, channel and pixel shuffles) leave together; what is not understood stays, and `record_of(pruned)` says why.
+    Inputs and outputs of the network keep their channels.
+
+    Removing channels that are silent (zero wherever they are read) changes no output, with one exception: statistics
+    over channels. Of GroupNorm whole groups leave, which leaves those of the others as they were. LayerNorm, RMSNorm
+    and GroupNorm of a single group have the statistics of the channels that stay; so has GroupNorm where no group can
+    leave (their number is a literal in `forward`, or a grouped convolution comes before): each keeps as many channels.
+    Masks of `torch.nn.utils.prune` and weight norms are cut with their weight; a weight that is parametrised otherwise
+    (spectral norm) keeps its layer whole.
+
+    Whatever it returns or raises, `model`, its buffers, the example tensors and the random states stay as they were.
+    The copy trains, also one made under `torch.inference_mode` or of a model that was.
 
     `example_inputs`: what `forward` takes, as for `trace`.
     `ratio`: the fraction, in [0, 1), of the FLOPs at these inputs (`target="flops"`) or of the prunable channels
@@ -60,14 +72,42 @@ def prune_channels(
     """
     _check(ratio, criterion, scope, round_to, target)
     ignored = _layers_in(model, ignore)
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    settings = _Settings(ratio, criterion, scope, round_to, target)
+    # Tensors made under inference mode could not be trained.
+    with torch.inference_mode(False), torch.no_grad(), preserved(model, example_inputs):
+        inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+        # A clone has no marks of the caller's compilers, such as a dynamic batch.
+        inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+        if any(tensor.is_inference() for _, tensor in named_tensors(model)):
+            model = _copy(model)
+        return _pruned(model, inputs, settings, ignored, data)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """The arguments of `prune_channels` that its record states."""
+
+    ratio: float
+    criterion: str
+    scope: str
+    round_to: int
+    target: str
+
+
+def _pruned(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    settings: _Settings,
+    ignored: frozenset[str],
+    data: Iterable[Any] | None,
+) -> nn.Module:
     graph = trace(model, inputs, dynamic_batch=False)
     flops = count_flops(model, *inputs)
     failure = ""
     for couple_splits in (True, False):
         dependencies = find_dependencies(graph, model, ignore=ignored, couple_splits=couple_splits)
-        groups = _groups(model, dependencies, criterion, round_to, data)
-        removing = _choose(dependencies, groups, flops, ratio, scope, target, round_to)
+        groups = _groups(model, dependencies, settings, data)
+        removing = _choose(dependencies, groups, flops, settings)
         pruned = _apply(model, dependencies, removing)
         failure = _failure(pruned, inputs, dependencies, removing) or ""
         if not failure:
@@ -78,16 +118,15 @@ def prune_channels(
             "name the layers whose size its forward relies on in `ignore`"
         )
 
-    arguments = {"ratio": ratio, "criterion": criterion, "scope": scope, "round_to": round_to, "target": target}
     record = PassRecord(
         name="prune_channels",
-        arguments={**arguments, "ignore": sorted(ignored)},
+        arguments={**asdict(settings), "ignore": sorted(ignored)},
         flops_before=flops,
         flops_after=count_flops(pruned, *inputs),
         parameters_before=count_parameters(model),
         parameters_after=count_parameters(pruned),
         layers=_changes(model, pruned, dependencies),
-        skipped=(*dependencies.skipped, *_too_small(groups, round_to)),
+        skipped=(*dependencies.skipped, *_too_small(groups, settings.round_to)),
     )
     add_record(pruned, record)
     return pruned
@@ -138,10 +177,11 @@ def _layers_in(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
 
 
 def _groups(
-    model: nn.Module, dependencies: Dependencies, criterion: str, round_to: int, data: Iterable[Any] | None
+    model: nn.Module, dependencies: Dependencies, settings: _Settings, data: Iterable[Any] | None
 ) -> list[_Group]:
+    criterion, round_to = settings.criterion, settings.round_to
     producers = list(dict.fromkeys(axis for pool in dependencies.pools for axis, _ in pool.producers))
-    scores = CRITERIA[criterion](model, producers, data)
+    scores = CRITERIA[criterion](model, producers, dependencies.weights, data)
     for axis, score in scores.items():
         if not bool(score.isfinite().all()):
             raise ValueError(f"model: {axis.parameter} holds NaN or Inf, its channels have no {criterion} importance")
@@ -162,17 +202,10 @@ def _groups(
     return groups
 
 
-def _choose(
-    dependencies: Dependencies,
-    groups: Sequence[_Group],
-    flops: int,
-    ratio: float,
-    scope: str,
-    target: str,
-    round_to: int,
-) -> frozenset[int]:
+def _choose(dependencies: Dependencies, groups: Sequence[_Group], flops: int, settings: _Settings) -> frozenset[int]:
     """The labels of the channels to remove: the first steps, in the order of `scope`, that reach `ratio`."""
-    steps = _order(groups, scope)
+    ratio, target, round_to = settings.ratio, settings.target, settings.round_to
+    steps = _order(groups, settings.scope)
     if not steps and ratio > 0:
         reasons = {skipped.reason for skipped in (*dependencies.skipped, *_too_small(groups, round_to))}
         why = "; ".join(sorted(reasons)) or "it has no convolution or linear layer"
@@ -234,18 +267,44 @@ def _kept_positions(labels: Tensor, removing: frozenset[int]) -> Tensor:
 
 
 def _apply(model: nn.Module, dependencies: Dependencies, removing: frozenset[int]) -> nn.Module:
-    pruned = copy.deepcopy(model)
+    pruned = _copy(model)
     old = dict(named_tensors(pruned))
     new: dict[str, Tensor] = {}
-    for axis, labels in dependencies.axes.items():
-        positions = _kept_positions(labels, removing)
-        if len(positions) < len(labels):
+    kept = {axis: _kept_positions(labels, removing) for axis, labels in dependencies.axes.items()}
+    for axis, positions in kept.items():
+        if len(positions) < len(dependencies.axes[axis]):
             tensor = new.get(axis.parameter, old[axis.parameter]).detach()
             new[axis.parameter] = tensor.index_select(axis.dim, positions.to(tensor.device))
+    for magnitude, (direction, dim) in dependencies.weight_norms.items():
+        if direction in new:
+            # The weight is magnitude · direction / ‖direction‖: what stays of it has to stay the same.
+            whole = torch.norm_except_dim(old[direction].detach(), 2, dim)
+            positions = kept.get(Axis(direction, dim), torch.arange(whole.size(dim))).to(whole.device)
+            share = torch.norm_except_dim(new[direction], 2, dim) / whole.index_select(dim, positions)
+            new[magnitude] = new.get(magnitude, old[magnitude]).detach() * share.nan_to_num(1.0)
     replace_tensors(pruned, new)
+    for (path, attribute, place), labels in dependencies.counts.items():
+        module, count = pruned.get_submodule(path), len(_kept_positions(labels, removing))
+        stated = getattr(module, attribute)
+        setattr(module, attribute, count if place is None else (*stated[:place], count, *stated[place + 1 :]))
     for name, module in model.named_modules():
         adapt_sizes(pruned.get_submodule(name), original=module)
     return pruned
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """A deep copy, also of weights that hooks of `torch.nn.utils` have computed with gradients, which torch refuses."""
+    computed = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    memo = {id(tensor): tensor.detach().clone() for tensor in computed}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(f"model: {type(model).__name__} cannot be copied: {error}") from error
 
 
 def _failure(
@@ -266,16 +325,20 @@ def _failure(
 def _changes(model: nn.Module, pruned: nn.Module, dependencies: Dependencies) -> tuple[LayerChange, ...]:
     changes = []
     old, new = dict(named_tensors(model)), dict(named_tensors(pruned))
-    for name in dict.fromkeys(call.output.parameter for call in dependencies.calls):
+    for name, layer in {call.output.parameter: call.output.layer for call in dependencies.calls}.items():
         before, after = tuple(old[name].shape), tuple(new[name].shape)
         if before != after:
-            changes.append(LayerChange(name.rpartition(".")[0], before, after))
+            changes.append(LayerChange(layer, before, after))
     return tuple(changes)
 
 
 def _too_small(groups: Sequence[_Group], round_to: int) -> tuple[SkippedLayers, ...]:
     return tuple(
-        SkippedLayers(group.pool.layers, len(group.roots), f"too few channels to keep a multiple of {round_to}")
+        SkippedLayers(
+            group.pool.layers,
+            len(group.roots),
+            f"too few channels to keep a multiple of {round_to}" if len(group.roots) > 1 else "all leave together",
+        )
         for group in groups
         if group.steps == 0
     )

@@ -97,10 +97,12 @@ def save(model: nn.Module, path: str | Path) -> None:
     write_atomically(path, content)
 
 
+@torch.inference_mode(False)
 def load(path: str | Path, model: nn.Module) -> nn.Module:
     """Makes `model`, built as the original was, the compressed model that `save` wrote; changes and returns it.
 
-    Raises `ValueError` if the file is no such file or `model` is of another architecture; `model` is then unchanged.
+    It trains, even if this is called, or `model` was made, under `torch.inference_mode`. Raises `ValueError` if the
+    file is no such file or `model` is of another architecture; `model` is then unchanged.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -121,7 +123,7 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     resized = {
         name: torch.empty(tensor.shape, dtype=current[name].dtype, device=current[name].device)
         for name, tensor in tensors.items()
-        if tensor.shape != current[name].shape
+        if tensor.shape != current[name].shape or current[name].is_inference()
     }
     replace_tensors(model, resized)
     for name, sizes in header["sizes"].items():

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 __all__ = ["adapt_sizes", "named_tensors", "replace_tensors", "set_size_attributes", "size_attributes"]
 
@@ -19,46 +24,55 @@ _SIZE_ATTRIBUTES = (
     "num_features",
     "num_parameters",
     "num_channels",
+    "num_groups",
+    "normalized_shape",
 )
 
 
-def size_attributes(module: nn.Module) -> dict[str, int]:
-    """The sizes that `module` states as plain integer attributes, by name."""
+def size_attributes(module: nn.Module) -> dict[str, Any]:
+    """The sizes that `module` states as plain integers or tuples of them, by attribute."""
     values = {name: vars(module).get(name) for name in _SIZE_ATTRIBUTES}
-    return {name: value for name, value in values.items() if isinstance(value, int)}
+    return {name: value for name, value in values.items() if isinstance(value, int | tuple)}
 
 
-def set_size_attributes(module: nn.Module, sizes: Mapping[str, int]) -> None:
-    """Sets what `size_attributes` returns."""
+def set_size_attributes(module: nn.Module, sizes: Mapping[str, Any]) -> None:
+    """Sets what `size_attributes` returns; a tuple may be a list, as JSON has it."""
     for name, value in sizes.items():
-        setattr(module, name, value)
+        setattr(module, name, tuple(value) if isinstance(value, list) else value)
 
 
 def adapt_sizes(module: nn.Module, *, original: nn.Module) -> None:
-    """Makes the size attributes of `module` follow its own tensors, where they differ from `original`'s."""
-    shapes, before = _own_shapes(module), _own_shapes(original)
-    sizes = size_attributes(original)
-    if shapes == before or not sizes:
+    """Makes the sizes that `module` states, groups aside, those of its tensors where they differ from `original`'s.
+
+    A weight that a hook of `torch.nn.utils` computes before each call is computed anew.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+            with torch.no_grad():
+                hook(module, ())
+    new, old = _stated_shape(module), _stated_shape(original)
+    sizes = size_attributes(module)
+    if new == old or not sizes:
         return
-    new, old = (values.get("weight") or values["running_mean"] for values in (shapes, before))
     if "out_features" in sizes:
         changed = {"in_features": new[1], "out_features": new[0]}
     elif "out_channels" in sizes:
-        changed = _convolution_sizes(sizes, old, new, transposed=bool(getattr(original, "transposed", False)))
+        groups = sizes.get("groups", 1)
+        outputs, inputs = (
+            (new[1] * groups, new[0]) if getattr(module, "transposed", False) else (new[0], new[1] * groups)
+        )
+        changed = {"in_channels": inputs, "out_channels": outputs}
     else:
-        changed = dict.fromkeys(("num_features", "num_parameters", "num_channels"), new[0])
+        changed = dict.fromkeys(("num_features", "num_parameters"), new[0])
     set_size_attributes(module, {name: value for name, value in changed.items() if name in sizes})
 
 
-def _convolution_sizes(
-    sizes: Mapping[str, int], old: tuple[int, ...], new: tuple[int, ...], *, transposed: bool
-) -> dict[str, int]:
-    groups = sizes.get("groups", 1)
-    if groups > 1 and groups == sizes["in_channels"]:
-        groups = new[0] * groups // old[0]
-    # Transposed convolutions with groups are never resized.
-    out_dim, in_dim = (1, 0) if transposed else (0, 1)
-    return {"in_channels": new[in_dim] * groups, "out_channels": new[out_dim], "groups": groups}
+def _stated_shape(module: nn.Module) -> tuple[int, ...]:
+    """Shape of the weight, or of the running mean, of which a module states the sizes; `()` without either."""
+    for name in ("weight", "running_mean"):
+        if isinstance(tensor := getattr(module, name, None), Tensor):
+            return tuple(tensor.shape)
+    return ()
 
 
 def replace_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -81,8 +95,3 @@ def replace_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 def named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     """Every parameter and buffer under every name it has."""
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-
-
-def _own_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
-    return {name: tuple(tensor.shape) for name, tensor in own}

@@ -9,7 +9,7 @@ namespace kernelpress {
 namespace {
 
 constexpr int64_t kLineBytes = 64;
-constexpr int64_t kSampledBytes = 512;
+constexpr int64_t kSampledBytes = 1024;
 constexpr int64_t kMostLines = 32;  // of tensors whose elements lie apart, so that a line is short
 
 // The memory of a tensor as lines: `inner` bytes in a piece, repeated along `outer`, (size, stride in bytes) each; a line lies within a
@@ -100,9 +100,10 @@ Sample::Sample(const TensorView& view) {
   const int64_t wanted = std::min(lines.count(), std::min(kSampledBytes / length_, kMostLines));
   const char* memory = at(view.address());
   for (int64_t i = 0; i < wanted; ++i) {
-    // One of each part of the lines, the next one that tells something from a first choice on.
+    // One of each part of the lines, the next one that tells something from a first choice on; which is anywhere in the part, so that
+    // the lines do not all lie on the same channels.
     const int64_t begin = i * lines.count() / wanted, size = (i + 1) * lines.count() / wanted - begin;
-    const int64_t first = i == 0 ? 0 : i == wanted - 1 ? size - 1 : size / 2;
+    const int64_t first = i == 0 ? 0 : i == wanted - 1 ? size - 1 : (i * 0x9e3779b1 >> 8) % size;
     int64_t chosen = lines.offset(begin + first);
     for (int64_t step = 0; step < size; ++step) {
       const int64_t offset = lines.offset(begin + (first + step) % size);

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils import _pytree as pytree
 
 import kernelpress.ops  # noqa: F401  (an archive can be read only once its operations are registered)
 from kernelpress.contract import Contract
@@ -22,6 +21,7 @@ from kernelpress.emit.evaluate import Example
 from kernelpress.emit.quantized import NAMESPACE, register_quantization
 from kernelpress.emit.record import EmissionRecord
 from kernelpress.files import write_atomically
+from kernelpress.runtime.torch_private import pytree
 
 __all__ = ["load", "save"]
 

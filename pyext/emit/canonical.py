@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.emit.graph import arguments, number, shape, value
 from kernelpress.emit.quantized import canonicalize_quantization
+from kernelpress.runtime.torch_private import OpOverload
 
 __all__ = ["activation_of", "canonicalize"]
 
@@ -163,7 +164,7 @@ def _clipped_shift(node: object) -> Node | None:
     return shifted.args[0] if isinstance(shifted.args[0], Node) and not shifted.kwargs else None
 
 
-def _rewrite(graph: Graph, node: Node, target: torch._ops.OpOverload, *args: object) -> None:
+def _rewrite(graph: Graph, node: Node, target: OpOverload, *args: object) -> None:
     with graph.inserting_before(node):
         whole = graph.call_function(target, args)  # type: ignore[arg-type]
     whole.meta = dict(node.meta)

@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
-from torch.utils import _pytree as pytree
 
+from kernelpress.contract import Contract
 from kernelpress.cuda_graph import record
 from kernelpress.emit.assemble import owned_copy
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.evaluate import Example
-from kernelpress.emit.inputs import check_tensor
 from kernelpress.emit.recapture import fingerprint, reduced
 from kernelpress.ops import registry
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.registry import Run
+from kernelpress.runtime.torch_private import pytree
 
 __all__ = ["CudaPlan"]
 
@@ -42,20 +42,19 @@ class CudaPlan:
         self,
         model: EmittedModel,
         inputs: Sequence[Any],
-        in_spec: pytree.TreeSpec,
-        out_spec: pytree.TreeSpec,
+        contract: Contract,
         device: torch.device,
     ) -> None:
-        """`inputs`: the flat inputs, whose tensors on `device` become the plan's own.
+        """`inputs`: the flat inputs, whose tensors on `device` become the plan's own; `contract`: what they are.
 
         Raises `RuntimeError` where an operation of the model cannot be part of a CUDA graph.
         """
         self.model = model
         self.device = device
-        self._in_spec, self._out_spec = in_spec, out_spec
+        self._contract = contract
+        self._out_spec = model.body._out_spec
         self._inputs = list(inputs)
         self._tensors = [(i, x) for i, x in enumerate(inputs) if isinstance(x, Tensor)]
-        self._plain = [(i, x) for i, x in enumerate(inputs) if not isinstance(x, Tensor)]
         # The graph reads weights where they are, whatever happens to the model's: it has others.
         self._layers = layers = _Layers(owned_copy(model.body))
         self._weights = fingerprint(model.body)
@@ -105,13 +104,8 @@ class CudaPlan:
 
     def __call__(self, *inputs: Any) -> Any:
         """The model's outputs for `inputs`, in the structure that the model returns; the device may still work."""
-        flat, spec = pytree.tree_flatten((inputs, {}))
-        if spec != self._in_spec:
-            raise ValueError(f"inputs: expected the structure {self._in_spec}, got {spec}")
-        for position, value in self._plain:
-            if flat[position] != value:
-                raise ValueError(f"inputs[{position}]: expected {value!r} as captured, got {flat[position]!r}")
-        given = [check_tensor(flat[i], i, tuple(own.shape), own.dtype, self.device) for i, own in self._tensors]
+        flat = self._contract.require(inputs)
+        given = [flat[i].detach() for i, _ in self._tensors]
         with torch.no_grad(), self._lock, torch.cuda.device(self.device):
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(self._done)
@@ -165,7 +159,7 @@ class _Layers(Interpreter):
             chosen = registry.implementation(entry, problem, registry.requested_backend(backend))
             run = chosen.prepare(problem, tensors)
             self.steps[n] = _step(name, chosen.backend)
-            sources = registry.bind(entry, n.args, n.kwargs)[0]
+            sources: list[Any] = registry.bind(entry, n.args, n.kwargs)[0]
             parameters = [s for i, s in enumerate(sources) if i not in entry.activations]
             if all(s is None or s.op == "get_attr" for s in parameters):  # others are computed at each run
                 self._runs[n] = run

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import Graph, GraphModule, Node
-from torch.utils import _pytree as pytree
 
 from kernelpress.ops import registry
 from kernelpress.ops.bound import ParameterSlot, ParameterWatch, bound_call
 from kernelpress.ops.interception import PLAIN_TYPES, is_intercepted
+from kernelpress.runtime.torch_private import any_requires_grad, global_forward_hooks, global_forward_pre_hooks, pytree
 
 __all__ = ["Direct"]
 
@@ -64,7 +63,7 @@ class Direct:
             flat = tuple(pytree.tree_leaves(flat))
             if not _are_plain(flat):
                 return False
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
+        if torch.is_grad_enabled() and any_requires_grad(*flat):
             return False
         return self.watch.look()
 
@@ -74,7 +73,7 @@ def _are_plain(inputs: tuple[Any, ...]) -> bool:
 
 
 def _has_global_hooks() -> bool:
-    return bool(nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
+    return bool(global_forward_hooks or global_forward_pre_hooks)
 
 
 def _slot(body: GraphModule, node: Node) -> ParameterSlot | None:

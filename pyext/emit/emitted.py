@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.fx import GraphModule
 from kernelpress.contract import Contract
 from kernelpress.emit.direct import Direct
 from kernelpress.emit.evaluate import Example
+from kernelpress.emit.portable import Portable
 from kernelpress.emit.record import EmissionRecord, summary_table
 
 __all__ = ["EmittedModel"]
@@ -22,7 +24,9 @@ class EmittedModel(nn.Module):
 
     Takes and returns what the original does: same arguments, by position or name, same output structure. Sizes, dtypes
     and values that are no tensors are those of the example inputs, but for the batch (`contract`, told by `summary`);
-    images may come in any memory format. Weights are frozen parameters of `body`; gradients reach the inputs.
+    images may come in any memory format. Weights are frozen parameters of `body`, in memory of its own; they may be
+    written to, as those of `kernelpress.layers` may, and the model computes with the present ones. Gradients reach the
+    inputs.
     """
 
     def __init__(
@@ -54,8 +58,18 @@ class EmittedModel(nn.Module):
         return self.body(*inputs)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles bind to parameters of their own."""
-        return {**self.__dict__, "_direct": None}
+        """Pickles and shallow copies bind to their parameters anew."""
+        return {**self.__dict__, "_modules": {**self._modules, "body": Portable(self.body)}, "_direct": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        modules = state["_modules"]
+        super().__setstate__({**state, "_modules": {**modules, "body": modules["body"].module}})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EmittedModel:
+        twin = copy.copy(self)
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in twin.__dict__.items()})
+        return twin
 
     def train(self, mode: bool = True) -> EmittedModel:
         """Emission fixes inference behaviour: raises `RuntimeError` for `mode=True`."""
@@ -80,7 +94,7 @@ class EmittedModel(nn.Module):
 
     def example_inputs(self) -> tuple[Any, ...]:
         """Random inputs of the form that the model was emitted for, as `forward` takes them."""
-        from torch.utils import _pytree as pytree
+        from kernelpress.runtime.torch_private import pytree
 
         flat = [example.random() for example in self.examples]
         args, _ = pytree.tree_unflatten(flat, self.body._in_spec)

@@ -22,6 +22,8 @@ from kernelpress.regions import writes
 
 __all__ = [
     "INT8_TOLERANCE",
+    "TOLERANCES",
+    "TURNED_SHARE",
     "Cost",
     "Evaluation",
     "Example",
@@ -30,6 +32,7 @@ __all__ = [
     "example_values",
     "relative_error",
     "runnable",
+    "tolerance_of",
 ]
 
 Cost = Callable[[Candidate], float]
@@ -39,6 +42,14 @@ SECONDS_PER_CANDIDATE = 6e-3
 ROUNDS = 3
 
 EVICTED_BYTES = 8 << 20
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+TURNED_SHARE = 0.01
+"""Largest share of the elements of a comparison, an index or a rounding that may turn over, where the floats decided on
+are within 10 × the tolerance of the original's, element by element; or 10 × the tolerance where that is more. Of normal
+floats 0.8 % lie within 1 % of a threshold in the middle. Orders (sort, topk) have no such bound: elements change places
+with their equals."""
 
 INT8_TOLERANCE = 5e-3
 """Of int8 values: one that lies between two steps may be rounded to either, but few do. Tensors of a typical size
@@ -122,17 +133,17 @@ def evaluate(
     graph_module: GraphModule,
     candidates: Sequence[Candidate],
     examples: Mapping[Node, Example],
-    tolerance: float,
+    tolerance: float | None,
     cache: TimingCache,
     cost: Cost | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> list[Evaluation]:
     """Runs every candidate on random inputs of the examples' form: one evaluation each, in the order given.
 
-    A candidate that raises, or whose output differs from that of the original operations by more than `tolerance`, is
-    refused with the reason. Equal layers at equal shapes are timed once, in the tile configuration that calls run in:
-    CUDA and Triton kernels are tuned first, unless `KERNELPRESS_AUTOTUNE=0`. `cost` replaces timing; `advance` is told
-    how many candidates are done.
+    A candidate that raises, or whose output differs from that of the original operations by more than `tolerance`
+    (None: that of their dtypes), is refused with the reason. Equal layers at equal shapes are timed once, in the tile
+    configuration that calls run in: CUDA and Triton kernels are tuned first, unless `KERNELPRESS_AUTOTUNE=0`. `cost`
+    replaces timing; `advance` is told how many candidates are done.
     """
     evaluations: list[Evaluation] = []
     for batch in _batches(candidates, examples):
@@ -160,7 +171,7 @@ def _evaluate_batch(
     graph_module: GraphModule,
     batch: Sequence[Candidate],
     examples: Mapping[Node, Example],
-    tolerance: float,
+    tolerance: float | None,
     cache: TimingCache,
     cost: Cost | None,
 ) -> list[Evaluation]:
@@ -274,7 +285,7 @@ def _op_call(
 
 
 def _check(
-    graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any], expected: Any, tolerance: float
+    graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any], expected: Any, tolerance: float | None
 ) -> tuple[float | None, str | None]:
     """The candidate's relative error to the original, and the reason if it must be refused."""
     try:
@@ -283,9 +294,19 @@ def _check(
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as refused:
         return None, str(refused).splitlines()[0]
     error = relative_error(result, expected)
+    values = (expected, *(inputs[node] for node in candidate.inputs))
+    tolerance = tolerance or max(tolerance_of(x.dtype) for x in values if isinstance(x, Tensor))
     if expected.dtype == torch.int8:
         tolerance = max(tolerance, INT8_TOLERANCE)
     return error, None if error <= tolerance else f"error {error:.1e} is above the tolerance {tolerance:.1e}"
+
+
+def tolerance_of(dtype: torch.dtype | None) -> float:
+    """The largest relative error of values of `dtype` unless another is asked for; that of float64 for what are no
+    floats."""
+    if dtype is None or not dtype.is_floating_point:
+        return TOLERANCES[torch.float64]
+    return TOLERANCES.get(dtype, TOLERANCES[torch.float32])
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

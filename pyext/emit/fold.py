@@ -23,6 +23,7 @@ from kernelpress.emit.graph import (
 )
 from kernelpress.emit.quantized import hand_on_quantized, remember_quantized
 from kernelpress.regions import reads_layout, writes
+from kernelpress.runtime.torch_private import OpOverload
 
 __all__ = ["fold"]
 
@@ -78,7 +79,7 @@ def _is_identity(node: Node) -> bool:
 def _evaluate_constants(graph_module: GraphModule) -> None:
     """Replaces pure computations whose inputs are all constants by their result."""
     for node in list(graph_module.graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload) or not node.all_input_nodes:
+        if node.op != "call_function" or not isinstance(node.target, OpOverload) or not node.all_input_nodes:
             continue
         inputs = [constant_tensor(graph_module, source) for source in node.all_input_nodes]
         if any(tensor is None for tensor in inputs) or not isinstance(value(node), Tensor) or not _is_pure(node):

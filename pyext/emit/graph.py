@@ -65,7 +65,7 @@ def attribute(module: nn.Module, target: str) -> Any:
 
 
 def constant_tensor(graph_module: GraphModule, argument: object) -> Tensor | None:
-    """The tensor behind a `get_attr` node, or None if `argument` is anything else, or a buffer that the graph writes."""
+    """The tensor behind a `get_attr` node, or None if `argument` is anything else, or a buffer that is written."""
     if not isinstance(argument, Node) or argument.op != "get_attr" or is_written(argument):
         return None
     found = attribute(graph_module, str(argument.target))

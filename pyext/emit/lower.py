@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils import _pytree as pytree
 
 from kernelpress.ops import registry
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.regions import is_written, writes
+from kernelpress.runtime.torch_private import OpOverload, pytree
 
 __all__ = ["Buffer", "NativeStep", "Place", "Program", "Step", "TorchStep", "View", "lower"]
 
@@ -120,8 +120,8 @@ def views_of(nest: Any) -> list[View]:
 def lower(graph_module: GraphModule, inputs: Sequence[Any]) -> Program:
     """The program of `graph_module` for flat inputs of these shapes and strides.
 
-    Raises `ValueError` for a graph that writes in place to anything but its buffers, holds sparse tensors, or computes on
-    another device than the CPU.
+    Raises `ValueError` for a graph that writes in place to anything but its buffers, holds sparse tensors, or computes
+    on another device than the CPU.
     """
     lowering = _Lowering(graph_module)
     with torch.no_grad():
@@ -314,7 +314,7 @@ def _copied(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _operator_of(node: Node) -> registry.Operator | None:
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "kernelpress":
+    if not isinstance(target, OpOverload) or target.namespace != "kernelpress":
         return None
     return next((operator for operator in registry.operators() if operator.name == target._opname), None)
 
@@ -372,7 +372,7 @@ def _check_tensors(node: Node, result: Any) -> None:
 
 def _out_variant(target: Any) -> Any:
     """The overload of an ATen operation that writes into a given tensor, where it does so without a copy of its own."""
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+    if not isinstance(target, OpOverload) or target.namespace != "aten":
         return None
     if torch.Tag.dynamic_output_shape in target.tags:
         return None

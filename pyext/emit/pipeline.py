@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernelpress.ops  # noqa: F401  (registers torch.ops.kernelpress)
@@ -23,27 +22,29 @@ from kernelpress.emit.choose import FUSION_MARGINS, Choice, choose
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.evaluate import (
     INT8_TOLERANCE,
+    TURNED_SHARE,
     Cost,
     Evaluation,
     Example,
     evaluate,
     example_values,
-    relative_error,
     runnable,
+    tolerance_of,
 )
 from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.plan import capture
 from kernelpress.emit.quantized import is_quantize
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
+from kernelpress.emit.ties import Comparison, compare
 from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.latency import Timing, time_alternately
+from kernelpress.preserve import own_tensors, trainable_tensors
+from kernelpress.regions import regions, writes_undone
+from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace import module_of, trace
-from kernelpress.untouched import own_tensors, untouched
 
 __all__ = ["emit"]
-
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 MODEL_SECONDS = 0.5
 MODEL_ROUNDS = 5
@@ -76,7 +77,7 @@ def emit(
     if tolerance is not None and not 0 < tolerance < float("inf"):
         raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
     inputs = own_tensors((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs))
-    with untouched(model):
+    with trainable_tensors(model):
         return _emit(model, inputs, dynamic_batch, tolerance, cache, progress, cost)
 
 
@@ -91,17 +92,17 @@ def _emit(
 ) -> EmittedModel:
     traced = trace(model, inputs, dynamic_batch=dynamic_batch)
     flat = pytree.tree_leaves((inputs, {}))
-    device, dtype = _device_and_dtype(traced, flat)
-    bound = tolerance or TOLERANCES.get(dtype, TOLERANCES[torch.float32])
+    device = _device(traced, flat)
 
     graph_module = fold(canonicalize(copy_of(traced)))
+    examples = example_values(graph_module, flat)
+    bound = tolerance or max(tolerance_of(example.dtype) for example in examples.values())
     # Few values of a layer are rounded to the other side; behind several layers, these change the rounding of many.
     whole_bound = max(bound, INT8_TOLERANCE) if any(map(is_quantize, graph_module.graph.nodes)) else bound
-    examples = example_values(graph_module, flat)
     candidates = _candidates(graph_module)
     times = TimingCache(device, enabled=cache and cost is None)
     with _progress_bar(len(candidates), progress) as advance:
-        evaluations = evaluate(graph_module, candidates, examples, bound, times, cost, advance)
+        evaluations = evaluate(graph_module, candidates, examples, tolerance, times, cost, advance)
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     flat_examples = tuple(examples[node] for node in graph_module.graph.nodes if node.op == "placeholder")
 
@@ -134,12 +135,18 @@ def _fastest(models: Sequence[EmittedModel], inputs: tuple[Any, ...], cache: boo
     if len(models) == 1:
         return models[0]
     device = _device_of(inputs)
-    runs: Sequence[Callable[..., Any]] = models
-    if device.type == "cpu":
-        with suppress(ValueError):  # sizes that follow from values
-            runs = [capture(model, *inputs, cache=cache) for model in models]
-    timings = _time_models({str(i): functools.partial(run, *inputs) for i, run in enumerate(runs)}, device)
+    runs = [_captured(model, inputs, cache) if device.type == "cpu" else model for model in models]
+    with writes_undone(*(model.body for model in models)):
+        timings = _time_models({str(i): functools.partial(run, *inputs) for i, run in enumerate(runs)}, device)
     return models[min(range(len(models)), key=lambda i: timings[str(i)].median)]
+
+
+def _captured(model: EmittedModel, inputs: tuple[Any, ...], cache: bool) -> Callable[..., Any]:
+    """The model's plan, or the model itself if it cannot be one."""
+    try:
+        return capture(model, *inputs, cache=cache)
+    except ValueError:
+        return model
 
 
 def _time_models(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Timing]:
@@ -154,11 +161,10 @@ def _device_of(inputs: tuple[Any, ...]) -> torch.device:
     return next((t.device for t in tensors), torch.device("cpu"))
 
 
-def _device_and_dtype(traced: GraphModule, inputs: Sequence[Any]) -> tuple[torch.device, torch.dtype]:
+def _device(traced: GraphModule, inputs: Sequence[Any]) -> torch.device:
     tensors = [*traced.parameters(), *traced.buffers(), *(x for x in inputs if isinstance(x, Tensor))]
     floats = [tensor for tensor in tensors if tensor.is_floating_point()]
-    first = (floats or tensors)[0]
-    return first.device, first.dtype
+    return (floats or tensors)[0].device
 
 
 def _candidates(graph_module: GraphModule) -> list[Candidate]:
@@ -217,20 +223,21 @@ def _faster_of(
         "contiguous": with_constants(traced, copy_of(traced).graph),
         "channels_last": channels_last_copy(traced),
     }
-    with torch.no_grad():
-        expected, result = (pytree.tree_leaves(module(*inputs)) for module in (originals["contiguous"], body))
-    pairs = [(a, b) for a, b in zip(result, expected, strict=True) if isinstance(b, Tensor)]
-    error = max((relative_error(a, b) for a, b in pairs), default=0.0)
-    record = replace(record, error=error)
-    if not error <= 10 * tolerance:
-        reason = f"kept the original: the emitted model's error {error:.1e} is above 10 × the tolerance {tolerance:.1e}"
-        return originals["contiguous"], replace(record, kept_original=True, reason=reason)
+    found = compare(originals["contiguous"], body, pytree.tree_leaves((inputs, {})), 10 * tolerance)
+    notes = tuple(f"{node.target} stays as it came: {module_of(node) or node.name}" for node in regions(traced.graph))
+    record = replace(record, error=found.error, differing=found.differing, decided=found.elements, notes=notes)
+    refusal = _refusal(found, tolerance)
+    if refusal is not None:
+        return originals["contiguous"], replace(
+            record, kept_original=True, differing=0, reason=f"kept the original: {refusal}"
+        )
     if not is_measured:
         return body, record
     modules = {"emitted": body} | originals
-    timings = _time_models(
-        {name: functools.partial(module, *inputs) for name, module in modules.items()}, _device_of(inputs)
-    )
+    with writes_undone(*modules.values()):
+        timings = _time_models(
+            {name: functools.partial(module, *inputs) for name, module in modules.items()}, _device_of(inputs)
+        )
     milliseconds = {name: timing.median for name, timing in timings.items()}
     fastest = min(originals, key=milliseconds.__getitem__)
     record = replace(record, original_milliseconds=milliseconds[fastest], emitted_milliseconds=milliseconds["emitted"])
@@ -239,6 +246,16 @@ def _faster_of(
     return originals[fastest], replace(
         record, kept_original=True, reason=f"kept the original in {fastest} memory: it is faster"
     )
+
+
+def _refusal(found: Comparison, tolerance: float) -> str | None:
+    """Why the emitted model cannot stand for the original."""
+    if not found.error <= 10 * tolerance:
+        return f"the emitted model's error {found.error:.1e} is above 10 × the tolerance {tolerance:.1e}"
+    share = max(TURNED_SHARE, 10 * tolerance)
+    if found.turned > share:
+        return f"{found.turned:.1%} of {found.decision} turned over at ties, above {share:.1%}"
+    return None
 
 
 @contextmanager

@@ -8,20 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from kernelpress.contract import PlainInput
+from kernelpress.contract import Contract
 from kernelpress.emit.arena import ArenaLayout, Lifetime, lay_out
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.cuda_plan import CudaPlan
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.evaluate import Example
-from kernelpress.emit.inputs import check_tensor, own_copy
 from kernelpress.emit.lower import NativeStep, Place, Program, TorchStep, View, lower, views_of
 from kernelpress.emit.native_steps import Bases, Chain, NativeSteps, tensor_at
 from kernelpress.emit.recapture import fingerprint, reduced
 from kernelpress.ops import packing
 from kernelpress.ops.memory import ALIGNMENT, advise_huge_pages
+from kernelpress.preserve import own_tensors
+from kernelpress.runtime.torch_private import pytree
 
 __all__ = ["Plan", "capture", "plan_of"]
 
@@ -49,28 +49,24 @@ def capture(model: EmittedModel, *example_inputs: Any, stream: bool = True, cach
             else ""
         )
         raise TypeError(f"model: expected an EmittedModel, got {kind}{hint}")
-    model.contract.require(example_inputs)
-    flat, spec = pytree.tree_flatten((example_inputs, {}))
-    inputs = [own_copy(x) if isinstance(x, Tensor) else x for x in flat]
+    inputs = own_tensors(model.contract.require(example_inputs))
     model.body.graph.eliminate_dead_code()
-    return plan_of(model, inputs, spec, TimingCache(CPU, enabled=cache) if stream else None)
+    return plan_of(model, inputs, TimingCache(CPU, enabled=cache) if stream else None)
 
 
 def plan_of(
     model: EmittedModel,
     inputs: Sequence[Any],
-    in_spec: pytree.TreeSpec,
     times: TimingCache | None = None,
     chains: Sequence[Chain] = (),
 ) -> Plan | CudaPlan:
     """The plan of a model for flat inputs like these; `times` and `chains` as `Plan` takes them."""
-    out_spec = model.body._out_spec
-    assert out_spec is not None
+    contract = model.contract.captured_for(inputs)
     device = _cuda_device(model, inputs)
     if device is not None:
-        return CudaPlan(model, inputs, in_spec, out_spec, device)
+        return CudaPlan(model, inputs, contract, device)
     with packing.renewed():
-        return Plan(model, lower(model.body, inputs), in_spec, out_spec, times, chains)
+        return Plan(model, lower(model.body, inputs), contract, times, chains)
 
 
 def _cuda_device(model: EmittedModel, inputs: Sequence[Any]) -> torch.device | None:
@@ -101,20 +97,20 @@ class Plan:
         self,
         model: EmittedModel,
         program: Program,
-        in_spec: pytree.TreeSpec,
-        out_spec: pytree.TreeSpec,
+        contract: Contract,
         times: TimingCache | None = None,
         chains: Sequence[Chain] = (),
     ) -> None:
-        """`times`: what chains were timed to cost; None to run `chains`, those of them that this machine can."""
+        """`contract`: the inputs of the program; `times`: what chains were timed to cost; None to run `chains`, those of
+        them that this machine can."""
         self.model = model
         self._weights = fingerprint(model.body)
         self._program = program
-        self._in_spec, self._out_spec = in_spec, out_spec
+        self._contract = contract
+        self._out_spec = model.body._out_spec
         self._lock = threading.Lock()
         self._outputs = [i for i, buffer in enumerate(program.buffers) if buffer.place is Place.OUTPUT]
         self._inputs = [(i, view) for i, view in enumerate(program.inputs) if isinstance(view, View)]
-        self._plain = [(i, x) for i, x in enumerate(model.contract.inputs) if isinstance(x, PlainInput)]
         self._native_steps = sum(isinstance(step, NativeStep) for step in program.steps)
         self._arrange([])
         chains = self._native.faster_chains(times) if times is not None else self._native.joinable(chains)
@@ -186,15 +182,11 @@ class Plan:
             result = self._direct(inputs)
             if result is not None:
                 return result
-        flat, spec = pytree.tree_flatten((inputs, {}))
-        if spec != self._in_spec:
-            raise ValueError(f"inputs: expected the structure {self._in_spec}, got {spec}")
-        for position, plain in self._plain:
-            plain.require(flat[position])
+        flat = self._contract.require(inputs)
         with torch.no_grad(), self._lock:
             bases: Bases = self._static.copy()
             for position, view in self._inputs:
-                bases[view.buffer] = _bind(flat[position], view, position)
+                bases[view.buffer] = _in_layout(flat[position].detach(), view)
             for index in self._outputs:
                 base = self._program.buffers[index].base
                 bases[index] = torch.empty_strided(base.shape, base.stride, dtype=base.dtype)
@@ -230,7 +222,7 @@ class Plan:
         """
         views, outputs = [view for _, view in self._inputs], views_of(self._program.output)
         by_position = pytree.tree_structure((tuple(views), {}), is_leaf=lambda leaf: isinstance(leaf, View))
-        if self._plain or by_position != self._in_spec or self._native_steps < len(self._program.steps):
+        if by_position != self._contract.structure or self._native_steps < len(self._program.steps):
             return None
         if not self._out_spec.is_leaf() or len(outputs) != 1:
             return None
@@ -342,8 +334,3 @@ def _in_layout(tensor: Tensor, view: View) -> Tensor:
     if all(size <= 1 or a == b for size, a, b in zip(view.shape, tensor.stride(), view.stride, strict=True)):
         return tensor
     return torch.empty_strided(view.shape, view.stride, dtype=view.dtype).copy_(tensor)
-
-
-def _bind(given: Any, view: View, position: int) -> Tensor:
-    """The caller's tensor for input `position`, checked, in the captured layout."""
-    return _in_layout(check_tensor(given, position, view.shape, view.dtype, CPU), view)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +10,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.emit.graph import arguments, constant_tensor, number
+from kernelpress.runtime.torch_private import define_quantized_ops as register_quantization
 
 __all__ = [
     "NAMESPACE",
@@ -65,12 +64,6 @@ class QuantizedWeight:
     def scaled(self, factor: Tensor) -> QuantizedWeight:
         """Its rows times `factor: [C_out]`, or times one number."""
         return replace(self, scale=self.scale * factor.to(self.scale))
-
-
-def register_quantization() -> None:
-    """Registers the operations of `NAMESPACE`, if this PyTorch brings them."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("torch.ao.quantization.fx._decomposed")
 
 
 def is_quantize(node: Node) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,7 +21,9 @@ def fingerprint(body: GraphModule) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
     for name, t in [*body.named_parameters(), *body.named_buffers()]:
         digest.update(f"{name} {t.dtype} {list(t.shape)}".encode())
-        digest.update(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        values = t.detach().cpu().contiguous()
+        if values.numel():  # not through numpy: that makes the parameter's storage one that cannot be resized
+            digest.update((ctypes.c_char * values.nbytes).from_address(values.data_ptr()))
     return digest.digest()
 
 
@@ -43,9 +46,7 @@ def recapture(model: EmittedModel, examples: Sequence[Example], chains: Sequence
     """The plan of `model` for inputs of these forms, streamed by rows where the plan was that this one is a copy of."""
     from kernelpress.emit.plan import plan_of
 
-    spec = model.body._in_spec
-    assert spec is not None
-    return plan_of(model, [_blank(x) for x in examples], spec, chains=chains)
+    return plan_of(model, [_blank(x) for x in examples], chains=chains)
 
 
 def _blank(x: Example) -> Any:

@@ -51,7 +51,14 @@ class EmissionRecord:
     original_milliseconds: float | None = None
     emitted_milliseconds: float | None = None
     error: float | None = None
-    """Relative error of the emitted model's outputs to the original's, on the example inputs."""
+    """Relative error of the emitted model's outputs to the original's, on the example inputs; also of the floats that
+    comparisons, indices and roundings decide on, whose outcome is then taken from the original."""
+    differing: int = 0
+    """Elements of integer and boolean outputs that differ from the original's there: floats lay at a tie."""
+    decided: int = 0
+    """How many elements these outputs have."""
+    notes: tuple[str, ...] = ()
+    """What else is to be known, sub-graphs that stayed as they came."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers."""
@@ -61,7 +68,7 @@ class EmissionRecord:
     def from_json(cls, stored: dict[str, Any]) -> EmissionRecord:
         """The inverse of `to_json`; raises `KeyError` or `TypeError` for anything else."""
         places = tuple(_place_from_json(place) for place in stored["places"])
-        return cls(**{**stored, "places": places})
+        return cls(**{**stored, "places": places, "notes": tuple(stored["notes"])})
 
 
 def _place_from_json(stored: dict[str, Any]) -> PlaceRecord:
@@ -107,6 +114,9 @@ def _totals(record: EmissionRecord) -> list[str]:
         lines.append(f"original {before} (the faster memory format), emitted {after}: {ratio:.2f}×")
     if record.error is not None:
         lines.append(f"relative error to the original: {record.error:.1e}")
+    if record.decided and not record.kept_original:
+        lines.append(f"integers and booleans that differ, at ties: {record.differing} of {record.decided}")
+    lines += record.notes
     if record.reason:
         lines.append(record.reason)
     return lines

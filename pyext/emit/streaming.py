@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.lower import NativeStep, Place, Program, View, views_of
 from kernelpress.measure.latency import time_alternately
+from kernelpress.runtime.torch_private import pytree
 
 __all__ = ["LEAST_BYTES", "choose_chains", "private_bytes"]
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelpress.ops.checks import check_activation
+from kernelpress.runtime.torch_private import is_exporting
 
 __all__ = [
     "check_padding_mode",
@@ -28,7 +29,7 @@ def computes_plainly(x: Tensor, *others: Tensor | None) -> bool:
     It does where a gradient is wanted (so that it trains at PyTorch's own speed), under autocast, on the meta device,
     and while `torch.export` or `torch.fx` reads the model (so that the graph is portable ATen).
     """
-    if not isinstance(x, Tensor) or torch.compiler.is_exporting() or x.is_meta:
+    if not isinstance(x, Tensor) or is_exporting() or x.is_meta:
         return True
     if torch.is_autocast_enabled(x.device.type):
         return True

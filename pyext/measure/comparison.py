@@ -7,10 +7,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
-from kernelpress.measure.cost import evaluation, module_of
+from kernelpress.measure.cost import module_of
 from kernelpress.measure.latency import threads_set_to, time_alternately
 from kernelpress.measure.profiling import Profile, describe
 from kernelpress.measure.units import count_text, energy_text, latency_text, memory_text, ratio_text, text_table
+from kernelpress.preserve import evaluation
 
 __all__ = ["Comparison", "Speedup", "compare"]
 
@@ -168,8 +169,8 @@ def compare(
         pairs[name] = (model, own_inputs)
 
     with threads_set_to(threads), ExitStack() as stack:
-        for model, _ in pairs.values():
-            stack.enter_context(evaluation(module_of(model)))
+        for model, own_inputs in pairs.values():
+            stack.enter_context(evaluation(module_of(model), own_inputs))
         timings = time_alternately(
             {name: _bound(model, own_inputs) for name, (model, own_inputs) in pairs.items()},
             budget_seconds=budget_seconds,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelpress.measure.cost import evaluation
+from kernelpress.preserve import evaluation, preserved
 from kernelpress.trace import trace
 
 __all__ = ["TORCH_WAYS", "torch_contestants"]
@@ -32,21 +32,24 @@ def torch_contestants(
             raise ValueError(f"ways: expected some of {', '.join(TORCH_WAYS)}, got {way!r}")
     contestants: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
     refusals: dict[str, str] = {}
-    images = tuple(_channels_last(value) for value in inputs)
-    module = _in_plain_torch(module, inputs)
-    for way in ways:
-        if way == "eager":
-            contestants[way] = (module, inputs)
-            continue
-        twin = _channels_last_copy(module)
-        if way == "channels_last":
-            contestants[way] = (twin, images)
-            continue
-        try:
-            contestants[way] = (_compiled(twin, images), images)
-        # Inductor fails in as many ways as it has parts: no compiler, an operation it lacks, a bug.
-        except Exception as error:
-            refusals[way] = f"torch.compile cannot run it: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    with preserved(module, inputs):
+        images = tuple(_channels_last(value) for value in inputs)
+        module = _in_plain_torch(module, inputs)
+        for way in ways:
+            if way == "eager":
+                contestants[way] = (module, inputs)
+                continue
+            twin = _channels_last_copy(module)
+            if way == "channels_last":
+                contestants[way] = (twin, images)
+                continue
+            try:
+                contestants[way] = (_compiled(twin, images), images)
+            # Inductor fails in as many ways as it has parts: no compiler, an operation it lacks, a bug.
+            except Exception as error:
+                refusals[way] = (
+                    f"torch.compile cannot run it: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+                )
     return contestants, refusals
 
 
@@ -72,10 +75,10 @@ def _channels_last_copy(module: nn.Module) -> nn.Module:
 
 def _compiled(module: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., Any]:
     """`module`, compiled in evaluation mode for `inputs`."""
-    import torch._inductor.config as inductor
+    from kernelpress.runtime.torch_private import inductor_config
 
     compiled = torch.compile(module)
     # Given as an option of torch.compile, freezing is ignored.
-    with inductor.patch(freezing=True), evaluation(module), torch.no_grad():
+    with inductor_config.patch(freezing=True), evaluation(module), torch.no_grad():
         compiled(*inputs)
     return compiled

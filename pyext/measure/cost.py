@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["count_flops", "count_parameters", "evaluation", "module_of"]
+from kernelpress.preserve import evaluation
+
+__all__ = ["count_flops", "count_parameters", "module_of"]
 
 
 def module_of(model: Callable[..., Any]) -> nn.Module | None:
@@ -27,27 +28,13 @@ def module_of(model: Callable[..., Any]) -> nn.Module | None:
     return captured if isinstance(captured, nn.Module) else None
 
 
-@contextmanager
-def evaluation(module: nn.Module | None) -> Iterator[None]:
-    """Run the block with every submodule in evaluation mode, then restore each one's own mode."""
-    modules = [] if module is None else [part for part in module.modules() if part.training]
-    # Exported graph modules refuse .eval(); the flag is all that is needed.
-    for part in modules:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in modules:
-            part.training = True
-
-
 def count_flops(module: nn.Module, *inputs: Any) -> int:
     """FLOPs of one forward pass over `inputs`, a multiplication and its addition counting as two.
 
     Convolutions and matrix products of torch, and the operations of `torch.ops.kernelpress`, are counted; element-wise
     work is not.
     """
-    with evaluation(module), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with evaluation(module, inputs), torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(*inputs)
     return int(counter.get_total_flops())
 

@@ -10,6 +10,7 @@ import torch
 
 from kernelpress.cuda_graph import record
 from kernelpress.measure.latency import Timing, garbage_collection_paused, timing_of
+from kernelpress.runtime.torch_private import sleep
 
 __all__ = ["time_graphs", "time_on_device"]
 
@@ -118,4 +119,4 @@ def _cache_flush(device: torch.device) -> Callable[[], None]:
 
 
 def _head_start() -> None:
-    torch.cuda._sleep(HEAD_START_CYCLES)
+    sleep(HEAD_START_CYCLES)

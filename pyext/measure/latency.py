@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kernelpress.preserve import random_state_kept
+
 __all__ = ["Timing", "garbage_collection_paused", "threads_set_to", "time_alternately", "timing_of"]
 
 SAMPLE_SECONDS = 50e-6
@@ -98,7 +100,7 @@ def time_alternately(
     `budget_seconds` is the measuring time of one candidate over all rounds, warm-up aside; however slow it is, a
     candidate gets three samples a round. `repeats` fixes the samples per round instead. Every candidate is called
     `warmup` times first. `before_sample` runs before each sample and is not timed: to empty caches, say. Gradients are
-    off while candidates run, and so is the garbage collector.
+    off while candidates run, and so is the garbage collector; random states are put back.
 
     Raises `ValueError` for no candidates and for counts or a budget that are not positive; what a candidate raises
     passes through.
@@ -114,7 +116,7 @@ def time_alternately(
     calls_per_sample: dict[str, int] = {}
     samples_per_round: dict[str, int] = {}
     measured: dict[str, list[list[float]]] = {name: [] for name in candidates}
-    with torch.no_grad(), garbage_collection_paused():
+    with torch.no_grad(), garbage_collection_paused(), random_state_kept():
         for name, call in candidates.items():
             seconds = min(_sample(call, 1) for _ in range(warmup)) * 1e-3
             calls = max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9)))

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernelpress.measure.cost import count_parameters, evaluation
+from kernelpress.measure.cost import count_parameters
 from kernelpress.measure.units import count_text, latency_text, text_table
+from kernelpress.preserve import evaluation
 
 __all__ = ["LayerCost", "layer_table", "profile_layers"]
 
@@ -77,7 +78,7 @@ def profile_layers(module: nn.Module, *inputs: Any, repeats: int = 20, warmup: i
     def clock_after(part: nn.Module, _: Any, __: Any) -> None:
         elapsed[leaves[part]] = elapsed.get(leaves[part], 0.0) + (_now(device) - started[part]) * 1e-6
 
-    with evaluation(module), torch.no_grad():
+    with evaluation(module, inputs), torch.no_grad():
         hooks = [leaf.register_forward_pre_hook(count_before) for leaf in leaves]
         hooks += [leaf.register_forward_hook(count_after) for leaf in leaves]
         try:

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from kernelpress.measure.cost import count_flops, count_parameters, evaluation, module_of
+from kernelpress.measure.cost import count_flops, count_parameters, module_of
 from kernelpress.measure.energy import energy_per_call
 from kernelpress.measure.latency import Timing, threads_set_to, time_alternately
 from kernelpress.measure.memory import peak_memory_bytes, weight_bytes
 from kernelpress.measure.units import count_text, energy_text, latency_text, memory_text
+from kernelpress.preserve import evaluation
 
 __all__ = ["Profile", "describe", "profile"]
 
@@ -102,7 +103,7 @@ def describe(
     module = module_of(model)
     device = _device_of(model, inputs)
     tensor = _first_tensor(inputs)
-    with evaluation(module), torch.no_grad():
+    with evaluation(module, inputs), torch.no_grad():
         peak = peak_memory_bytes(
             lambda: model(*inputs), device=device, arena_bytes=int(getattr(model, "arena_bytes", 0))
         )
@@ -144,7 +145,7 @@ def profile(
         raise TypeError(f"model: expected a module or another callable, got {type(model).__name__}")
     module = module_of(model)
     title = name or type(model).__name__
-    with threads_set_to(threads), evaluation(module):
+    with threads_set_to(threads), evaluation(module, inputs):
         timings = time_alternately(
             {title: lambda: model(*inputs)},
             budget_seconds=budget_seconds,

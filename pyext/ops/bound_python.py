@@ -15,6 +15,7 @@ from kernelpress.ops.interception import is_plain
 from kernelpress.ops.prepared import generation, panel_width
 from kernelpress.ops.registry import Run
 from kernelpress.ops.snapshot import PythonSnapshot
+from kernelpress.runtime.torch_private import any_requires_grad
 
 __all__ = ["BoundCall", "ParameterWatch"]
 
@@ -33,7 +34,7 @@ class ParameterWatch:
         now = tuple([table.get(name) for table, name in self._slots])
         if environment != (generation(), panel_width()) or not snapshot(now):
             all_plain = self._look_anew(now)
-        return all_plain and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*now))
+        return all_plain and not (torch.is_grad_enabled() and any_requires_grad(*now))
 
     def _look_anew(self, now: tuple[Tensor | None, ...]) -> bool:
         self.epoch += 1  # before `_seen`: another thread may look at the same time

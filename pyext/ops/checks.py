@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernelpress.kernels.reference import ACTIVATIONS
+from kernelpress.runtime.torch_private import check_value
 
 __all__ = [
     "TensorSpec",
@@ -124,6 +125,6 @@ def conv_output_size(
             if slack < 0 or size == 0:
                 raise ValueError(message)
         else:
-            torch._check_value(slack >= 0, lambda message=message: message)
+            check_value(slack >= 0, lambda message=message: message)
         sizes.append(slack // stride[axis] + 1)
     return sizes[0], sizes[1]

@@ -18,6 +18,7 @@ from kernelpress.kernels.reference import ACTIVATIONS
 from kernelpress.ops import packing, prepared, tuning
 from kernelpress.ops.layout import Layout
 from kernelpress.ops.registry import Candidates, Implementation, Problem, Run, Tensors, native_spacings, operator
+from kernelpress.runtime.torch_private import current_raw_stream
 
 __all__ = [
     "DATA_TYPES",
@@ -82,7 +83,7 @@ def _describe(index: int) -> CudaDevice:
 
 
 def _launch(name: str, tensors: Sequence[Tensor], fields: Sequence[Field], index: int) -> None:
-    getattr(native.cuda(), name)(*fields, torch._C._cuda_getCurrentRawStream(index), index)
+    getattr(native.cuda(), name)(*fields, current_raw_stream(index), index)
 
 
 def _configurations(name: str) -> Sequence[str]:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import profiler
+
+from kernelpress.runtime.torch_private import (
+    dispatch_modes,
+    function_modes,
+    profiler,
+    tracing_state,
+    transform_level,
+)
 
 __all__ = ["PLAIN_TYPES", "is_intercepted", "is_plain"]
 
@@ -12,20 +19,16 @@ PLAIN_TYPES = frozenset({Tensor, torch.nn.Parameter})
 """Types of tensors whose operations nobody overrides."""
 
 _is_compiling = torch.compiler.is_dynamo_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._len_torch_function_stack
-_transform_level = torch._C._functorch.maybe_current_level
-_tracing_state = torch._C._get_tracing_state
 
 
 def is_intercepted() -> bool:
     """Whether a compiler, mode, transform, trace or profiler wants to see the operations that run now."""
     return (
         _is_compiling()
-        or _dispatch_modes() > 0
-        or _function_modes() > 0
-        or _transform_level() is not None
-        or _tracing_state() is not None
+        or dispatch_modes() > 0
+        or function_modes() > 0
+        or transform_level() is not None
+        or tracing_state() is not None
         or profiler._is_profiler_enabled
     )
 

@@ -17,17 +17,20 @@ from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.interception import is_intercepted, is_plain
 from kernelpress.ops.registry import Operator, Tensors
 from kernelpress.ops.triton_trace import see_through
+from kernelpress.runtime.torch_private import (
+    AutoDispatchBelowAutograd,
+    DispatchKey,
+    DispatchKeySet,
+    after_autograd_keyset,
+    any_requires_grad,
+)
 
 __all__ = ["LIBRARY", "call", "publish"]
 
 LIBRARY = torch.library.Library("kernelpress", "DEF")
 
 _is_grad_enabled = torch.is_grad_enabled
-_any_requires_grad = torch._C._any_requires_grad
-_AFTER_AUTOGRAD = torch._C._after_autograd_keyset
-_ONE_BACKEND = frozenset(
-    torch._C.DispatchKeySet(key).raw_repr() for key in (torch._C.DispatchKey.CPU, torch._C.DispatchKey.CUDA)
-)
+_ONE_BACKEND = frozenset(DispatchKeySet(key).raw_repr() for key in (DispatchKey.CPU, DispatchKey.CUDA))
 
 
 def publish(operator: Operator) -> Operator:
@@ -51,7 +54,7 @@ def call(operator: Operator, tensors: tuple[Tensor | None, ...], options: tuple[
     y = prepared.attempt(operator, tensors, options, backend)
     if y is not None:
         return y
-    if _is_grad_enabled() and _any_requires_grad(*tensors):
+    if _is_grad_enabled() and any_requires_grad(*tensors):
         return _dispatch(operator, tensors, options, backend)
     for index in operator.activations:
         t = tensors[index]
@@ -97,13 +100,13 @@ def _register_autograd(operator: Operator) -> None:
     differentiable = gradient.differentiable(operator)
 
     def kernel(keyset: Any, *args: Any, **kwargs: Any) -> Tensor:
-        below = keyset & _AFTER_AUTOGRAD
-        wants_gradient = _is_grad_enabled() and _any_requires_grad(*args)
+        below = keyset & after_autograd_keyset
+        wants_gradient = _is_grad_enabled() and any_requires_grad(*args)
         if not wants_gradient and below.raw_repr() in _ONE_BACKEND:
             return prepared.run(operator, *registry.bind(operator, args, kwargs))
 
         def redispatch() -> Tensor:
-            with torch._C._AutoDispatchBelowAutograd():
+            with AutoDispatchBelowAutograd():
                 result: Tensor = overload.redispatch(below, *args, **kwargs)
             return result
 

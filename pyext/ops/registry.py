@@ -16,6 +16,7 @@ from torch import Tensor
 from kernelpress.ops.checks import TensorSpec, describe, one_floating_dtype
 from kernelpress.ops.layout import Layout
 from kernelpress.ops.schema import pair
+from kernelpress.runtime.torch_private import fp32_precision
 
 __all__ = [
     "BACKENDS",
@@ -240,7 +241,7 @@ def allows_tf32() -> bool:
     """Whether torch lets convolutions on CUDA round float32 operands to TF32: `torch.backends.cudnn.allow_tf32`, or the
     setting that took its place, beside which the old one cannot be read.
     """
-    return torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32"
+    return fp32_precision("cuda", "conv") == "tf32"
 
 
 def common_device(operator: Operator, tensors: Tensors) -> str:

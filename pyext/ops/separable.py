@@ -270,6 +270,7 @@ def _inverted_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, .
 
 def _inverted_cuda_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...]:
     x, expand_weight, expand_bias, *rest = tensors
+    assert expand_weight is not None
     _, *others = _separable_cuda_operands((None, *rest), options)
     return (x, packing.contiguous(expand_weight), float_vector(expand_bias), *others)
 

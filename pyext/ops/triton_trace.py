@@ -10,24 +10,29 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.library import Library, register_torch_dispatch, wrap_triton
-from torch.utils._python_dispatch import _disable_current_modes
 
 from kernelpress.ops import packing, registry, triton
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.registry import Operator, Problem
+from kernelpress.runtime.torch_private import (
+    FakeTensor,
+    FunctionalTensor,
+    FunctionalTensorMode,
+    disable_current_modes,
+    optimization_hint,
+)
 
 __all__ = ["see_through"]
 
-_TRACED_TYPES = (Tensor, FunctionalTensor, torch._subclasses.FakeTensor)
+_TRACED_TYPES = (Tensor, FunctionalTensor, FakeTensor)
 
 
 def see_through(operator: Operator, library: Library) -> None:
     """Registers the rule of an op that has a Triton kernel."""
 
     def decompose(mode: Any, op: Any, types: Any, args: Any, kwargs: Any) -> Any:
-        from torch.export._trace import custom_triton_ops_decomposition_disabled
+        from kernelpress.runtime.torch_private import custom_triton_ops_decomposition_disabled
 
         if custom_triton_ops_decomposition_disabled() or not all(issubclass(t, _TRACED_TYPES) for t in types):
             return mode.__torch_dispatch__(op, types, args, kwargs)
@@ -51,8 +56,6 @@ def _hinted(spec: TensorSpec) -> TensorSpec:
 
 
 def _numbers(sizes: Any) -> tuple[int, ...]:
-    from torch.fx.experimental.symbolic_shapes import optimization_hint
-
     return tuple(optimization_hint(size) for size in sizes)
 
 
@@ -61,7 +64,7 @@ def _launched(symbolic: Problem, problem: Problem, tensors: list[Tensor | None])
     from kernelpress.kernels.triton.launch import launching_with
 
     kernel = triton.kernel_of(problem.op)
-    with packing.traced(), _disable_current_modes():
+    with packing.traced(), disable_current_modes():
         without_values = [None if spec is None else _meta(spec) for spec in problem.tensors]
         configuration = triton.configuration_of(kernel, problem, without_values)
     for at, (layout, spec) in enumerate(zip(kernel.layouts, problem.tensors, strict=True)):
