@@ -98,6 +98,8 @@ def proven(graph: nn.Module, model: nn.Module, inputs: tuple[Any, ...], contract
         contract = replace(contract, inputs=tuple(map(_pinned, contract.inputs, pytree.tree_leaves(inputs))))
     small = [n for n in (0, 1) if contract.dynamic_batch and _holds_at(n, graph, model, inputs, contract)]
     contract = replace(contract, small=frozenset(small))
+    if (reordered := _rotated(inputs)) is not None:
+        contract = replace(contract, any_key_order=_agree(graph, model, inputs, reordered))
     try:
         contract.require(inputs)
     except ValueError:
@@ -170,11 +172,28 @@ def _resized(x: Tensor, size: int) -> Tensor:
     return x[:size] if size <= x.shape[0] else x[torch.arange(size, device=x.device) % x.shape[0]]
 
 
-def _agree(graph: nn.Module, model: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    """Whether both give the same for `inputs`, within rounding; false where one of them fails."""
+def _rotated(inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The inputs with the first key of each dict put last: none is where it was. None if that changes nothing."""
+
+    def rotate(value: Any) -> Any:
+        if type(value) is dict:
+            keys = list(value)
+            return {key: rotate(value[key]) for key in keys[1:] + keys[:1]}
+        return type(value)(map(rotate, value)) if type(value) in (list, tuple) else value
+
+    reordered: tuple[Any, ...] = rotate(inputs)
+    return reordered if pytree.tree_structure(reordered) != pytree.tree_structure(inputs) else None
+
+
+def _agree(
+    graph: nn.Module, model: nn.Module, inputs: tuple[Any, ...], of_model: tuple[Any, ...] | None = None
+) -> bool:
+    """Whether both give the same for `inputs`, within rounding; false where one of them fails. `of_model` are the
+    inputs of the model, if they are others."""
+    runs = ((model, inputs if of_model is None else of_model), (graph, inputs))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # fx prints the code of what fails
-            expected, got = (pytree.tree_flatten(_plain(run_apart(module, inputs))) for module in (model, graph))
+            expected, got = (pytree.tree_flatten(_plain(run_apart(*run))) for run in runs)
     except Exception:
         return False
     return got[1] == expected[1] and all(map(_is_same, got[0], expected[0]))
