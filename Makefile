@@ -17,18 +17,22 @@ TORCH ?= $(PINNED)
 TORCH_VENV := .venv-torch-$(TORCH)
 TORCH_INSTALLED := $(TORCH_VENV)/.installed
 
-.PHONY: help demo test test-torch test-torch-all fuzz lint build resources bench gpu wheel clean distclean
+# Of zoo: beside .venv, where transformers would find a torchvision whose operations do not load.
+ZOO := build/zoo/.installed
+
+.PHONY: help demo test test-torch test-torch-all lint build resources bench gpu fuzz zoo wheel clean distclean
 
 help:
 	@echo 'make demo       train, prune, emit and measure a small CNN on scanned digits; writes results/digits/'
 	@echo 'make test       the tests'
 	@echo 'make test-torch TORCH=2.11.0   the tests that need no GPU, under that torch; test-torch-all: under each that is promised'
 	@echo 'make lint       ruff and mypy'
-	@echo 'make fuzz       10,000 mutated files of every kind that is read; goes on where it was stopped'
 	@echo 'make build      compile what changed of the native modules'
 	@echo 'make resources  registers, shared memory and spills of the CUDA and Triton kernels; writes the tables in docs/gpu.md'
 	@echo 'make bench      kernels and whole models beside the peers; writes benchmarks/results/'
 	@echo 'make gpu        on a machine with an NVIDIA GPU: build, checks, benchmarks; FAMILY=int8 for one family, GPU_OUT=folder'
+	@echo 'make fuzz       2,000 random models, 10,000 mutated files of every kind, each right or refused; goes on where it was stopped'
+	@echo 'make zoo        a model of every family of timm and torchvision, emitted and compared with float64; writes docs/zoo.md'
 	@echo 'make wheel      a wheel in dist/'
 	@echo 'make clean      remove what was built; distclean: the environment and results too'
 
@@ -45,11 +49,6 @@ test-torch: build $(TORCH_INSTALLED)
 
 test-torch-all:
 	.ci/torch-matrix
-
-FUZZERS := tests/fuzz_files.py
-
-fuzz: build
-	@for fuzzer in $(FUZZERS); do $(BIN)/python $$fuzzer || exit 1; done
 
 # mypy knows a package by its folder's name: links give the folders their import names.
 lint: $(INSTALLED)
@@ -73,6 +72,14 @@ bench: build $(PEERS)
 # Nothing is installed: it needs a Python with torch, nvcc, and no network.
 gpu:
 	@PYTHONPATH=benchmarks $(PYTHON) -m gpu $(if $(FAMILY),--family $(FAMILY)) $(GPU_ARGS)
+
+# One script after the other, whatever the first finds.
+fuzz: build
+	@status=0; for script in $(sort $(wildcard tests/fuzz_*.py)); do \
+		echo "== $$script"; $(BIN)/python $$script || status=1; done; exit $$status
+
+zoo: build $(ZOO)
+	$(BIN)/python tests/zoo.py
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel . --no-deps -w dist
@@ -103,6 +110,11 @@ $(TORCH_INSTALLED): $(INSTALLED)
 	grep -vE '^(torch$(if $(filter-out $(PINNED),$(TORCH)),|triton|setuptools))==' constraints.txt > $(TORCH_VENV)/constraints.txt
 	$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q -c $(TORCH_VENV)/constraints.txt \
 		torch==$(TORCH) pybind11 ninja 'kernelpress[all,test]'
+	@touch $@
+
+$(ZOO): constraints.txt | $(INSTALLED)
+	rm -rf build/zoo
+	$(PIP) --no-deps --target build/zoo timm torchvision
 	@touch $@
 
 $(PEERS): $(INSTALLED)

@@ -73,6 +73,8 @@ class Contract:
     symbols: tuple[SymbolRange, ...] = ()
     guards: tuple[Expression, ...] = ()
     small: frozenset[int] = frozenset()
+    any_key_order: bool = True
+    """Whether the model was found to give the same for dicts with their keys in another order."""
     fixed_because: str = ""
     """Why no batch size but the example's can be had, if that was asked for."""
     made: str = "exported"
@@ -148,10 +150,9 @@ class Contract:
         return Contract(tuple(fixed), self.arguments, self.structure, made="captured")
 
     def flatten(self, inputs: tuple[Any, ...]) -> list[Any]:
-        """The flat inputs, in the order of the graph's; keys of dicts may come in any order. Raises `ValueError` for
-        another structure than was exported."""
+        """The flat inputs, in the order of the graph's. Raises `ValueError` for another structure than was exported."""
         flat, structure = pytree.tree_flatten((inputs, {}))
-        if structure != self.structure:
+        if structure != self.structure and self.any_key_order:
             flat, structure = pytree.tree_flatten((_in_order(inputs, self.structure.child(0)), {}))
         if structure != self.structure:
             self._refuse_structure(inputs, structure)
@@ -175,6 +176,7 @@ class Contract:
             "symbols": [[s.name, s.least, s.most] for s in self.symbols],
             "guards": list(self.guards),
             "small": sorted(self.small),
+            "any_key_order": self.any_key_order,
             "fixed_because": self.fixed_because,
         }
 
@@ -194,7 +196,8 @@ class Contract:
         guards = tuple(check_expression(guard, names) for guard in stored["guards"])
         arguments = tuple(map(_text, stored["arguments"]))
         small = frozenset(map(int, stored["small"])) & {0, 1}
-        return cls(inputs, arguments, structure, symbols, guards, small, _text(stored["fixed_because"]))
+        any_key_order, fixed_because = bool(stored["any_key_order"]), _text(stored["fixed_because"])
+        return cls(inputs, arguments, structure, symbols, guards, small, any_key_order, fixed_because)
 
     def _tensors(self) -> list[TensorInput]:
         return [x for x in self.inputs if isinstance(x, TensorInput)]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 
 from kernelpress.contract import (
@@ -90,17 +90,16 @@ def proven(graph: nn.Module, model: nn.Module, inputs: tuple[Any, ...], contract
     if _is_abstract(model, inputs):
         return contract
     with _MemoryReads() as reads:
-        is_right = _agree(graph, model, inputs)
-    looks_at_memory = is_right and reads.happened
-    # Operators on sub-graphs compile them, under no mode.
-    if not is_right and not _agree(graph, model, inputs):
-        return None
-    if looks_at_memory:
+        if not _agree(graph, model, inputs):
+            return None
+    if reads.happened:
         if contract.dynamic_batch:
             return None
         contract = replace(contract, inputs=tuple(map(_pinned, contract.inputs, pytree.tree_leaves(inputs))))
     small = [n for n in (0, 1) if contract.dynamic_batch and _holds_at(n, graph, model, inputs, contract)]
     contract = replace(contract, small=frozenset(small))
+    if (reordered := _rotated(inputs)) is not None:
+        contract = replace(contract, any_key_order=_agree(graph, model, inputs, reordered))
     try:
         contract.require(inputs)
     except ValueError:
@@ -119,7 +118,8 @@ class _MemoryReads(TorchFunctionMode):
     happened = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.happened |= func in self.READS
+        if not torch.compiler.is_compiling():  # torch.cond compiles its branches, modes included
+            self.happened |= func in self.READS
         return func(*args, **(kwargs or {}))
 
 
@@ -181,14 +181,40 @@ def _resized(x: Tensor, size: int) -> Tensor:
     return x[:size] if size <= x.shape[0] else x[torch.arange(size, device=x.device) % x.shape[0]]
 
 
-def _agree(graph: nn.Module, model: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    """Whether both give the same for `inputs`, within rounding; false where one of them fails."""
+def _rotated(inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The inputs with the first key of each dict put last: none is where it was. None if that changes nothing."""
+
+    def rotate(value: Any) -> Any:
+        if type(value) is dict:
+            keys = list(value)
+            return {key: rotate(value[key]) for key in keys[1:] + keys[:1]}
+        return type(value)(map(rotate, value)) if type(value) in (list, tuple) else value
+
+    reordered: tuple[Any, ...] = rotate(inputs)
+    return reordered if pytree.tree_structure(reordered) != pytree.tree_structure(inputs) else None
+
+
+def _agree(
+    graph: nn.Module, model: nn.Module, inputs: tuple[Any, ...], of_model: tuple[Any, ...] | None = None
+) -> bool:
+    """Whether both give the same for `inputs`, within rounding; false where one of them fails. `of_model` are the
+    inputs of the model, if they are others."""
+    runs = ((model, inputs if of_model is None else of_model), (graph, inputs))
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # fx prints the code of what fails
-            expected, got = (pytree.tree_flatten(run_apart(module, inputs)) for module in (model, graph))
+            expected, got = (pytree.tree_flatten(_plain(run_apart(*run))) for run in runs)
     except Exception:
         return False
     return got[1] == expected[1] and all(map(_is_same, got[0], expected[0]))
+
+
+def _plain(outputs: Any) -> Any:
+    """The outputs with each `torch.Size` as the tuple that an exported graph gives for it."""
+
+    def is_size(leaf: Any) -> bool:
+        return isinstance(leaf, torch.Size)
+
+    return pytree.tree_map(lambda leaf: tuple(leaf) if is_size(leaf) else leaf, outputs, is_leaf=is_size)
 
 
 def _is_same(a: Any, b: Any) -> bool:
@@ -217,10 +243,24 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], carriers: frozenset[int])
     shapes = symbolic_batch(inputs, carriers)
     if shapes is not None:
         shapes = _by_parameter(model, shapes)
-    try:
+
+    def export() -> torch.export.ExportedProgram:
         return torch.export.export(model, own_tensors(inputs), dynamic_shapes=shapes, strict=False)
+
+    try:
+        program = export()
+        if _turns_gradients_on(program.graph):
+            with torch.enable_grad():
+                program = export()
+        return program
     except Exception as error:
         raise TraceError(_explain(model, inputs, error)) from error
+
+
+def _turns_gradients_on(graph: Graph) -> bool:
+    """Whether there is a region that does: torch cannot put it in line where gradients are off around it."""
+    regions = graph.find_nodes(op="call_function", target=torch.ops.higher_order.wrap_with_set_grad_enabled)
+    return any(region.args[0] for region in regions)
 
 
 def _by_parameter(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:

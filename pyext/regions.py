@@ -70,6 +70,7 @@ def own_writes(module: GraphModule) -> GraphModule:
                 reader.meta[_WRITTEN] = True
             node.meta["val"] = target.meta["val"]
         elif target.op == "placeholder":
+            node.replace_all_uses_with(node.args[1])
             module.graph.erase_node(node)
     return module
 

@@ -227,6 +227,9 @@ CALLS: dict[str, Callable[[], Calls]] = {
     "a dict in any order": lambda: (
         OneImage, lambda conv, d: conv(d["x"]) * d["m"], ({"x": images(2), "m": torch.randn(2, 1, 1, 1)},),
         [({"m": torch.randn(3, 1, 1, 1), "x": images(3)},)], [({"x": images(2)},), (images(2),)]),
+    "a dict whose order counts": lambda: (
+        OneImage, lambda conv, d: conv(list(d.values())[1]), ({"a": images(2), "b": images(2), "c": images(2)},),
+        [({"a": images(3), "b": images(3), "c": images(3)},)], [({"c": images(3), "b": images(3), "a": images(3)},)]),
     "a list": lambda: (
         OneImage, lambda conv, xs: [conv(x).sum() for x in xs], ([images(2), images(2)],), [([images(3), images(2)],)],
         [([images(2)],), ((images(2), images(2)),)]),

@@ -180,6 +180,13 @@ def test_pooled_and_flattened_images_are_one_operation(backend):
     assert_as_exact_as(emitted, model, torch.randn(5, 6, 9, 9))
 
 
+def test_a_pooled_image_reshaped_by_its_own_sizes_is_one_operation():
+    model = Apply(lambda x, pool: pool(x).view(x.size(0), x.size(1)), nn.AdaptiveAvgPool2d(1)).eval()
+    emitted = emit_fused(model, torch.randn(2, 6, 9, 9), FUSED_BACKENDS[-1])
+    assert "global_avg_pool2d" in ops_of(emitted)
+    assert_as_exact_as(emitted, model, torch.randn(5, 6, 9, 9))
+
+
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 def test_chains_become_separable_convolutions_and_inverted_residuals(backend):
     expand = nn.Sequential(nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6())

@@ -288,3 +288,54 @@ def test_transformers_models_trace_with_their_output_class(name: str) -> None:
     result = graph(x)
     assert type(result) is type(expected)
     torch.testing.assert_close(result.logits, expected.logits, rtol=1e-5, atol=1e-5)
+
+
+class _GradientsWithin(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = self.conv(x).relu()
+        with torch.enable_grad():
+            return self.conv(x).sigmoid() + y
+
+
+class _Condition(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cond(x.mean() > 0, lambda t: t + 1, lambda t: t * 2, (x.relu(),))
+
+
+class _WrittenInputReturned(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x[:, :1].add_(1)
+        return x
+
+
+class _SizesAmongOutputs(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, torch.Size]:
+        y = x[:, 1:] * 2
+        return y, y.shape
+
+
+@pytest.mark.parametrize("model", [_GradientsWithin(), _Condition(), _WrittenInputReturned()])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_regions_and_written_inputs_trace_to_what_the_model_computes(model: nn.Module, sign: float) -> None:
+    graph = trace(model, torch.randn(2, 3, 5, 6))
+    x = sign * torch.rand(3, 3, 5, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(graph(x.clone()), model(x.clone()))
+
+
+def test_a_written_input_that_is_returned_is_not_written() -> None:
+    x = torch.randn(2, 3, 5, 6)
+    before = x.clone()
+    trace(_WrittenInputReturned(), x)(x)
+    assert torch.equal(x, before)
+
+
+def test_sizes_among_the_outputs_are_those_of_the_call() -> None:
+    graph = trace(_SizesAmongOutputs(), torch.randn(2, 3, 5))
+    y, sizes = graph(torch.randn(4, 3, 5))
+    assert tuple(sizes) == tuple(y.shape) == (4, 2, 5)

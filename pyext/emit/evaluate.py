@@ -182,17 +182,18 @@ def _evaluate_batch(
     calls: dict[str, Callable[[], object]] = {}
     keys: list[str] = []
     for candidate in batch:
-        whole = original(sorted(candidate.nodes, key=order.__getitem__), "channels_last")
-        # The original may read sizes that a layer does without.
-        for node in (*candidate.inputs, *whole.inputs):
+        is_first = candidate.nodes not in expected
+        came = original(sorted(candidate.nodes, key=order.__getitem__), "channels_last") if is_first else candidate
+        # The operations as they came may be told sizes that a layer of ours does not need.
+        for node in (*candidate.inputs, *came.inputs):
             if node not in inputs:
                 inputs[node] = examples[node].random()
         key = _key(graph_module, candidate, examples)
         if cost is None and candidate.variant in TUNED_BACKENDS:
             key += f"; tiles {_tuned(graph_module, candidate, inputs) or 'by heuristic'}"
         keys.append(key)
-        if candidate.nodes not in expected:
-            expected[candidate.nodes] = runnable(graph_module, whole, inputs)()
+        if is_first:
+            expected[candidate.nodes] = runnable(graph_module, came, inputs)()
         error, refusal = _check(graph_module, candidate, inputs, expected[candidate.nodes], tolerance)
         checked.append((error, refusal))
         if refusal is None and cost is None and cache.get(key) is None:
