@@ -29,6 +29,7 @@ __all__ = [
     "LATER",
     "AutoDispatchBelowAutograd",
     "BatchNorm",
+    "DisableTorchFunction",
     "DispatchKey",
     "DispatchKeySet",
     "FakeTensor",
@@ -99,6 +100,7 @@ assert_async = torch._assert_async  # raises once the tensor is known to be zero
 # Kinds of tensors and modules that tests ask for, and products that benchmarks measure beside ours.
 BatchNorm = nn.modules.batchnorm._BatchNorm
 TensorBase = torch._C.TensorBase
+DisableTorchFunction = torch._C.DisableTorchFunction  # no function modes within
 neg_view = torch._neg_view
 efficient_zero_tensor = torch._efficientzerotensor
 addmm_activation = torch._addmm_activation

@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 import kernelpress as kp
 from kernelpress.emit import Candidate
+from kernelpress.runtime.torch_private import DisableTorchFunction, pytree
 from modelfuzz.calls import HARMLESS, draw_calls
 from modelfuzz.program import Call, Program
 
@@ -306,7 +306,7 @@ class _Noise(TorchFunctionMode):
             is_own = value.untyped_storage().data_ptr() not in given
             return value * (1 + self.size * torch.randn_like(value)) if is_own else value
 
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             return pytree.tree_map(rounded, result)
 
 
