@@ -313,7 +313,7 @@ def test_inputs_that_are_not_dense_are_refused(x, found):
         kp.emit(model, (scale, [x()]), progress=False)
     dense = torch.eye(6)
     plan = kp.capture(kp.emit(model, (scale, [dense]), progress=False, cost=prefer("reference")), scale, [dense])
-    with pytest.raises(ValueError, match=r"inputs\[1\]: expected "):
+    with pytest.raises(ValueError, match=r"nest\[0\]: expected "):
         plan(scale, [x()])
 
 
@@ -326,16 +326,6 @@ def test_a_plan_gives_away_copies_of_its_constants_and_views_that_later_calls_le
     again = plan(torch.randn_like(x))
     assert torch.equal(again[0], before[0])
     assert torch.equal(imaginary, before[1])
-
-
-def test_a_plan_refuses_values_that_lead_to_other_sizes():
-    model, x = Net(lambda m, x: m.stem(x).flatten()[(x > 0).flatten().nonzero()[:, 0]].sum()).eval(), images()
-    plan = kp.capture(kp.emit(model, x, progress=False, cost=prefer("reference")), x)
-    assert_alike(plan(x), model(x))
-    one = -x.abs()
-    one[0, 0, 0, 0] = 1
-    with pytest.raises(ValueError, match="values that lead to a result of shape"):
-        plan(one)
 
 
 def count_by_adding(m, x):
