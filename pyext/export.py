@@ -161,7 +161,7 @@ def symbolic_batch(inputs: tuple[Any, ...], carriers: frozenset[int]) -> tuple[A
 
     flat, spec = pytree.tree_flatten(inputs)
     dims = [{0: torch.export.Dim.AUTO} if i in carriers else None for i in range(len(flat))]
-    return pytree.tree_unflatten(dims, spec) if carriers else None  # type: ignore[no-any-return]
+    return pytree.tree_unflatten(dims, spec) if carriers else None
 
 
 def _with_batch(inputs: tuple[Any, ...], contract: Contract, size: int) -> tuple[Any, ...]:
@@ -281,13 +281,8 @@ def _contract_of(program: torch.export.ExportedProgram, model: nn.Module, inputs
     names = frozenset().union(*(symbols_in(size) for x in specs if isinstance(x, TensorInput) for size in x.shape))
     if not names:
         return Contract(specs, arguments, structure)
-    environment = next(
-        size.node.shape_env
-        for node in placeholders
-        if isinstance(node.meta["val"], Tensor)
-        for size in node.meta["val"].shape
-        if isinstance(size, torch.SymInt)
-    )
+    sizes = [size for node in placeholders if isinstance(node.meta["val"], Tensor) for size in node.meta["val"].shape]
+    environment: Any = next(size for size in sizes if isinstance(size, torch.SymInt)).node.shape_env
     guards = dict.fromkeys(from_sympy(environment.replace(guard.expr)) for guard in environment.guards)
     conditions = tuple(guard for guard in guards if guard is not True)
     read = {size for x in specs if isinstance(x, TensorInput) for size in x.shape if isinstance(size, str)}

@@ -61,7 +61,8 @@ def trainable_tensors(model: nn.Module) -> Iterator[None]:
     with torch.inference_mode(False), preserved(model):
         copies: dict[Tensor, Tensor] = {}
         for part in model.modules():
-            for table in (part._parameters, part._buffers):
+            tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for table in tables:
                 for name, t in table.items():
                     if t is not None and t.is_inference():
                         copy = nn.Parameter(t.clone(), False) if isinstance(t, nn.Parameter) else t.clone()

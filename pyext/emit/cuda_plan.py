@@ -53,7 +53,7 @@ class CudaPlan:
         self.model = model
         self.device = device
         self._contract = contract
-        self._out_spec = model.body._out_spec
+        self._out_spec: Any = model.body._out_spec
         self._inputs = list(inputs)
         self._tensors = [(i, x) for i, x in enumerate(inputs) if isinstance(x, Tensor)]
         # The graph reads weights where they are, whatever happens to the model's: it has others.

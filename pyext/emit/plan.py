@@ -107,7 +107,7 @@ class Plan:
         self._weights = fingerprint(model.body)
         self._program = program
         self._contract = contract
-        self._out_spec = model.body._out_spec
+        self._out_spec: Any = model.body._out_spec
         self._lock = threading.Lock()
         self._outputs = [i for i, buffer in enumerate(program.buffers) if buffer.place is Place.OUTPUT]
         self._inputs = [(i, view) for i, view in enumerate(program.inputs) if isinstance(view, View)]
