@@ -282,7 +282,8 @@ def _contract_of(program: torch.export.ExportedProgram, model: nn.Module, inputs
     if not names:
         return Contract(specs, arguments, structure)
     sizes = [size for node in placeholders if isinstance(node.meta["val"], Tensor) for size in node.meta["val"].shape]
-    environment: Any = next(size for size in sizes if isinstance(size, torch.SymInt)).node.shape_env
+    symbolic: Any = next(size for size in sizes if isinstance(size, torch.SymInt))
+    environment = symbolic.node.shape_env
     guards = dict.fromkeys(from_sympy(environment.replace(guard.expr)) for guard in environment.guards)
     conditions = tuple(guard for guard in guards if guard is not True)
     read = {size for x in specs if isinstance(x, TensorInput) for size in x.shape if isinstance(size, str)}
