@@ -92,6 +92,11 @@ class Contract:
         return frozenset(i for i, x in enumerate(self.inputs) if isinstance(x, TensorInput) and x.carries_batch)
 
     @cached_property
+    def device(self) -> str:
+        """Type of the device of the inputs: "cpu", "cuda"."""
+        return next((x.device for x in self._tensors()), "cpu")
+
+    @cached_property
     def _pins_memory(self) -> bool:
         return any(x.stride is not None for x in self._tensors())
 
@@ -112,7 +117,7 @@ class Contract:
     def check(self, inputs: tuple[Any, ...]) -> None:
         """Raises `ValueError`, naming the argument, what was exported and what came, unless the graph computes for
         `inputs` what the model does."""
-        if self._pins_memory:
+        if self._pins_memory or torch.is_autocast_enabled(self.device):
             self.require(inputs)
             return
         try:
@@ -127,6 +132,11 @@ class Contract:
 
     def require(self, inputs: tuple[Any, ...]) -> list[Any]:
         """As `check`, without remembering the answer; returns the flat inputs."""
+        if torch.is_autocast_enabled(self.device):
+            raise ValueError(
+                f"torch.autocast: expected it to be off, as when the model was {self.made}, got it on for {self.device}:"
+                " it would change the types that some operations compute in; call the model outside of it"
+            )
         flat = self.flatten(inputs)
         sizes: dict[str, int] = {}
         for expected, given in zip(self.inputs, flat, strict=True):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.export import TraceError, exports, proven
-from kernelpress.preserve import trainable_tensors
+from kernelpress.preserve import outside_modes
 from kernelpress.regions import has_regions, keep_layouts, not_dense, own_writes, writes
 from kernelpress.runtime.torch_private import FakeTensor, OpOverload, pytree
 
@@ -71,7 +71,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
             raise ValueError(f"example_inputs: expected dense tensors with values, got {reason} at position {position}")
     name = type(model).__name__
 
-    with trainable_tensors(model), torch.no_grad(), warnings.catch_warnings():
+    with outside_modes(model), torch.no_grad(), warnings.catch_warnings():
         # torch.export's own use of a deprecated pytree name.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         _set_eval_mode(model)

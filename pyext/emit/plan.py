@@ -233,9 +233,10 @@ class Plan:
         forms = [(view.shape, view.stride, view.dtype) for view in views]
         shape, stride, dtype, count = made.shape, made.stride, made.dtype, len(forms)
         steps, run, lock, empty = len(self._native), self._native.run, self._lock, torch.empty_strided
+        is_autocast_enabled = torch.is_autocast_enabled
 
         def direct(inputs: tuple[Any, ...]) -> Tensor | None:
-            if len(inputs) != count:
+            if len(inputs) != count or is_autocast_enabled("cpu"):
                 return None
             addresses = []
             for given, form in zip(inputs, forms, strict=True):
