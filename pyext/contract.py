@@ -134,7 +134,7 @@ class Contract:
         """As `check`, without remembering the answer; returns the flat inputs."""
         if torch.is_autocast_enabled(self.device):
             raise ValueError(
-                f"torch.autocast: expected it to be off, as when the model was {self.made}, got it on for {self.device}:"
+                f"torch.autocast: expected it off, as when the model was {self.made}, got it on for {self.device}:"
                 " it would change the types that some operations compute in; call the model outside of it"
             )
         flat = self.flatten(inputs)
