@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from kernelpress.regions import has_regions, keep_layouts, not_dense, own_writes, writes
+from kernelpress.regions import functionalised, has_regions, keep_layouts, not_dense, writes
 
 __all__ = ["TraceError", "module_of", "parameter_name", "trace"]
 
@@ -67,7 +67,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
     `meta["dynamic_batch"] = False` on the returned module.
 
     Raises `TraceError` for a model that `torch.export` cannot take, `TypeError` for arguments of another type,
-    `ValueError` for tensors that are sparse, quantized or without values.
+    `ValueError` for tensors that are sparse, quantized or without values, and for writes that PyTorch cannot undo.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -96,7 +96,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
         if _mutations(module.graph) or has_regions(module.graph):
             # Writes through views, sub-graphs: PyTorch's own functionalisation resolves the aliasing, spells out the
             # casts of autocast, and puts in line what only sets a mode.
-            module = _clean(own_writes(program.run_decompositions({}).module()))
+            module = _clean(functionalised(program))
             _restore_batch_norm(module.graph)
     if dynamic_batch and not is_dynamic:
         name = type(model).__name__

@@ -160,7 +160,7 @@ class _Lowering(Interpreter):
         leaves, spec = pytree.tree_flatten(result)
         owners = self._owners(node)
         views = [self._alias(leaf, owners) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        fresh = tuple(i for i, view in enumerate(views) if view is None)
+        fresh = tuple(i for i, view in enumerate(views) if view is None and leaves[i] is not None)
         if fresh:
             native = self._native_step(node, args, kwargs, result)
             if native is not None:
