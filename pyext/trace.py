@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.export import TraceError, exports, proven
 from kernelpress.preserve import outside_modes
-from kernelpress.regions import has_regions, keep_layouts, not_dense, own_writes, writes
+from kernelpress.regions import functionalised, has_regions, keep_layouts, not_dense, writes
 from kernelpress.runtime.torch_private import FakeTensor, OpOverload, pytree
 
 __all__ = ["TraceError", "module_of", "parameter_name", "trace"]
@@ -52,7 +52,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
     batch, at batches of one and none, both were run and compared.
 
     Raises `TraceError` for a model that `torch.export` cannot take, `TypeError` for arguments of another type,
-    `ValueError` for tensors that are sparse, quantized or without values.
+    `ValueError` for tensors that are sparse, quantized or without values, and for writes that PyTorch cannot undo.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -116,7 +116,7 @@ def _functional(program: torch.export.ExportedProgram) -> GraphModule:
     if _mutations(module.graph) or has_regions(module.graph):
         # Writes through views, sub-graphs: PyTorch's own functionalisation resolves the aliasing, spells out the
         # casts of autocast, and puts in line what only sets a mode.
-        module = _clean(own_writes(program.run_decompositions({}).module()))
+        module = _clean(functionalised(program))
         _restore_batch_norm(module.graph)
     for part in [m for m in module.modules() if isinstance(m, GraphModule)]:
         _simplify(part.graph)

@@ -30,6 +30,16 @@ class Fields:
 torch.export.register_dataclass(Fields, serialized_type_name="kernelpress.tests.Fields")
 
 
+@torch.library.custom_op("kernelpress_tests::bump", mutates_args={"x"})
+def bump(x: Tensor) -> None:
+    x.add_(1)
+
+
+@bump.register_fake
+def _(x: Tensor) -> None:
+    pass
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path / "cache"))
@@ -151,6 +161,14 @@ def branches_in_branches(m, x):
     return torch.cond(x.sum() > 0, inner, lambda t: t.sin(), (m.stem(x),))
 
 
+def operand_returned(m, x):
+    return m.head(torch.cond(x.sum() > 0, lambda t: m.project(t), lambda t: t, (m.stem(x),)))
+
+
+def returned_twice(m, x):
+    return torch.cond(x.sum() > 0, lambda t: (t + 1, t.clone()), lambda t: (t, t), (m.stem(x),))
+
+
 def looped(m, x):
     count, y = while_loop(lambda i, y: i < 3, lambda i, y: (i + 1, m.project(y)), (torch.tensor(0), m.stem(x)))
     return m.head(y), count
@@ -168,6 +186,16 @@ def scanned_by_pairs(m, x):
     return associative_scan(lambda a, b: a + b, m.stem(x), dim=2, combine_mode="generic")
 
 
+def mapped_by_vmap(m, x):
+    return m.head(torch.vmap(lambda row: m.project(row[None])[0] * row.sum())(m.stem(x)))
+
+
+def written_by_a_custom_operation(m, x):
+    y = m.stem(x)
+    torch.ops.kernelpress_tests.bump(y)
+    return m.project(y)
+
+
 def flexible_attention(m, x):
     rows = m.stem(x).reshape(2, 1, 8, 64).transpose(-1, -2)
     return flex_attention(rows, rows, rows, score_mod=lambda score, b, h, i, j: score + (i - j))
@@ -178,13 +206,18 @@ def flexible_attention(m, x):
     [
         (branches, "cond"),
         (branches_in_branches, "cond"),
+        (operand_returned, "cond"),
+        (returned_twice, "cond"),
         (looped, "while_loop"),
         (mapped, "map_impl"),
         (scanned, "scan"),
         (scanned_by_pairs, None),
+        (mapped_by_vmap, None),
+        (written_by_a_custom_operation, "auto_functionalized_v2"),
         (flexible_attention, "flex_attention"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:flex_attention called without:UserWarning")
 def test_sub_graphs_stay_as_they_came_and_the_record_says_so(function, operator):
     emitted, _ = emitted_and_captured(Net(function), images())
     assert [note.split()[0] for note in emitted.record.notes] == ([operator] if operator else [])
@@ -297,7 +330,7 @@ def test_results_of_every_kind_are_those_of_the_model(function):
         (lambda: torch.eye(6, device="meta"), "a tensor on the meta device"),
     ],
 )
-@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning", "ignore:torch.quantize_per_tensor:UserWarning")
 def test_inputs_that_are_not_dense_are_refused(x, found):
     class Dense(nn.Module):
         def __init__(self):
@@ -413,6 +446,25 @@ def test_the_traced_graph_writes_to_buffers_of_its_own():
     traced(images())
     assert int(traced.steps) == 2
     assert int(model.steps) == 0
+
+
+def test_writes_that_pytorch_cannot_undo_are_refused_by_name():
+    def forward(m, x):
+        return F.instance_norm(m.conv(x), m.norm.running_mean, m.norm.running_var, use_input_stats=True)
+
+    with pytest.raises(ValueError, match=r"writes that can be made functional, got aten\.instance_norm"):
+        trace(Net(forward), images())
+
+
+def test_a_bias_folded_from_one_number_is_dense():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False).double(), Doubled())
+    emitted, _ = emitted_and_captured(model, images().double())
+    assert [p.stride() for p in emitted.parameters() if p.dim() == 1] == [(1,)]
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return x * 2 + 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
