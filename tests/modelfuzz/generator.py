@@ -43,7 +43,8 @@ def _attempt(seed: int, attempt: int) -> Program | None:
         wanted -= g.attempt(g.chance.choices(growths, weights)[0])
     output = _output(g)
     dtype = g.chance.choices(("float32", "float64", "bfloat16", "float16"), (90, 4, 3, 3))[0]
-    program = g.program(output).without_unused()
+    cost = g.chance.choices(("cpu", "mixed"), (75, 25))[0]
+    program = replace(g.program(output).without_unused(), cost=cost)
     if dtype != "float32":
         program = _cast(program, dtype)
     return program if _runs(program) else None

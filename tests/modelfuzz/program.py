@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["PRELUDE", "Argument", "Call", "Program", "Step", "environment", "evaluate"]
+__all__ = ["COSTS", "PRELUDE", "Argument", "Call", "Program", "Step", "environment", "evaluate"]
 
 PRELUDE = '''\
-import copy
 import math
+import random
 
 import torch
 import torch.ao.quantization.fx._decomposed
@@ -34,6 +34,12 @@ def settle(model):
                 tensor.uniform_(0.5, 1.5) if is_one else tensor.normal_(std=0.2)
     return model.eval()
 '''
+
+COSTS = {
+    "cpu": 'lambda c: 1.0 if c.variant == "cpu" else 10.0 * len(c.nodes)',
+    "mixed": 'lambda c: len(c.nodes) * random.Random(f"{c.label} of {c.output}").random()',
+}
+"""What candidates cost: so that the fewest layers of our CPU kernels win, or any backend and format here and there."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,8 @@ class Program:
     steps: tuple[Step, ...]
     output: str
     dtype: str = "float32"
+    cost: str = "cpu"
+    """Which of `COSTS` emission is told."""
 
     @property
     def source(self) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from modelfuzz.program import Argument, Call, Program, Step, environment
+from modelfuzz.program import COSTS, PRELUDE, Argument, Call, Program, Step, environment
 from modelfuzz.verdict import Fault, examine
 
 __all__ = ["shrink", "snippet"]
@@ -47,6 +47,8 @@ def _smaller(program: Program, call: Call | None) -> Iterator[tuple[Program, Cal
     values = _values(program)
     for output in _outputs(program):
         yield _fitted(replace(program, output=output), call)
+    if program.cost != "cpu":
+        yield replace(program, cost="cpu"), call
     if program.dtype != "float32":
 
         def plain(text: str) -> str:
@@ -123,8 +125,6 @@ def _alike(a: object, b: object) -> bool:
 
 def snippet(program: Program, fault: Fault) -> str:
     """A script that shows the fault."""
-    from modelfuzz.program import PRELUDE
-
     example = program.example
     lines = [
         f'"""{fault}"""',
@@ -136,7 +136,7 @@ def snippet(program: Program, fault: Fault) -> str:
         "",
         program.making,
         f"torch.manual_seed({example.seed})",
-        'cost = lambda c: 1.0 if c.variant == "cpu" else 10.0 * len(c.nodes)',
+        f"cost = {COSTS[program.cost]}",
         f"emitted = kp.emit(model, ({example.code},), cost=cost, cache=False, progress=False)",
         "print(emitted.record.reason)",
     ]

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import kernelpress as kp
-from kernelpress.emit import Candidate
 from kernelpress.runtime.torch_private import DisableTorchFunction, pytree
 from modelfuzz.calls import HARMLESS, draw_calls
-from modelfuzz.program import Call, Program
+from modelfuzz.program import COSTS, Call, Program, evaluate
 
 __all__ = ["Fault", "Outcome", "examine"]
 
@@ -70,11 +69,6 @@ class _FaultError(Exception):
     def __init__(self, fault: Fault) -> None:
         super().__init__(str(fault))
         self.fault = fault
-
-
-def cost(candidate: Candidate) -> float:
-    """The fewest layers of our CPU kernels win."""
-    return 1.0 if candidate.variant == "cpu" else 10.0 * len(candidate.nodes)
 
 
 def examine(
@@ -134,6 +128,7 @@ class _Examiner:
         torch.manual_seed(self.program.seed)
         random_state = torch.get_rng_state()
         try:
+            cost = evaluate(COSTS[self.program.cost])
             emitted = kp.emit(self.model, positional, cost=cost, cache=False, progress=False)
         except ValueError as refusal:
             emitted = _first_line(refusal)
@@ -240,11 +235,11 @@ class _Examiner:
         return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.shape == wanted.shape]
 
     def _in_channels_last(self, call: Call, i: int) -> list[Tensor]:
-        """Output `i` of the original in channels_last memory, which is an original too: torch's norms are less exact
-        there."""
+        """Output `i` of the original with all images in channels_last memory, as they are between emitted layers. Some
+        of torch's own operations are less exact there, GroupNorm for one."""
         positional, named = pytree.tree_map(_channels_last, call.arguments())
-        with torch.no_grad():
-            result = _result_of(self.program.model().to(memory_format=torch.channels_last), positional, named)
+        with torch.no_grad(), _Changed(_channels_last):
+            result = _result_of(self.original, positional, named)
         return [] if isinstance(result, Exception) else pytree.tree_leaves(result)[i : i + 1]
 
     def _in_float64(self, model: nn.Module, call: Call, noise: float = 0.0) -> Any:
@@ -252,7 +247,11 @@ class _Examiner:
             return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
         positional, named = pytree.tree_map(exact, call.arguments())
-        with torch.no_grad(), _Noise(noise) if noise else nullcontext():
+
+        def noisy(value: Tensor) -> Tensor:
+            return value * (1 + noise * torch.randn_like(value))
+
+        with torch.no_grad(), _Changed(noisy) if noise else nullcontext():
             result = _result_of(model, positional, named)
         return None if isinstance(result, Exception) else result
 
@@ -289,25 +288,24 @@ class _Examiner:
                     self._compare("plan", plan, other)
 
 
-class _Noise(TorchFunctionMode):
-    """Changes what every operation gives by about `size`, relative to each value."""
+class _Changed(TorchFunctionMode):
+    """Changes what every operation gives, where that is a float tensor in memory of its own."""
 
-    def __init__(self, size: float) -> None:
+    def __init__(self, change: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.size = size
+        self.change = change
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         given = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
 
-        def rounded(value: Any) -> Any:
+        def changed(value: Any) -> Any:
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
-            is_own = value.untyped_storage().data_ptr() not in given
-            return value * (1 + self.size * torch.randn_like(value)) if is_own else value
+            return value if value.untyped_storage().data_ptr() in given else self.change(value)
 
         with DisableTorchFunction():
-            return pytree.tree_map(rounded, result)
+            return pytree.tree_map(changed, result)
 
 
 def _channels_last(value: Any) -> Any:
