@@ -31,7 +31,7 @@ help:
 	@echo 'make resources  registers, shared memory and spills of the CUDA and Triton kernels; writes the tables in docs/gpu.md'
 	@echo 'make bench      kernels and whole models beside the peers; writes benchmarks/results/'
 	@echo 'make gpu        on a machine with an NVIDIA GPU: build, checks, benchmarks; FAMILY=int8 for one family, GPU_OUT=folder'
-	@echo 'make fuzz       2,000 random models and damaged files, each right or refused: 20 minutes; goes on after an interruption'
+	@echo 'make fuzz       2,000 random models, 10,000 mutated files of every kind, each right or refused; goes on where it was stopped'
 	@echo 'make zoo        a model of every family of timm and torchvision, emitted and compared with float64; writes docs/zoo.md'
 	@echo 'make wheel      a wheel in dist/'
 	@echo 'make clean      remove what was built; distclean: the environment and results too'

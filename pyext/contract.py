@@ -35,6 +35,11 @@ class TensorInput:
     stride: tuple[int, ...] | None = None
     """Where the model looks at how its inputs lie in memory: the example's strides, which then are the only ones."""
 
+    @property
+    def carries_batch(self) -> bool:
+        """Whether dimension 0 may have several sizes."""
+        return bool(self.shape) and not isinstance(self.shape[0], int)
+
 
 @dataclass(frozen=True)
 class PlainInput:
@@ -81,6 +86,16 @@ class Contract:
         """Whether dimension 0 of an input may have several sizes."""
         return bool(self.symbols)
 
+    @property
+    def batch_carriers(self) -> frozenset[int]:
+        """Positions of the flat inputs whose dimension 0 may have several sizes."""
+        return frozenset(i for i, x in enumerate(self.inputs) if isinstance(x, TensorInput) and x.carries_batch)
+
+    @cached_property
+    def device(self) -> str:
+        """Type of the device of the inputs: "cpu", "cuda"."""
+        return next((x.device for x in self._tensors()), "cpu")
+
     @cached_property
     def _pins_memory(self) -> bool:
         return any(x.stride is not None for x in self._tensors())
@@ -102,7 +117,7 @@ class Contract:
     def check(self, inputs: tuple[Any, ...]) -> None:
         """Raises `ValueError`, naming the argument, what was exported and what came, unless the graph computes for
         `inputs` what the model does."""
-        if self._pins_memory:
+        if self._pins_memory or torch.is_autocast_enabled(self.device):
             self.require(inputs)
             return
         try:
@@ -117,6 +132,11 @@ class Contract:
 
     def require(self, inputs: tuple[Any, ...]) -> list[Any]:
         """As `check`, without remembering the answer; returns the flat inputs."""
+        if torch.is_autocast_enabled(self.device):
+            raise ValueError(
+                f"torch.autocast: expected it off, as when the model was {self.made}, got it on for {self.device}:"
+                " it would change the types that some operations compute in; call the model outside of it"
+            )
         flat = self.flatten(inputs)
         sizes: dict[str, int] = {}
         for expected, given in zip(self.inputs, flat, strict=True):

@@ -29,7 +29,7 @@ from kernelpress.guards import Expression, UnknownExpressionError, evaluate, fro
 from kernelpress.preserve import own_tensors, run_apart
 from kernelpress.runtime.torch_private import FakeTensor, pytree
 
-__all__ = ["Exported", "TraceError", "exports", "proven"]
+__all__ = ["Exported", "TraceError", "exports", "proven", "symbolic_batch", "with_batch_of_two"]
 
 _ADVICE = (
     (("GuardOnDataDependent", "data-dependent", "Could not guard", "aten._local_scalar_dense"),
@@ -68,7 +68,7 @@ def exports(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_batch: bool) -
     reason = ""
     for carriers in _batch_carriers(inputs) if dynamic_batch else ():
         try:
-            program = _export(model, _with_batch_of_two(inputs, carriers), carriers)
+            program = _export(model, with_batch_of_two(inputs, carriers), carriers)
             contract = _contract_of(program, model, inputs)
         except (TraceError, UnknownExpressionError) as error:
             reason = _first_line(error)
@@ -148,11 +148,20 @@ def _batch_carriers(inputs: tuple[Any, ...]) -> list[frozenset[int]]:
     return list(dict.fromkeys([together, frozenset({leader})]))
 
 
-def _with_batch_of_two(inputs: tuple[Any, ...], carriers: frozenset[int]) -> tuple[Any, ...]:
+def with_batch_of_two(inputs: tuple[Any, ...], carriers: frozenset[int]) -> tuple[Any, ...]:
     """Examples that torch.export takes for a batch: sizes of 0 and 1 are constants to it."""
     flat, spec = pytree.tree_flatten(inputs)
     flat = [_resized(x, 2) if i in carriers and x.shape[0] < 2 else x for i, x in enumerate(flat)]
     return pytree.tree_unflatten(flat, spec)
+
+
+def symbolic_batch(inputs: tuple[Any, ...], carriers: frozenset[int]) -> tuple[Any, ...] | None:
+    """What `torch.export` is told of the dimensions: those of the batch are symbolic."""
+    import torch.export
+
+    flat, spec = pytree.tree_flatten(inputs)
+    dims = [{0: torch.export.Dim.AUTO} if i in carriers else None for i in range(len(flat))]
+    return pytree.tree_unflatten(dims, spec) if carriers else None
 
 
 def _with_batch(inputs: tuple[Any, ...], contract: Contract, size: int) -> tuple[Any, ...]:
@@ -160,7 +169,7 @@ def _with_batch(inputs: tuple[Any, ...], contract: Contract, size: int) -> tuple
     sizes = {symbol.name: size for symbol in contract.symbols}
     flat, spec = pytree.tree_flatten(inputs)
     for i, (x, given) in enumerate(zip(flat, contract.inputs, strict=True)):
-        if isinstance(given, TensorInput) and given.shape and not isinstance(given.shape[0], int):
+        if isinstance(given, TensorInput) and given.carries_batch:
             flat[i] = _resized(x, evaluate(given.shape[0], sizes))
     return pytree.tree_unflatten(flat, spec)
 
@@ -231,9 +240,9 @@ def _is_abstract(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
 def _export(model: nn.Module, inputs: tuple[Any, ...], carriers: frozenset[int]) -> torch.export.ExportedProgram:
     import torch.export
 
-    flat, spec = pytree.tree_flatten(inputs)
-    dims = [{0: torch.export.Dim.AUTO} if i in carriers else None for i in range(len(flat))]
-    shapes = _by_parameter(model, pytree.tree_unflatten(dims, spec)) if carriers else None
+    shapes = symbolic_batch(inputs, carriers)
+    if shapes is not None:
+        shapes = _by_parameter(model, shapes)
 
     def export() -> torch.export.ExportedProgram:
         return torch.export.export(model, own_tensors(inputs), dynamic_shapes=shapes, strict=False)
@@ -272,13 +281,9 @@ def _contract_of(program: torch.export.ExportedProgram, model: nn.Module, inputs
     names = frozenset().union(*(symbols_in(size) for x in specs if isinstance(x, TensorInput) for size in x.shape))
     if not names:
         return Contract(specs, arguments, structure)
-    environment = next(
-        size.node.shape_env
-        for node in placeholders
-        if isinstance(node.meta["val"], Tensor)
-        for size in node.meta["val"].shape
-        if isinstance(size, torch.SymInt)
-    )
+    sizes = [size for node in placeholders if isinstance(node.meta["val"], Tensor) for size in node.meta["val"].shape]
+    symbolic: Any = next(size for size in sizes if isinstance(size, torch.SymInt))
+    environment = symbolic.node.shape_env
     guards = dict.fromkeys(from_sympy(environment.replace(guard.expr)) for guard in environment.guards)
     conditions = tuple(guard for guard in guards if guard is not True)
     read = {size for x in specs if isinstance(x, TensorInput) for size in x.shape if isinstance(size, str)}

@@ -7,7 +7,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kernelpress.runtime.torch_private import pytree
 
-__all__ = ["evaluation", "own_tensors", "preserved", "random_state_kept", "run_apart", "trainable_tensors"]
+__all__ = ["evaluation", "outside_modes", "own_tensors", "preserved", "random_state_kept", "run_apart"]
 
 _CONTAINERS = frozenset({dict, OrderedDict, list, set})
 
@@ -55,13 +55,19 @@ def preserved(module: nn.Module | None, inputs: Any = ()) -> Iterator[None]:
 
 
 @contextmanager
-def trainable_tensors(model: nn.Module) -> Iterator[None]:
-    """`preserved`, and no tensor made or met within is one of `torch.inference_mode`, which can neither be exported nor
-    trained: the model's own ones are replaced by copies."""
-    with torch.inference_mode(False), preserved(model):
+def outside_modes(model: nn.Module) -> Iterator[None]:
+    """`preserved`, with `torch.autocast` off and without `torch.inference_mode`, whose tensors can neither be exported
+    nor trained: the model's own ones are replaced by copies."""
+    devices = {t.device.type for t in (*model.parameters(), *model.buffers())} | {"cpu"}
+    with ExitStack() as modes:
+        for device in sorted(devices & {"cpu", "cuda"}):
+            modes.enter_context(torch.autocast(device, enabled=False))
+        modes.enter_context(torch.inference_mode(False))
+        modes.enter_context(preserved(model))
         copies: dict[Tensor, Tensor] = {}
         for part in model.modules():
-            for table in (part._parameters, part._buffers):
+            tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for table in tables:
                 for name, t in table.items():
                     if t is not None and t.is_inference():
                         copy = nn.Parameter(t.clone(), False) if isinstance(t, nn.Parameter) else t.clone()

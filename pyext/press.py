@@ -69,7 +69,13 @@ def press(
             key = stage_key(key, _plain(stage.depends_on(recipe)))
             # What later stages read are the files, not the settings that led to them.
             key = stage_key(key, _run_stage(context, stage, key).files)
-    report = _report(context)
+    try:
+        report = _report(context)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"output: {folder.path} holds records of stages that no report follows from ({type(error).__name__}: "
+            f"{error}); run it again with fresh=True"
+        ) from error
     folder.write(REPORT_JSON, render_json(report).encode())
     folder.write(REPORT_HTML, render_html(report).encode())
     tell(f"report: {folder.path / REPORT_HTML}, {folder.path / REPORT_JSON}")

@@ -19,6 +19,11 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Peer = Literal["eager", "channels_last", "compile", "emitted"]
 
 
+LARGEST = 1 << 18
+"""Bytes of a recipe file."""
+MOST_VALUES, LONGEST_VALUE = 10_000, 4_000
+
+
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message names the file, the line and the key."""
 
@@ -173,18 +178,28 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
     """
     file = Path(path)
     try:
-        text = file.read_text(encoding="utf-8")
+        with file.open("rb") as stream:
+            content = stream.read(LARGEST + 1)
+        text = content.decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise RecipeError(f"{file}: the recipe cannot be read: {reason}") from error
+    if len(content) > LARGEST:
+        raise RecipeError(f"{file}: expected a recipe of at most {LARGEST} bytes, got more")
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        _check_size(node, file)
         raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f"{file}:{mark.line + 1}" if mark else str(file)
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise RecipeError(f"{place}: this is not YAML: {problem}") from error
+    except RecipeError:
+        raise
+    except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RecursionError) as error:
+        # Dates that no calendar has, numbers without end, nests without bottom.
+        raise RecipeError(f"{file}: this is not YAML as recipes use it: {error}") from error
     if not isinstance(raw, dict):
         kind = "nothing" if raw is None else type(raw).__name__
         raise RecipeError(f"{file}: expected a mapping with the keys {', '.join(Recipe.model_fields)}, got {kind}")
@@ -193,6 +208,29 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(detail, lines, file) for detail in error.errors())) from error
+
+
+def _check_size(node: yaml.Node | None, file: Path) -> None:
+    """Raises `RecipeError` for a recipe of too many values once its aliases are written out, or of too long ones."""
+    sizes: dict[int, int] = {}
+
+    def size_of(node: yaml.Node, above: tuple[int, ...]) -> int:
+        line = node.start_mark.line + 1
+        if id(node) in above or len(above) > 20:
+            raise RecipeError(f"{file}:{line}: expected a nest of at most 20 levels")
+        if id(node) not in sizes:
+            parts = node.value if isinstance(node, yaml.CollectionNode) else ()
+            flat = [part for item in parts for part in (item if isinstance(item, tuple) else (item,))]
+            sizes[id(node)] = 1 + sum(size_of(part, (*above, id(node))) for part in flat)
+        if sizes[id(node)] > MOST_VALUES or (isinstance(node, yaml.ScalarNode) and len(node.value) > LONGEST_VALUE):
+            raise RecipeError(
+                f"{file}:{line}: expected at most {MOST_VALUES} values, aliases written out, "
+                f"of {LONGEST_VALUE} characters"
+            )
+        return sizes[id(node)]
+
+    if node is not None:
+        size_of(node, ())
 
 
 def _lines(node: yaml.Node | None, file: Path, at: tuple[str | int, ...] = ()) -> dict[tuple[str | int, ...], int]:

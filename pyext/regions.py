@@ -14,10 +14,11 @@ from torch.fx import Graph, GraphModule, Node
 from kernelpress.runtime.torch_private import HigherOrderOperator, OpOverload
 
 __all__ = [
+    "functionalised",
     "has_regions",
     "is_written",
     "keep_layouts",
-    "own_writes",
+    "not_dense",
     "reads_layout",
     "regions",
     "writes",
@@ -40,10 +41,11 @@ def regions(graph: Graph) -> list[Node]:
 
 def has_regions(graph: Graph) -> bool:
     """Whether the graph has calls that are no operations: sub-graphs, or the levels of a `vmap`."""
-    return bool(regions(graph)) or any(
-        node.op == "call_function" and getattr(node.target, "__module__", "").startswith("torch._functorch")
-        for node in graph.nodes
-    )
+    return bool(regions(graph)) or any(map(_is_level, graph.nodes))
+
+
+def _is_level(node: Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "__module__", "").startswith("torch._functorch")
 
 
 def writes(node: Node) -> bool:
@@ -54,11 +56,56 @@ def writes(node: Node) -> bool:
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
-def own_writes(module: GraphModule) -> GraphModule:
-    """In place: of what PyTorch's functionalisation writes back at the end, inputs are left as they are, and buffers become the
-    module's own: the model's keep their values."""
-    for node in [node for node in module.graph.nodes if node.target is aten.copy_.default]:
+def functionalised(program: torch.export.ExportedProgram) -> GraphModule:
+    """The program as PyTorch's own functionalisation leaves it, but that inputs are not written, and written buffers
+    are the module's own: the model's keep their values. Where PyTorch fails at sub-graphs alone, they stay as they are.
+
+    Raises `ValueError` for writes that it cannot undo.
+    """
+    parts = [part for part in program.graph_module.modules() if isinstance(part, GraphModule)]
+    for part in parts[1:]:
+        _return_copies(part)
+    try:
+        return _own_writes(program.run_decompositions({}).module())
+    except RuntimeError as error:
+        nodes = [node for part in parts for node in part.graph.nodes]
+        if any(writes(node) or _is_level(node) for node in nodes):
+            raise ValueError(f"model: cannot be made functional: {str(error).splitlines()[0]}") from error
+        return program.module()
+
+
+def _return_copies(part: GraphModule) -> None:
+    """Functionalisation does not take sub-graphs that return an operand, a view of one, or one result twice."""
+    output = part.graph.output_node()
+    seen: set[Node] = set()
+
+    def own(result: Node) -> Node:
+        root = result
+        while root.op == "call_function" and _may_be_view(root) and root.all_input_nodes:
+            root = root.all_input_nodes[0]
+        is_new = root.op == "call_function" and root not in seen
+        if is_new or not isinstance(result.meta.get("val"), Tensor):
+            seen.add(root)
+            return result
+        with part.graph.inserting_before(output):
+            copy = part.graph.call_function(aten.clone.default, (result,))
+        copy.meta = dict(result.meta)
+        return copy
+
+    output.args = torch.fx.map_arg(output.args, own)
+    part.recompile()
+
+
+def _may_be_view(node: Node) -> bool:
+    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
+    return any(result.alias_info is not None for result in returns)
+
+
+def _own_writes(module: GraphModule) -> GraphModule:
+    for node in [node for node in module.graph.nodes if writes(node)]:
         target = node.args[0]
+        if node.target is not aten.copy_.default or target.op == "call_function":
+            raise ValueError(f"model: expected writes that can be made functional, got {node.target} at {node.name}")
         if target.op == "get_attr":
             owner = module.get_submodule(str(target.target).rpartition(".")[0])
             name = str(target.target).rpartition(".")[2]
@@ -68,7 +115,7 @@ def own_writes(module: GraphModule) -> GraphModule:
             for reader in module.graph.find_nodes(op="get_attr", target=target.target):
                 reader.meta[_WRITTEN] = True
             node.meta["val"] = target.meta["val"]
-        elif target.op == "placeholder":
+        else:
             node.replace_all_uses_with(node.args[1])
             module.graph.erase_node(node)
     return module
@@ -125,3 +172,10 @@ def _is_contiguous(source: Node) -> bool:
         return value.is_contiguous()
     except RuntimeError:  # A size that depends on data: nobody knows.
         return False
+
+
+def not_dense(x: Tensor) -> str | None:
+    """What keeps `x` from being a dense tensor with values: its layout, a quantized dtype, the meta device."""
+    if x.layout != torch.strided:
+        return str(x.layout)
+    return str(x.dtype) if x.is_quantized else "a tensor on the meta device" if x.is_meta else None

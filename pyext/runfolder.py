@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from kernelpress.files import write_atomically
+from kernelpress.plain import from_plain
+from kernelpress.sealed import seal, unseal
 
 __all__ = ["RunFolder", "StageRecord", "stage_key"]
+
+_KIND, _FORMAT = "stage of a run", 1
 
 
 def stage_key(*parts: Any) -> str:
@@ -57,7 +61,7 @@ class RunFolder:
         """Write the record of a stage whose `files` are written already."""
         digests = {name: _digest(self.path / name) for name in files}
         record = StageRecord(key, dict(results), digests, seconds)
-        self.write(f"stages/{stage}.json", json.dumps(asdict(record), indent=1).encode())
+        self.write(f"stages/{stage}.json", seal(_KIND, _FORMAT, asdict(record)))
         return record
 
     def forget(self, stage: str) -> None:
@@ -68,11 +72,12 @@ class RunFolder:
         """The record of `stage` if it can be used, else the reason why it has to be run; `""` where it never was."""
         file = self.path / "stages" / f"{stage}.json"
         try:
-            record = StageRecord(**json.loads(file.read_text(encoding="utf-8")))
+            content = unseal(file.read_bytes(), _KIND, _FORMAT, str(file))
+            record = from_plain(StageRecord, content, f"{file} is damaged: record")
         except FileNotFoundError:
             return ""
-        except (OSError, ValueError, TypeError) as error:
-            return f"{file} is damaged ({error})"
+        except (OSError, ValueError) as error:
+            return str(error)
         if record.key != key:
             return "the recipe, an earlier stage, the machine or a version has changed"
         for name, digest in record.files.items():

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.export import TraceError, exports, proven
-from kernelpress.preserve import trainable_tensors
-from kernelpress.regions import has_regions, keep_layouts, own_writes, writes
+from kernelpress.preserve import outside_modes
+from kernelpress.regions import functionalised, has_regions, keep_layouts, not_dense, writes
 from kernelpress.runtime.torch_private import FakeTensor, OpOverload, pytree
 
 __all__ = ["TraceError", "module_of", "parameter_name", "trace"]
@@ -51,7 +51,8 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
     calls that the graph answers as the model does are `meta["contract"]`; at `example_inputs` and, with a symbolic
     batch, at batches of one and none, both were run and compared.
 
-    Raises `TraceError` for a model that `torch.export` cannot take, `TypeError` for arguments of another type.
+    Raises `TraceError` for a model that `torch.export` cannot take, `TypeError` for arguments of another type,
+    `ValueError` for tensors that are sparse, quantized or without values, and for writes that PyTorch cannot undo.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
@@ -65,9 +66,12 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
             f"example_inputs: expected a Tensor or a tuple with Tensors, got {type(example_inputs).__name__}"
         )
     inputs = tuple(inputs)
+    for position, x in enumerate(pytree.tree_leaves(inputs)):
+        if isinstance(x, Tensor) and (reason := not_dense(x)) is not None:
+            raise ValueError(f"example_inputs: expected dense tensors with values, got {reason} at position {position}")
     name = type(model).__name__
 
-    with trainable_tensors(model), torch.no_grad(), warnings.catch_warnings():
+    with outside_modes(model), torch.no_grad(), warnings.catch_warnings():
         # torch.export's own use of a deprecated pytree name.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
         _set_eval_mode(model)
@@ -112,7 +116,7 @@ def _functional(program: torch.export.ExportedProgram) -> GraphModule:
     if _mutations(module.graph) or has_regions(module.graph):
         # Writes through views, sub-graphs: PyTorch's own functionalisation resolves the aliasing, spells out the
         # casts of autocast, and puts in line what only sets a mode.
-        module = _clean(own_writes(program.run_decompositions({}).module()))
+        module = _clean(functionalised(program))
         _restore_batch_norm(module.graph)
     for part in [m for m in module.modules() if isinstance(m, GraphModule)]:
         _simplify(part.graph)

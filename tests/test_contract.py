@@ -338,6 +338,18 @@ def test_sizes_that_follow_from_values_are_no_plan() -> None:
         kp.capture(emitted, images(2))
 
 
+def test_autocast_is_refused_and_does_not_reach_emission() -> None:
+    model = OneImage(lambda conv, x: conv(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        emitted = emit(model, images(2))
+    assert answers(emitted, model, images(2))
+    plan = kp.capture(emitted, images(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for run in (emitted, plan):
+            with pytest.raises(ValueError, match=r"torch\.autocast: expected it off"):
+                run(images(2))
+
+
 def test_assertions_of_the_model_hold_in_graph_and_plan() -> None:
     model = OneImage(lambda conv, x: (assert_async(x.min() > -100), conv(x))[1])
     emitted = emit(model, images(2))
@@ -413,8 +425,6 @@ def test_a_contract_survives_its_stored_form() -> None:
         structure,
         (SymbolRange("s0", 3, 9),),
         (("==", ("%", "s0", 3), 0),),
-        frozenset(),
-        "",
     )
     assert Contract.from_json(contract.to_json(), structure) == contract
     contract.check((torch.zeros(6, 3, 7), None))

@@ -826,7 +826,8 @@ def test_a_model_quantized_by_torchao_runs_in_int8(tmp_path):
 
     x = torch.randn(4, 3, 12, 12)
     dynamic = ({0: torch.export.Dim.AUTO},)
-    exported = torch.export.export(randomize(Net()), (x,), dynamic_shapes=dynamic).module()
+    # Before torch 2.12 a quantizer knows the modules of strictly exported graphs alone.
+    exported = torch.export.export(randomize(Net()), (x,), dynamic_shapes=dynamic, strict=True).module()
     quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
     prepared = prepare_pt2e(exported, quantizer)
     prepared(x)

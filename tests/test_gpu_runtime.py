@@ -371,7 +371,8 @@ class TestCudaPlan:
                 return ops.pointwise_conv2d(x, self.weight * x.mean(), backend=FUSED_BACKENDS[-1])
 
         model = Scaled().eval().requires_grad_(False)
-        captured = kp.capture(kp.emit(model, torch.randn(2, 3, 6, 5), progress=False), torch.randn(2, 3, 6, 5))
+        emitted = kp.emit(model, torch.randn(2, 3, 6, 5), progress=False, cost=prefer(FUSED_BACKENDS[-1]))
+        captured = kp.capture(emitted, torch.randn(2, 3, 6, 5))
         for _ in range(2):
             x = torch.randn(2, 3, 6, 5)
             torch.testing.assert_close(captured(x), model(x))
@@ -623,7 +624,7 @@ def test_a_stage_that_fails_or_hangs_stops_no_other(gpu: Any, tmp_path: Path) ->
     stages = [
         Stage("good", (sys.executable, "-c", "print('done')"), 30.0),
         Stage("bad", (sys.executable, "-c", "raise SystemExit('broken')"), 30.0),
-        Stage("slow", (sys.executable, "-c", "import time; print('begun', flush=True); time.sleep(60)"), 3.0),
+        Stage("slow", ("sh", "-c", "echo begun; exec sleep 60"), 3.0),
         Stage("patient", ("sleep", "60"), 0.1, may_be_stopped=True),
     ]
     results = run_beside(stages, dict(os.environ), tmp_path, tmp_path / "logs")

@@ -3,12 +3,14 @@
 import itertools
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from kernelpress import measure
+from kernelpress.measure import latency
 from kernelpress.measure.energy import energy_per_call
 from kernelpress.measure.latency import Timing
 from kernelpress.measure.memory import peak_memory_bytes
@@ -33,31 +35,48 @@ def sleeper(milliseconds: float):
     return lambda: time.sleep(milliseconds * 1e-3)
 
 
+@pytest.fixture
+def wait(monkeypatch):
+    """Lets so many milliseconds pass, and no others, on the clock that calls are timed by."""
+    clock = [0.0]
+    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter_ns=lambda: clock[0]))
+
+    def wait(milliseconds: float) -> None:
+        clock[0] += milliseconds * 1e6
+
+    return wait
+
+
 class TestLatency:
-    def test_sleep_is_measured_to_its_length(self):
+    def test_a_sleep_takes_no_less_than_its_length(self):
         timing = measure.time_alternately({"sleep": sleeper(5)}, budget_seconds=0.1, rounds=2)["sleep"]
-        assert 5 <= timing.median < 8
+        assert timing.median >= 5
         assert timing.p10 <= timing.median <= timing.p90
         assert timing.median == min(timing.rounds)
 
-    def test_candidates_run_in_turn_within_each_round(self):
+    def test_a_call_is_measured_to_its_length(self, wait):
+        timing = measure.time_alternately({"x": lambda: wait(5)}, budget_seconds=0.1, rounds=2)["x"]
+        assert (timing.p10, timing.median, timing.p90) == pytest.approx((5, 5, 5))
+        assert timing.calls == 0.1 / 5e-3
+
+    def test_candidates_run_in_turn_within_each_round(self, wait):
         order: list[str] = []
-        candidates = {name: (lambda name=name: (order.append(name), time.sleep(1e-3))) for name in "abc"}
+        candidates = {name: (lambda name=name: (order.append(name), wait(1))) for name in "abc"}
         measure.time_alternately(candidates, rounds=2, repeats=2, warmup=1)
         assert [name for name, _ in itertools.groupby(order)] == list("abc" * 3)
 
-    def test_best_round_gives_the_median_and_the_others_the_spread(self):
-        durations = iter([1e-3] * 2 + [8e-3] * 4 + [2e-3] * 100)
-        candidates = {"x": lambda: time.sleep(next(durations))}
+    def test_best_round_gives_the_median_and_the_others_the_spread(self, wait):
+        durations = iter([1] * 2 + [8] * 4 + [2] * 100)
+        candidates = {"x": lambda: wait(next(durations))}
         timing = measure.time_alternately(candidates, rounds=2, repeats=3, warmup=2)["x"]
-        assert timing.rounds[0] > 3 * timing.rounds[1]
+        assert timing.rounds == pytest.approx((8, 2))
         assert timing.median == timing.rounds[1]
         assert timing.spread == pytest.approx(timing.rounds[0] / timing.rounds[1] - 1)
 
-    def test_a_call_of_nanoseconds_is_repeated_inside_a_sample(self):
-        timing = measure.time_alternately({"nothing": lambda: None}, rounds=1, repeats=5)["nothing"]
-        assert timing.calls > 50
-        assert timing.median < 0.01
+    def test_a_call_of_nanoseconds_is_repeated_inside_a_sample(self, wait):
+        timing = measure.time_alternately({"nothing": lambda: wait(128e-6)}, rounds=1, repeats=5)["nothing"]
+        assert timing.calls == 5 * 391, "as many as last 50 µs"
+        assert timing.median == pytest.approx(128e-6)
 
     def test_gradients_are_off_while_candidates_run(self):
         seen: list[bool] = []
@@ -294,14 +313,14 @@ class TestUnits:
         assert len({len(line) for line in lines}) == 1
 
 
-def test_what_runs_before_a_sample_is_called_for_each_and_not_timed() -> None:
+def test_what_runs_before_a_sample_is_called_for_each_and_not_timed(wait) -> None:
     before: list[None] = []
     timing = measure.time_alternately(
-        {"quick": lambda: None},
+        {"quick": lambda: wait(1)},
         budget_seconds=1e-3,
         rounds=2,
         repeats=3,
-        before_sample=lambda: before.append(time.sleep(5e-3)),
+        before_sample=lambda: before.append(wait(5)),
     )
     assert len(before) == 2 * 3
-    assert timing["quick"].median < 5
+    assert timing["quick"].median == pytest.approx(1)

@@ -18,6 +18,7 @@ from unchanged import unchanged
 
 from kernelpress import compress, layers, measure
 from kernelpress.measure.contestants import torch_contestants
+from kernelpress.runtime.torch_private import mark_dynamic
 from kernelpress.trace import TraceError
 
 
@@ -169,7 +170,7 @@ def test_refused_pruning_leaves_no_trace(
 def test_pruning_is_not_misled_by_marks_of_a_compiler() -> None:
     model, x = _prunable(), _input()
     expected = compress.prune_channels(model, x, ratio=0.3, round_to=1)
-    torch._dynamo.mark_dynamic(x, 0)
+    mark_dynamic(x, 0)
     with unchanged(model, (x,)):
         pruned = compress.prune_channels(model, x, ratio=0.3, round_to=1)
     assert pruned[0].weight.shape == expected[0].weight.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ import kernelpress  # noqa: F401 - registers the ops
 from kernelpress.runtime.torch_private import aoti_compile_and_package, aoti_load_package
 
 
+@functools.cache
 def run(what: str) -> Any:
     """`triton_tracing.py` in a process without Triton's interpreter."""
     script = Path(__file__).with_name("triton_tracing.py")

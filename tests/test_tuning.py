@@ -25,6 +25,7 @@ from kernelpress.kernels.triton.launch import Configuration, launching_with
 from kernelpress.ops import prepared, registry, triton, tuned, tuning
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.runtime.torch_private import FakeTensorMode
+from kernelpress.sealed import seal, unseal
 
 OutOfResources = pytest.importorskip("triton", reason="pip install triton").OutOfResources
 
@@ -341,9 +342,9 @@ def test_what_another_process_wrote_meanwhile_stays(recorder, cache) -> None:
     tuned.remember("kernel", *first, "mine")
     assert tuned.recall("kernel", *second) is None
     (file,) = cache.iterdir()
-    content = json.loads(file.read_text())
+    content = unseal(file.read_bytes(), "tuned configurations", 1, file.name)
     content["configurations"][tuned.problem_key("kernel", second[0])] = "theirs"
-    file.write_text(json.dumps(content))
+    file.write_bytes(seal("tuned configurations", 1, content))
     tuned.remember("kernel", *_problem(4), "mine too")
     assert tuned.recall("kernel", *second) == "theirs"
     assert tuned.recall("kernel", *first) == "mine"

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from unchanged import unchanged
 
+from kernelpress.runtime.torch_private import mark_dynamic
+
 CHANGES: dict[str, Callable[[nn.Module, Tensor], object]] = {
     "module 0, 1, running_mean, value": lambda model, x: model.train()(x) and model.eval(),
     "module 0, 1, num_batches_tracked, value": lambda model, x: model[1].num_batches_tracked.add_(1),
@@ -29,7 +31,7 @@ CHANGES: dict[str, Callable[[nn.Module, Tensor], object]] = {
     "module 0, the module itself, children": lambda model, x: model.append(nn.ReLU()),
     "tensor 1[0], value": lambda model, x: x.view(-1)[3].fill_(torch.nan),
     "tensor 1[0], requires_grad": lambda model, x: x.requires_grad_(),
-    "tensor 1[0], marks": lambda model, x: torch._dynamo.mark_dynamic(x, 0),
+    "tensor 1[0], marks": lambda model, x: mark_dynamic(x, 0),
     "torch's random state": lambda model, x: torch.randn(1),
     "Python's random state": lambda model, x: random.random(),
     "NumPy's random state": lambda model, x: numpy.random.rand(),  # noqa: NPY002

@@ -11,7 +11,8 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from kernelpress.runtime.torch_private import pytree
 
 __all__ = ["unchanged"]
 

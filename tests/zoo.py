@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from emitting import prefer
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 import kernelpress as kp
 from kernelpress.emit.evaluate import relative_error
 from kernelpress.files import write_atomically
+from kernelpress.runtime.torch_private import pytree
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ROOT / "build" / "zoo"

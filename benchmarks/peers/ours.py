@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 
@@ -17,15 +18,15 @@ def load(job: Job) -> Contestant:
     """The emitted model or its plan; the input is in PyTorch's default memory format, as that of the other runtimes."""
     torch.set_num_threads(job.threads)
     x = torch.from_numpy(job.load_input())
-    run, settings = kp.emit(build(job, plain=False), (x,)), "emitted"
-    if sys.argv[2] == "captured":
-        run, settings = kp.capture(run, x), "emitted and captured"
+    emitted = kp.emit(build(job, plain=False), (x,))
+    is_captured = sys.argv[2] == "captured"
+    run: Callable[[torch.Tensor], torch.Tensor] = kp.capture(emitted, x) if is_captured else emitted
 
     def call() -> torch.Tensor:
         with torch.no_grad():
             return run(x)
 
-    return Contestant(call, lambda y: y.numpy(), f"{settings}, contiguous input")
+    return Contestant(call, lambda y: y.numpy(), f"emitted{' and captured' * is_captured}, contiguous input")
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
 
 from kernelpress.compress.channel_sets import FIXED, compact, varying_axes
 from kernelpress.compress.channel_walk import ChannelWalk, along, describe, shape_of
+from kernelpress.runtime.torch_private import pytree
 
 __all__ = [
     "at_fixed_positions", "chunk", "concatenate", "expand", "move", "normalise_along", "pad", "pixel_shuffle",

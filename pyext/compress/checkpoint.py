@@ -2,73 +2,70 @@
 
 from __future__ import annotations
 
-import json
+import re
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from kernelpress.files import write_atomically
+from kernelpress.sealed import seal_tensors, unseal_tensors
 
 __all__ = ["load_checkpoint", "read_record", "save_checkpoint"]
 
-_RECORD = "kernelpress.finetune"
+_KIND, _FORMAT = "training checkpoint", 1
 _MODEL = "model."
 _OPTIMIZER = "optimizer."
+_STATES = frozenset({"momentum_buffer", "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, record: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer, record: dict[str, Any]) -> None:
     """Writes `model`, `optimizer` and the JSON-serialisable `record` to `path`.
 
     The file replaces an older one only when it is complete: a full disk (`OSError`) leaves the older one intact.
     """
-    from safetensors.torch import save
-
     tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"{_OPTIMIZER}{index}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
-    # Copies, because safetensors refuses tensors that share memory.
-    copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    content = save(copies, metadata={_RECORD: json.dumps(record)})
+    content = seal_tensors(_KIND, _FORMAT, tensors, record)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer) -> None:
     """Restores what `save_checkpoint` wrote into `model` and `optimizer`, made as they were then.
 
-    Raises `ValueError` where the file is damaged or holds another model.
+    Raises `ValueError` where the file is damaged, truncated, of another format or holds another model.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a complete checkpoint ({error}); delete it to start over") from error
+    tensors, _ = _read(path)
     weights = {name.removeprefix(_MODEL): value for name, value in tensors.items() if name.startswith(_MODEL)}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{path}: written for another model ({error}); use another checkpoint_dir") from error
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        if name.startswith(_OPTIMIZER):
-            index, entry = name.removeprefix(_OPTIMIZER).split(".", 1)
-            state.setdefault(int(index), {})[entry] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for name in tensors.keys() - {_MODEL + weight for weight in weights}:
+        index, _, entry = name.removeprefix(_OPTIMIZER).partition(".")
+        is_known = re.fullmatch("[0-9]{1,9}", index) and int(index) < len(trained) and entry in _STATES
+        if not is_known or tensors[name].shape not in ((), trained[int(index)].shape):
+            raise ValueError(f"{path}: written for another optimizer ({name[:80]!r}); use another checkpoint_dir")
+        state.setdefault(int(index), {})[entry] = tensors[name]
+    try:
+        if len({frozenset(entries) for entries in state.values()}) > 1:
+            raise ValueError("parameters differ in what is known of them")
+        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: written for another optimizer ({error}); use another checkpoint_dir") from error
 
 
 def read_record(path: Path) -> dict[str, Any]:
     """The record that `save_checkpoint` was given; `ValueError` where `path` is no such file."""
-    from safetensors import SafetensorError, safe_open
+    return _read(path)[1]
 
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        record = json.loads(metadata[_RECORD])
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        return unseal_tensors(path.read_bytes(), _KIND, _FORMAT, path.name)
+    except ValueError as error:
         raise ValueError(f"{path}: not a complete checkpoint ({error}); delete it to start over") from error
-    assert isinstance(record, dict)
-    return record

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from kernelpress.compress.checkpoint import load_checkpoint, read_record, save_checkpoint
 from kernelpress.compress.evaluation import evaluate
 from kernelpress.compress.processes import join_processes
+from kernelpress.plain import from_plain
 from kernelpress.preserve import preserved
 
 __all__ = ["EpochRecord", "FinetuneResult", "TeacherLoss", "finetune", "learning_rate_factor"]
@@ -81,6 +82,14 @@ class _Settings:
         for name in ("momentum", "warmup", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 0 and below 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a checkpoint tells of the training so far."""
+
+    settings: dict[str, Any]
+    history: tuple[EpochRecord, ...]
 
 
 def finetune(
@@ -246,15 +255,17 @@ def _optimizer(model: nn.Module, settings: _Settings) -> torch.optim.Optimizer:
 
 
 def _history_of(checkpoint: Path, settings: _Settings) -> list[EpochRecord]:
-    record = read_record(checkpoint)
+    stored = from_plain(_Record, read_record(checkpoint), f"{checkpoint}: its record")
     for name, value in asdict(settings).items():
-        written = record["settings"].get(name)
+        written = stored.settings.get(name)
         if written != value:
             raise ValueError(
                 f"checkpoint_dir: {checkpoint} belongs to a training with {name} = {written!r}, got {value!r}; "
                 "use the same settings or another folder"
             )
-    return [EpochRecord(**entry) for entry in record["history"]]
+    if [entry.epoch for entry in stored.history] != list(range(len(stored.history))):
+        raise ValueError(f"checkpoint_dir: {checkpoint} has no history of epochs; delete it to start over")
+    return list(stored.history)
 
 
 def _weights_to_channels_last(model: nn.Module) -> None:

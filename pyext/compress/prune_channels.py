@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from kernelpress.compress.criteria import CRITERIA
 from kernelpress.compress.dependency import Axis, Dependencies, Pool, contradiction, find_dependencies
@@ -19,6 +18,7 @@ from kernelpress.compress.record import LayerChange, PassRecord, SkippedLayers, 
 from kernelpress.compress.resize import adapt_sizes, named_tensors, replace_tensors
 from kernelpress.measure.cost import count_flops, count_parameters
 from kernelpress.preserve import preserved
+from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace import TraceError, trace
 
 __all__ = ["prune_channels"]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from kernelpress.compress.resize import replace_tensors, set_size_attributes, size_attributes
 from kernelpress.files import write_atomically
+from kernelpress.plain import from_plain, printable
+from kernelpress.sealed import seal_tensors, unseal_tensors
 
 __all__ = ["LayerChange", "PassRecord", "SkippedLayers", "add_record", "load", "record_of", "save"]
 
-_HEADER = "kernelpress.compress"
+_KIND, _FORMAT = "compressed model", 1
 _ATTRIBUTE = "_kernelpress_record"
 
 
@@ -67,7 +68,7 @@ class PassRecord:
         width = max((len(change.layer) for change in self.layers), default=0)
         changes = [f"  {c.layer:<{width}}  {list(c.before)} → {list(c.after)}" for c in self.layers]
         skipped = [f"  kept {', '.join(s.layers)} ({s.channels} channels): {s.reason}" for s in self.skipped]
-        return "\n".join([head, *changes, *skipped])
+        return printable("\n".join([head, *changes, *skipped]))
 
 
 def record_of(model: nn.Module) -> tuple[PassRecord, ...]:
@@ -86,15 +87,9 @@ def save(model: nn.Module, path: str | Path) -> None:
 
     The file takes the place of an older one only when it is complete: a full disk (`OSError`) leaves the older intact.
     """
-    from safetensors.torch import save as serialise
-
-    path = Path(path)
     sizes = {name: attributes for name, module in model.named_modules() if (attributes := size_attributes(module))}
-    header = {"sizes": sizes, "passes": [asdict(record) for record in record_of(model)]}
-    # Copies, because safetensors refuses tensors that share memory.
-    tensors = {name: x.detach().to("cpu", copy=True).contiguous() for name, x in model.state_dict().items()}
-    content = serialise(tensors, metadata={_HEADER: json.dumps(header)})
-    write_atomically(path, content)
+    content = {"sizes": sizes, "passes": [asdict(record) for record in record_of(model)]}
+    write_atomically(path, seal_tensors(_KIND, _FORMAT, model.state_dict(), content))
 
 
 @torch.inference_mode(False)
@@ -102,22 +97,15 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     """Makes `model`, built as the original was, the compressed model that `save` wrote; changes and returns it.
 
     It trains, even if this is called, or `model` was made, under `torch.inference_mode`. Raises `ValueError` if the
-    file is no such file or `model` is of another architecture; `model` is then unchanged.
+    file is no such file, damaged, truncated or of another format, or `model` is of another architecture; `model` is
+    then unchanged.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {}).get(_HEADER, "null"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable safetensors file ({error})") from error
-    if header is None:
-        raise ValueError(f"{path}: a safetensors file, but not one that kernelpress.compress.save wrote")
-    _check_architecture(path, model, tensors, header["sizes"])
+    tensors, content = unseal_tensors(path.read_bytes(), _KIND, _FORMAT, str(path))
+    stored = from_plain(_Content, content, f"{path}: its header")
+    _check_architecture(path, model, tensors, stored.sizes)
 
     current = model.state_dict(keep_vars=True)
     resized = {
@@ -126,26 +114,32 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
         if tensor.shape != current[name].shape or current[name].is_inference()
     }
     replace_tensors(model, resized)
-    for name, sizes in header["sizes"].items():
+    for name, sizes in stored.sizes.items():
         set_size_attributes(model.get_submodule(name), sizes)
     model.load_state_dict(tensors)
-    setattr(model, _ATTRIBUTE, tuple(_read_pass(values) for values in header["passes"]))
+    setattr(model, _ATTRIBUTE, stored.passes)
     return model
 
 
-def _check_architecture(path: Path, model: nn.Module, tensors: dict[str, Any], sizes: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class _Content:
+    """What the header of a file holds: the sizes that each module states, and the passes."""
+
+    sizes: dict[str, dict[str, int]]
+    passes: tuple[PassRecord, ...]
+
+
+def _check_architecture(
+    path: Path, model: nn.Module, tensors: dict[str, Tensor], sizes: dict[str, dict[str, int]]
+) -> None:
     state = model.state_dict()
-    modules = dict(model.named_modules())
-    missing = sorted((state.keys() ^ tensors.keys()) | {name for name in sizes if name not in modules})
-    wrong = sorted(name for name in state.keys() & tensors.keys() if state[name].dim() != tensors[name].dim())
+    stated = {name: attributes for name, module in model.named_modules() if (attributes := size_attributes(module))}
+    missing = sorted((state.keys() ^ tensors.keys()) | (stated.keys() ^ sizes.keys()))
+    wrong = {name for name in state.keys() & tensors.keys() if state[name].dim() != tensors[name].dim()}
+    wrong |= {name for name in stated.keys() & sizes.keys() if stated[name].keys() != sizes[name].keys()}
+    wrong |= {name for name, values in sizes.items() if not all(0 < value < 2**31 for value in values.values())}
     if missing or wrong:
         raise ValueError(
             f"model: {type(model).__name__} is not the architecture saved in {path}; "
-            f"they differ in {', '.join([*missing, *wrong][:5])}"
+            f"they differ in {printable(', '.join([*missing, *sorted(wrong)][:5]))}"
         )
-
-
-def _read_pass(values: dict[str, Any]) -> PassRecord:
-    layers = tuple(LayerChange(c["layer"], tuple(c["before"]), tuple(c["after"])) for c in values.pop("layers"))
-    skipped = tuple(SkippedLayers(tuple(s["layers"]), s["channels"], s["reason"]) for s in values.pop("skipped"))
-    return PassRecord(**values, layers=layers, skipped=skipped)

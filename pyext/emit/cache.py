@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
+import warnings
+from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
@@ -15,8 +16,21 @@ import torch
 import kernelpress
 from kernelpress import native
 from kernelpress.files import cache_folder, write_atomically
+from kernelpress.plain import from_plain
+from kernelpress.sealed import seal, unseal
 
 __all__ = ["TimingCache", "cache_folder", "device_key"]
+
+_KIND, _FORMAT = "times of layers", 1
+
+LONGEST = 3.6e6
+"""No layer takes an hour."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    device: str
+    milliseconds: dict[str, float]
 
 
 def device_key(device: torch.device) -> str:
@@ -59,7 +73,8 @@ def _build(module: Any) -> str:
 
 
 class TimingCache:
-    """Milliseconds by layer for one device, in one JSON file; a file that cannot be read counts as empty.
+    """Milliseconds by layer for one device, in one JSON file; one that is damaged or none of ours counts as empty, with
+    a warning, and is replaced.
 
     `enabled=False` remembers for the life of the object only. Two processes that write at once lose measurements of
     one of them, never the file.
@@ -78,11 +93,16 @@ class TimingCache:
         if self._path is None:
             return {}
         try:
-            stored = json.loads(self._path.read_text(encoding="utf-8"))
-            times = stored["milliseconds"] if stored["device"] == self._key else {}
-            return {str(name): float(time) for name, time in times.items() if float(time) > 0}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            content = unseal(self._path.read_bytes(), _KIND, _FORMAT, str(self._path))
+            stored = from_plain(_Stored, content, str(self._path))
+            if stored.device != self._key or not all(0 < time <= LONGEST for time in stored.milliseconds.values()):
+                raise ValueError(f"{self._path} holds times that no layer takes, or of another device")
+        except OSError:
             return {}
+        except ValueError as error:
+            warnings.warn(f"{error}; layers are timed anew", stacklevel=2)
+            return {}
+        return stored.milliseconds
 
     def get(self, name: str) -> float | None:
         """Milliseconds of layer `name`, or None if it was never timed."""
@@ -100,5 +120,5 @@ class TimingCache:
         content = {"device": self._key, "milliseconds": self._read() | self._times}
         with contextlib.suppress(OSError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path, json.dumps(content, indent=0).encode())
+            write_atomically(self._path, seal(_KIND, _FORMAT, content))
         self._is_changed = False

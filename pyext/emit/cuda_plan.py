@@ -17,6 +17,7 @@ from kernelpress.cuda_graph import record
 from kernelpress.emit.assemble import owned_copy
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.evaluate import Example
+from kernelpress.emit.graph import operator_of
 from kernelpress.emit.recapture import fingerprint, reduced
 from kernelpress.ops import registry
 from kernelpress.ops.checks import TensorSpec
@@ -52,7 +53,7 @@ class CudaPlan:
         self.model = model
         self.device = device
         self._contract = contract
-        self._out_spec = model.body._out_spec
+        self._out_spec: Any = model.body._out_spec
         self._inputs = list(inputs)
         self._tensors = [(i, x) for i, x in enumerate(inputs) if isinstance(x, Tensor)]
         # The graph reads weights where they are, whatever happens to the model's: it has others.
@@ -134,23 +135,21 @@ class _Layers(Interpreter):
         self.steps: dict[Node, str] = {}
         self.running = "the inputs"
         self._runs: dict[Node, Run] = {}
-        self._known = {entry.name for entry in registry.operators()}
 
     def run_node(self, n: Node) -> Any:
         if n.op != "call_function":
             return super().run_node(n)
         self.running = n.name
-        name = getattr(n.target, "_opname", None)
-        if getattr(n.target, "namespace", None) == "kernelpress" and name in self._known:
-            return self._run_layer(n, name)
+        layer = operator_of(n)
+        if layer is not None:
+            return self._run_layer(n, layer)
         result = super().run_node(n)
         if n not in self.steps and n.target is not operator.getitem and not self._is_view(n, result):
             self.steps[n] = f"torch {n.target}"
         return result
 
-    def _run_layer(self, n: Node, name: str) -> Tensor:
+    def _run_layer(self, n: Node, entry: registry.Operator) -> Tensor:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        entry = registry.operator(name)
         tensors, options, backend = registry.bind(entry, args, kwargs)
         run = self._runs.get(n)
         if run is None:
@@ -158,7 +157,7 @@ class _Layers(Interpreter):
             problem = registry.problem(entry, specs, options, registry.common_device(entry, tensors))
             chosen = registry.implementation(entry, problem, registry.requested_backend(backend))
             run = chosen.prepare(problem, tensors)
-            self.steps[n] = _step(name, chosen.backend)
+            self.steps[n] = _step(entry.name, chosen.backend)
             sources: list[Any] = registry.bind(entry, n.args, n.kwargs)[0]
             parameters = [s for i, s in enumerate(sources) if i not in entry.activations]
             if all(s is None or s.op == "get_attr" for s in parameters):  # others are computed at each run

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from kernelpress.emit.graph import operator_of
 from kernelpress.ops import registry
 from kernelpress.ops.bound import ParameterSlot, ParameterWatch, bound_call
 from kernelpress.ops.interception import PLAIN_TYPES, is_intercepted
+from kernelpress.ops.registry import Operator
 from kernelpress.runtime.torch_private import any_requires_grad, global_forward_hooks, global_forward_pre_hooks, pytree
 
 __all__ = ["Direct"]
@@ -38,8 +40,8 @@ class Direct:
         slots = {node: slot for node in reads if (slot := _slot(body, node)) is not None}
         watch = ParameterWatch(tuple(slots.values()))
         for node in list(graph.nodes):
-            if node.op == "call_function" and getattr(node.target, "namespace", None) == "kernelpress":
-                _bind(graph, node, slots, watch)
+            if (operator := operator_of(node)) is not None:
+                _bind(graph, node, operator, slots, watch)
         for node in reads:
             if not node.users:
                 graph.erase_node(node)
@@ -84,9 +86,8 @@ def _slot(body: GraphModule, node: Node) -> ParameterSlot | None:
     return next((ParameterSlot(table, name) for table in tables if name in table), None)
 
 
-def _bind(graph: Graph, node: Node, slots: dict[Node, ParameterSlot], watch: Any) -> None:
+def _bind(graph: Graph, node: Node, operator: Operator, slots: dict[Node, ParameterSlot], watch: Any) -> None:
     """Puts a bound call in place of an op's overload, unless its backend is open or a parameter or option computed."""
-    operator = registry.operator(node.target._opname)  # type: ignore[union-attr]
     settings = [value for name, value in node.kwargs.items() if name not in operator.tensors]
     if any(isinstance(leaf, Node) for leaf in pytree.tree_leaves(settings)):
         return

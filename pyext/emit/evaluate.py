@@ -111,7 +111,7 @@ def example_values(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[Nod
 
     class Recorder(Interpreter):
         def run_node(self, node: Node) -> Any:
-            result = self.env[node.args[0]] if writes(node) else super().run_node(node)
+            result = self.env[node.args[0]] if writes(node) else super().run_node(node)  # type: ignore[index]
             examples[node] = _example(result, is_input=node.op == "placeholder")
             return result
 

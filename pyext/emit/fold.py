@@ -193,7 +193,7 @@ def _fold_into(graph_module: GraphModule, layer: Node, step: _Affine) -> None:
     given = arguments(layer)
     old_weight = attribute(graph_module, str(given["weight"].target)).detach()
     old_bias = constant_tensor(graph_module, given["bias"])
-    scale, shift = (t.to(old_weight.device).expand(old_weight.shape[0]) for t in (step.scale, step.shift))
+    scale, shift = (t.to(old_weight.device).expand(len(old_weight)).contiguous() for t in (step.scale, step.shift))
     weight = old_weight.double() * scale.reshape(-1, *(1,) * (old_weight.dim() - 1))
     bias = shift if old_bias is None else old_bias.double() * scale + shift
     for name, tensor in (("weight", weight), ("bias", bias)):

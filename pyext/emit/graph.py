@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from kernelpress.ops.registry import Operator, operators
 from kernelpress.regions import is_written
+from kernelpress.runtime.torch_private import OpOverload
 
 __all__ = [
     "arguments",
@@ -19,6 +21,7 @@ __all__ = [
     "delete_attribute",
     "number",
     "only_user",
+    "operator_of",
     "set_attribute",
     "shape",
     "shares_memory_within",
@@ -51,6 +54,15 @@ def only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
+def operator_of(node: Node) -> Operator | None:
+    """The op of ours that `node` calls; None for a call of another namespace, and for `quantize_rows`, which is no such
+    op: it has three outputs."""
+    target = node.target
+    if not isinstance(target, OpOverload) or target.namespace != "kernelpress":
+        return None
+    return next((operator for operator in operators() if operator.name == target._opname), None)
+
+
 def number(argument: Any) -> float | None:
     """`argument` as a float if it is a plain number."""
     return float(argument) if isinstance(argument, (int, float)) and not isinstance(argument, bool) else None
@@ -65,7 +77,7 @@ def attribute(module: nn.Module, target: str) -> Any:
 
 
 def constant_tensor(graph_module: GraphModule, argument: object) -> Tensor | None:
-    """The tensor behind a `get_attr` node, or None if `argument` is anything else, or a buffer that is written."""
+    """The tensor behind a `get_attr` node, or None if `argument` is anything else or a buffer that the graph writes."""
     if not isinstance(argument, Node) or argument.op != "get_attr" or is_written(argument):
         return None
     found = attribute(graph_module, str(argument.target))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from kernelpress.emit.graph import operator_of
 from kernelpress.ops import registry
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.regions import is_written, writes
@@ -165,7 +166,7 @@ class _Lowering(Interpreter):
         if node.op == "call_function":
             _check_functional(node)
             _check_static(node, self.fetch_args_kwargs_from_env(node)[0])
-        result = self.env[node.args[0]] if writes(node) else super().run_node(node)
+        result = self.env[node.args[0]] if writes(node) else super().run_node(node)  # type: ignore[index]
         _check_tensors(node, result)
         if node.op == "placeholder":
             self._views[node] = self._new_view(result, Place.INPUT) if isinstance(result, Tensor) else result
@@ -184,8 +185,9 @@ class _Lowering(Interpreter):
 
     def _call(self, node: Node, result: Any) -> Any:
         args, kwargs = self._arguments(node.args), self._arguments(node.kwargs)
+        target: Any = node.target
         if writes(node):
-            self.program.steps.append(TorchStep(str(node.target), node.target, args, kwargs, (), ()))
+            self.program.steps.append(TorchStep(str(target), target, args, kwargs, (), ()))
             return args[0]
         leaves, spec = pytree.tree_flatten(result)
         owners = self._owners(node)
@@ -198,9 +200,9 @@ class _Lowering(Interpreter):
                 return native.out
             out_variant = _out_variant(node.target) if fresh and spec.is_leaf() else None
             place = Place.TORCH if out_variant is None else Place.ARENA
-            target: Any = out_variant or node.target
+            target = out_variant or target
             if any(_share_memory(leaves[i], owner) for i in fresh for owner, _ in owners):
-                target = functools.partial(_copied, node.target)
+                target = functools.partial(_copied, target)
             results: list[View] = []
             for i in fresh:
                 views[i] = view = self._alias(leaves[i], owners) or self._new_view(leaves[i], place)
@@ -254,7 +256,7 @@ class _Lowering(Interpreter):
         self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[PreparedLayer, tuple[Any, ...]] | None:
         """What runs a kernelpress op on oneDNN, on weights packed once, and its arguments; None for anything else."""
-        operator = _operator_of(node)
+        operator = operator_of(node)
         if operator is None or not any(entry.backend == "onednn" for entry in operator.implementations):
             return None
         tensors, options, backend = registry.bind(operator, *self.fetch_args_kwargs_from_env(node))
@@ -275,7 +277,7 @@ class _Lowering(Interpreter):
 
     def _native_step(self, node: Node, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> NativeStep | None:
         """The native step of a kernelpress op, after copies of the images that do not lie as the kernel reads them."""
-        operator = _operator_of(node)
+        operator = operator_of(node)
         if operator is None:
             return None
         op = operator.name
@@ -310,13 +312,6 @@ def _copied(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The results of a call in memory of their own, where they are views of an operand that no `View` describes: of
     another type, conjugated, negated."""
     return pytree.tree_map_only(Tensor, lambda t: t.resolve_conj().resolve_neg().clone(), target(*args, **kwargs))
-
-
-def _operator_of(node: Node) -> registry.Operator | None:
-    target = node.target
-    if not isinstance(target, OpOverload) or target.namespace != "kernelpress":
-        return None
-    return next((operator for operator in registry.operators() if operator.name == target._opname), None)
 
 
 @dataclass(frozen=True)

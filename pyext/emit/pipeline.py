@@ -39,7 +39,7 @@ from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
 from kernelpress.emit.ties import Comparison, compare
 from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.latency import Timing, time_alternately
-from kernelpress.preserve import own_tensors, trainable_tensors
+from kernelpress.preserve import outside_modes, own_tensors
 from kernelpress.regions import regions, writes_undone
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace import module_of, trace
@@ -77,7 +77,7 @@ def emit(
     if tolerance is not None and not 0 < tolerance < float("inf"):
         raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
     inputs = own_tensors((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs))
-    with trainable_tensors(model):
+    with outside_modes(model):
         return _emit(model, inputs, dynamic_batch, tolerance, cache, progress, cost)
 
 

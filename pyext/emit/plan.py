@@ -101,13 +101,13 @@ class Plan:
         times: TimingCache | None = None,
         chains: Sequence[Chain] = (),
     ) -> None:
-        """`contract`: the inputs of the program; `times`: what chains were timed to cost; None to run `chains`, those of
-        them that this machine can."""
+        """`contract`: the inputs of the program; `times`: what chains were timed to cost; None to run `chains`, as far
+        as this machine can."""
         self.model = model
         self._weights = fingerprint(model.body)
         self._program = program
         self._contract = contract
-        self._out_spec = model.body._out_spec
+        self._out_spec: Any = model.body._out_spec
         self._lock = threading.Lock()
         self._outputs = [i for i, buffer in enumerate(program.buffers) if buffer.place is Place.OUTPUT]
         self._inputs = [(i, view) for i, view in enumerate(program.inputs) if isinstance(view, View)]
@@ -233,9 +233,10 @@ class Plan:
         forms = [(view.shape, view.stride, view.dtype) for view in views]
         shape, stride, dtype, count = made.shape, made.stride, made.dtype, len(forms)
         steps, run, lock, empty = len(self._native), self._native.run, self._lock, torch.empty_strided
+        is_autocast_enabled = torch.is_autocast_enabled
 
         def direct(inputs: tuple[Any, ...]) -> Tensor | None:
-            if len(inputs) != count:
+            if len(inputs) != count or is_autocast_enabled("cpu"):
                 return None
             addresses = []
             for given, form in zip(inputs, forms, strict=True):

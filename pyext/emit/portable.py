@@ -74,8 +74,8 @@ def _rebuild(nodes: list[tuple[Any, ...]], codegen: Any, attributes: dict[str, A
         return made[part.name] if isinstance(part, _Reference) else part
 
     for op, target, args, kwargs, name in nodes:
-        given: Any = map_aggregate((args, kwargs), meant)
-        made[name] = graph.create_node(op, meant(target), *given, name)
+        given: tuple[Any, Any] = map_aggregate((args, kwargs), meant)
+        made[name] = graph.create_node(op, meant(target), *given, name=name)
     graph.set_codegen(codegen)
     root = {name: x.module if isinstance(x, Portable) else x for name, x in attributes.items()}
     return Portable(GraphModule(root, graph))

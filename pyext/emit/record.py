@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kernelpress.plain import from_plain, printable
+
 __all__ = ["CandidateRecord", "EmissionRecord", "PlaceRecord", "summary_table"]
 
 
@@ -65,16 +67,13 @@ class EmissionRecord:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, stored: dict[str, Any]) -> EmissionRecord:
-        """The inverse of `to_json`; raises `KeyError` or `TypeError` for anything else."""
-        places = tuple(_place_from_json(place) for place in stored["places"])
-        return cls(**{**stored, "places": places, "notes": tuple(stored["notes"])})
-
-
-def _place_from_json(stored: dict[str, Any]) -> PlaceRecord:
-    candidates = tuple(CandidateRecord(**candidate) for candidate in stored["candidates"])
-    sequences = {"operations": tuple(stored["operations"]), "shape": tuple(stored["shape"])}
-    return PlaceRecord(**{**stored, **sequences, "candidates": candidates})
+    def from_json(cls, stored: Any) -> EmissionRecord:
+        """The inverse of `to_json`; raises `ValueError` for anything else."""
+        record = from_plain(cls, stored, "record")
+        times = (record.original_milliseconds, record.emitted_milliseconds)
+        if not all(time is None or time > 0 for time in times):
+            raise ValueError(f"record: expected times of the models above zero, got {times}")
+        return record
 
 
 def summary_table(record: EmissionRecord) -> str:
@@ -85,7 +84,7 @@ def summary_table(record: EmissionRecord) -> str:
     numeric = {2, 4, 5}
     lines = [_line(row, widths, numeric) for row in rows]
     lines.insert(1, "  ".join("─" * width for width in widths))
-    return "\n".join([*lines, "", *_totals(record)])
+    return printable("\n".join([*lines, "", *_totals(record)]))
 
 
 def _row(place: PlaceRecord) -> tuple[str, ...]:

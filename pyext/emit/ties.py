@@ -27,31 +27,12 @@ __all__ = ["Comparison", "compare"]
 FEWEST_TURNED = 2
 """Elements of a decision that may turn over however few it has: two that change places in an order."""
 
-_JUMPING = frozenset(
-    [
-        "round",
-        "floor",
-        "ceil",
-        "trunc",
-        "fix",
-        "frac",
-        "sign",
-        "sgn",
-        "heaviside",
-        "floor_divide",
-        "fmod",
-        "remainder",
-        "hardshrink",
-        "threshold",
-        "copysign",
-        "angle",
-        "atan2",
-        "mode",
-        "histc",
-        "bernoulli",
-        "nextafter",
-    ]
-)
+_ROUNDINGS = {"round", "floor", "ceil", "trunc", "fix", "frac", "floor_divide", "fmod", "remainder", "nextafter"}
+_SIGNS = {"sign", "sgn", "heaviside", "copysign", "angle", "atan2"}
+_CUTS = {"hardshrink", "threshold", "mode", "histc", "bernoulli"}
+_JUMPING = frozenset(_ROUNDINGS | _SIGNS | _CUTS)
+"""Operations from floats to floats that jump."""
+
 _ORDERS = frozenset({"sort", "argsort", "topk"})
 """Elements change places in them with their equals alone, but the more there are, the closer they lie."""
 _SPARED_NAMESPACES = frozenset({"quantized_decomposed", "kernelpress"})
@@ -159,7 +140,7 @@ def _jumps(node: Node) -> bool:
     if name == "div":
         return node.kwargs.get("rounding_mode") is not None
     if name.startswith("grid_sampler"):
-        return node.args[2] == 1
+        return bool(node.args[2] == 1)
     return name in _JUMPING or "fake_quantize" in name
 
 
@@ -182,8 +163,8 @@ def _is_float(leaf: Any) -> bool:
 
 
 def _distances(a: Any, b: Tensor) -> Tensor:
-    """Per element |a − b|, relative to |b| + the root mean square of all; infinite where only one is NaN or infinite, or
-    values that are no floats differ."""
+    """Per element |a − b|, relative to |b| + the root mean square of all; infinite where only one is NaN or infinite,
+    or values that are no floats differ."""
     a, b = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (a.detach(), b.detach()))
     is_same = (a == b) | ((a != a) & (b != b))
     if not b.is_floating_point():

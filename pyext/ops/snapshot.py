@@ -83,7 +83,7 @@ It compares identity, address, shape, strides and version counter. On the CPU it
 counts writes through `.data`, by numpy, DLPack or another process on shared memory, or to a tensor made under
 `torch.inference_mode`: small tensors whole (1024 bytes), of others sixteen lines of 64 bytes, the first, the last and
 some between, chosen among those that are not all zero. Every step of an optimizer or an average changes them. What it
-does not see is a write that leaves all of these as they were, such as one element or one filter set by hand through
+does not see is a write that leaves all of these as they were, such as one element or one channel set by hand through
 `.data`; write to the tensor itself under `torch.no_grad` instead. On other devices, where a look at values would wait
 for the device, it compares the identity of the storage: another `.data` is seen there, in-place writes through `.data`
 or DLPack are not.

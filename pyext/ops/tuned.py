@@ -10,9 +10,10 @@ import contextlib
 import fcntl
 import functools
 import hashlib
-import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,8 +22,19 @@ from kernelpress.files import cache_folder, write_atomically
 from kernelpress.ops import registry
 from kernelpress.ops.checks import TensorSpec, describe
 from kernelpress.ops.registry import Problem
+from kernelpress.plain import from_plain, printable
+from kernelpress.sealed import seal, unseal
 
 __all__ = ["forget", "path_of", "problem_key", "recall", "remember", "shape_class"]
+
+_KIND, _FORMAT = "tuned configurations", 1
+
+
+@dataclass(frozen=True)
+class _Stored:
+    device: str
+    configurations: dict[str, str]
+
 
 _unsaved: dict[tuple[Path, str], str] = {}
 
@@ -77,8 +89,8 @@ def remember(kernel: str, problem: Problem, device: str, configuration: str) -> 
     _unsaved[path, key] = configuration
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
-        content = {"device": device, "configurations": {**_read.__wrapped__(path, device), key: configuration}}
-        write_atomically(path, json.dumps(content, indent=1, sort_keys=True).encode())
+        known = sorted({**_read.__wrapped__(path, device), key: configuration}.items())
+        write_atomically(path, seal(_KIND, _FORMAT, {"device": device, "configurations": dict(known)}))
     _read.cache_clear()
     _unsaved.pop((path, key), None)
 
@@ -102,10 +114,14 @@ def _locked(folder: Path) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=8)
 def _read(path: Path, device: str) -> Mapping[str, str]:
-    """A file that is missing or is none of ours counts as empty."""
+    """A file that is missing counts as empty; so does one that is damaged or none of ours, with a warning."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-        found = stored["configurations"] if stored["device"] == device else {}
-        return {str(key): str(name) for key, name in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        stored = from_plain(_Stored, unseal(path.read_bytes(), _KIND, _FORMAT, str(path)), str(path))
+        if stored.device != device:
+            raise ValueError(f"{path} holds configurations for {printable(stored.device)!r}, expected {device!r}")
+    except OSError:
         return {}
+    except ValueError as error:
+        warnings.warn(f"{error}; what was tuned before is forgotten", stacklevel=2)
+        return {}
+    return stored.configurations

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from torch import compiler, nn
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import HigherOrderOperator, OperatorBase, OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import profiler
+from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
+from torch.fx.graph import _PyTreeInfo as PyTreeInfo
+from torch.library import _scoped_library as scoped_library
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
@@ -26,6 +29,7 @@ __all__ = [
     "LATER",
     "AutoDispatchBelowAutograd",
     "BatchNorm",
+    "DisableTorchFunction",
     "DispatchKey",
     "DispatchKeySet",
     "FakeTensor",
@@ -34,6 +38,10 @@ __all__ = [
     "FunctionalTensorMode",
     "HigherOrderOperator",
     "OpOverload",
+    "OpOverloadPacket",
+    "OperatorBase",
+    "PyTreeCodeGen",
+    "PyTreeInfo",
     "TensorBase",
     "TorchDispatchMode",
     "addmm_activation",
@@ -56,6 +64,7 @@ __all__ = [
     "optimization_hint",
     "profiler",
     "pytree",
+    "scoped_library",
     "sleep",
     "tracing_state",
     "transform_level",
@@ -91,6 +100,7 @@ assert_async = torch._assert_async  # raises once the tensor is known to be zero
 # Kinds of tensors and modules that tests ask for, and products that benchmarks measure beside ours.
 BatchNorm = nn.modules.batchnorm._BatchNorm
 TensorBase = torch._C.TensorBase
+DisableTorchFunction = torch._C.DisableTorchFunction  # no function modes within
 neg_view = torch._neg_view
 efficient_zero_tensor = torch._efficientzerotensor
 addmm_activation = torch._addmm_activation
@@ -101,12 +111,16 @@ LATER = {
     "aot_autograd": "torch._dynamo.backends.common:aot_autograd",
     "aoti_compile_and_package": "torch._inductor:aoti_compile_and_package",  # as torch's documentation calls it
     "aoti_load_package": "torch._inductor:aoti_load_package",
+    "associative_scan": "torch._higher_order_ops.associative_scan:associative_scan",
     "bsr_dense_addmm": "torch.sparse._triton_ops:bsr_dense_addmm",
     "custom_triton_ops_decomposition_disabled": "torch.export._trace:custom_triton_ops_decomposition_disabled",
     "inductor_config": "torch._inductor.config",  # `freezing` is ignored among the options of torch.compile
     "kernel_side_table": "torch._higher_order_ops.triton_kernel_wrap:kernel_side_table",
+    "map_rows": "torch._higher_order_ops.map:map",
     "mark_dynamic": "torch._dynamo:mark_dynamic",  # as torch's documentation calls it
+    "scan": "torch._higher_order_ops.scan:scan",
     "triton_kernel_wrapper_functional": "torch._higher_order_ops.triton_kernel_wrap:triton_kernel_wrapper_functional",
+    "while_loop": "torch._higher_order_ops.while_loop:while_loop",
 }
 """Names whose home takes long to import: fetched from this module at their first use."""
 
@@ -146,6 +160,7 @@ def optimization_hint(size: torch.SymInt | int) -> int:
 
 
 ATTRIBUTES = {
+    "_backward_hooks": nn.Module,
     "_buffers": nn.Module,  # `named_buffers(recurse=False)` makes a list at each call
     "_cdata": torch.UntypedStorage,  # the storage itself; `data_ptr()` is 0 for every empty one
     "_conv_forward": nn.Conv2d,  # what other layers share with it
@@ -157,6 +172,7 @@ ATTRIBUTES = {
     "_in_spec": torch.fx.GraphModule,
     "_is_profiler_enabled": profiler,
     "_load_from_state_dict": nn.Module,  # torch's documentation has it as what a module may override
+    "_modules": nn.Module,
     "_opname": OpOverload,
     "_out_spec": torch.fx.GraphModule,
     "_overloadname": OpOverload,

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from kernelpress.runtime.torch_private import pytree
 from modelfuzz import control, images, sequences  # noqa: F401 - they register their growths
 from modelfuzz.grower import Grower
 from modelfuzz.program import Program

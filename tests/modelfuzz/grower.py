@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernelpress.runtime.torch_private import pytree
 from modelfuzz.program import Argument, Program, Step, environment
 
 __all__ = ["Grower", "UnsuitableError"]
@@ -169,7 +170,7 @@ class Grower:
 
 def _check(value: Any) -> None:
     """Raises `UnsuitableError` unless the value is one that errors would show in."""
-    for leaf in torch.utils._pytree.tree_leaves(value):
+    for leaf in pytree.tree_leaves(value):
         if not isinstance(leaf, Tensor):
             continue
         if not 0 < leaf.numel() <= LARGEST:

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 import kernelpress as kp
+from kernelpress.runtime.torch_private import DisableTorchFunction, pytree
 from modelfuzz.calls import HARMLESS, draw_calls
 from modelfuzz.program import COSTS, Call, Program, evaluate
 
@@ -316,7 +316,7 @@ class _Changed(TorchFunctionMode):
                 return value
             return value if value.untyped_storage().data_ptr() in given else self.change(value)
 
-        with torch._C.DisableTorchFunction():
+        with DisableTorchFunction():
             return pytree.tree_map(changed, result)
 
 

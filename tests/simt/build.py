@@ -1,5 +1,8 @@
 """Compiles kernels and bindings as C++ against the host emulator, with ninja, in `build/simt/`; reads its reports.
 
+A library is known again by the content of all that it is made from, in the user's cache folder: another clone, or a
+tree that goes back to what it was, compiles nothing.
+
 `KERNELPRESS_SIMT_ONLY=depthwise,dense` restricts the build to the files of those families, in a folder of its own; the
 module then lacks the launchers of the others.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import hashlib
 import importlib.util
 import os
 import re
@@ -23,6 +27,7 @@ from types import ModuleType
 import ninja
 import pybind11
 from ninja.ninja_syntax import Writer
+from support import BUILT
 
 __all__ = ["ROOT", "build", "load", "readable"]
 
@@ -41,11 +46,14 @@ FLAGS = [
 MACHINE_FLAGS = ["-O3"]
 BINDING_FLAGS = ["-O1"]
 KERNEL_FLAGS = [
-    *["-x c++", "-O2", "-g1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Wno-unused-variable"],
+    *["-x c++", "-O1", "-g1", "-ffp-contract=off", "-Wno-unknown-pragmas", "-Wno-unused-variable"],
     *["-fsanitize=thread,alignment,bounds", "--param tsan-instrument-func-entry-exit=0"],
 ]
 REPLACED = ["memcpy", "memmove", "memset"]
 """Functions of the C library whose accesses the emulator must see; in kernels' objects, other names stand for them."""
+
+KEPT_LIBRARIES = 6
+"""Of each name; more are forgotten, the oldest first."""
 
 
 def build(name: str = "_simt") -> Path:
@@ -53,11 +61,37 @@ def build(name: str = "_simt") -> Path:
 
     Raises: RuntimeError with the compiler's messages.
     """
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    kept = BUILT / name / f"{_content()}{suffix}"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(kept.parent):
+        if not kept.exists():
+            shutil.copy(_compile(name, suffix), partial := kept.with_suffix(".new"))
+            partial.replace(kept)
+        kept.touch()
+        for old in sorted(kept.parent.glob("*.so"), key=lambda path: path.stat().st_mtime)[:-KEPT_LIBRARIES]:
+            old.unlink()
+    return kept
+
+
+def _content() -> str:
+    """A digest of sources, flags and compiler."""
+    version = subprocess.run([*_cxx().split(), "--version"], capture_output=True, text=True, check=True).stdout
+    flags = [FLAGS, MACHINE_FLAGS, BINDING_FLAGS, KERNEL_FLAGS, REPLACED, _families()]
+    digest = hashlib.sha256(f"{flags}{version}{pybind11.__version__}{sys.version}".encode())
+    for folder in ("kernels/cuda", "pyext/csrc", EMULATOR):
+        for path in sorted((ROOT / folder).rglob("*.*")):
+            if path.suffix in (".cpp", ".cu", ".cuh", ".h", ".py"):
+                digest.update(f"{path.relative_to(ROOT)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _compile(name: str, suffix: str) -> Path:
     machine = f"{FOLDER}/machine.o"
     _run_ninja("machine", MACHINE, "merge", machine)
     part = name if name == "_simt_self" or not _families() else "-".join((name, *_families()))
     sources = SELF_TEST if name == "_simt_self" else [*_bindings(part), *_kernels()]
-    library = f"{FOLDER}/{part}/{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    library = f"{FOLDER}/{part}/{name}{suffix}"
     # Emulator first: of inline functions that it shares with the kernels, its own, which are not instrumented, stay.
     _run_ninja(part, sources, "link", library, first=machine)
     return ROOT / library
@@ -86,7 +120,7 @@ def _place(library: str, address: str) -> str:
     lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
     frames = []
     for function, place in zip(lines[::2], lines[1::2], strict=True):
-        path = re.sub(r" \(discriminator \d+\)$", "", place).replace(f"{ROOT}/", "")
+        path = re.sub(r" \(discriminator \d+\)$", "", place).removeprefix("./")
         if not path.startswith((f"{EMULATOR}/device.h", f"{EMULATOR}/instructions.h", "/")):
             frames.append(f"{path} in {function.replace('kernelpress::cuda::', '')}")
     return ", called from ".join(frames) or f"{lines[0]} ({lines[1]})"
@@ -156,7 +190,7 @@ def _run_ninja(part: str, sources: Sequence[str], rule: str, target: str, first:
 
 def _describe_rules(writer: Writer) -> None:
     renamed = " ".join(f"--redefine-sym {name}=kernelpress_{name}" for name in REPLACED)
-    compile_it = f"{_cxx()} {' '.join(FLAGS)} $extra -MMD -MF $out.d -c $in -o $out"
+    compile_it = f"{_cxx()} {' '.join(FLAGS)} -fdebug-prefix-map={ROOT}=. $extra -MMD -MF $out.d -c $in -o $out"
     rename = f"{_tool('objcopy')} {renamed} $out"
     writer.rule("compile", compile_it, depfile="$out.d", deps="gcc", description="compile $in")
     writer.rule("compile_kernel", f"{compile_it} && {rename}", depfile="$out.d", deps="gcc", description="compile $in")

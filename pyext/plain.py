@@ -1,0 +1,65 @@
+"""Dataclasses from plain values, as JSON knows them, checked against the types that their fields state."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+__all__ = ["from_plain", "printable"]
+
+T = TypeVar("T")
+
+
+def from_plain(cls: type[T], value: Any, place: str) -> T:
+    """The inverse of `dataclasses.asdict`, before JSON or after it; integers have at most 64 bits.
+
+    Raises `ValueError` that starts with `place` for a missing or unknown field and a value of another type.
+    """
+    if not isinstance(value, dict):
+        raise ValueError(f"{place}: expected the fields of a {cls.__name__}, got {_shown(value)}")
+    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+    required = {name for name, field in known.items() if field.default is field.default_factory is MISSING}
+    if wrong := sorted(map(str, (value.keys() - known.keys()) | (required - value.keys()))):
+        raise ValueError(f"{place}: unknown or missing in a {cls.__name__}: {printable(', '.join(wrong)[:200])}")
+    hints = _hints(cls)  # type: ignore[arg-type]
+    return cls(**{name: _checked(hints[name], given, f"{place}.{name}") for name, given in value.items()})
+
+
+_hints = functools.cache(get_type_hints)
+
+
+def _checked(hint: Any, value: Any, place: str) -> Any:
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        if value is None and types.NoneType in inner:
+            return None
+        (hint,) = (other for other in inner if other is not types.NoneType)
+        return _checked(hint, value, place)
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_checked(inner[0], item, f"{place}[{i}]") for i, item in enumerate(value))
+    if origin in (dict, Mapping) and isinstance(value, dict):
+        return {name: _checked(inner[1], item, f"{place}[{name[:40]!r}]") for name, item in value.items()}
+    if is_dataclass(hint):
+        return from_plain(hint, value, place)  # type: ignore[arg-type]
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        is_number = False
+    if (hint is float and is_number) or (hint is int and is_number and isinstance(value, int)):
+        return value
+    if hint in (str, bool) and isinstance(value, hint):
+        return value
+    raise ValueError(f"{place}: expected {getattr(hint, '__name__', hint)}, got {_shown(value)}")
+
+
+def _shown(value: Any) -> str:
+    return printable(repr(value)[:60])
+
+
+def printable(text: str) -> str:
+    """`text` without what moves a terminal's cursor or changes its state; line breaks stay."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
