@@ -76,10 +76,10 @@ gpu:
 # One script after the other, whatever the first finds.
 fuzz: build
 	@status=0; for script in $(sort $(wildcard tests/fuzz_*.py)); do \
-		echo "== $$script"; $(BIN)/python $$script || status=1; done; exit $$status
+		echo "== $$script"; TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python $$script || status=1; done; exit $$status
 
 zoo: build $(ZOO)
-	$(BIN)/python tests/zoo.py
+	TORCH_CPP_LOG_LEVEL=ERROR $(BIN)/python tests/zoo.py
 
 wheel: $(INSTALLED)
 	$(BIN)/python -m pip wheel . --no-deps -w dist

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import multiprocessing
 import os
 import random
@@ -87,11 +86,10 @@ def work(connection: Connection, ignored: tuple[str, ...]) -> None:
 
 
 def prepare() -> None:
-    """One thread, and no output of torch's own."""
+    """One thread, and no warnings of torch's own."""
     sys.path.insert(0, str(Path(__file__).resolve().parent))
     os.environ.setdefault("KERNELPRESS_CACHE", str(ROOT / "build" / "fuzz_cache"))
     warnings.simplefilter("ignore")
-    logging.disable(logging.CRITICAL)
     import torch
 
     torch.set_num_threads(1)

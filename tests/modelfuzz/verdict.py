@@ -7,13 +7,14 @@ inputs, not the state of torch's random numbers.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -83,12 +84,23 @@ def examine(
     captured; by default now and then. Faults whose kinds start with one of `ignored` are passed over."""
     calls = draw_calls(program, count) if calls is None else calls
     examiner = _Examiner(program, program.model(), calls, ignored)
-    with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+    with warnings.catch_warnings(), _no_logging(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         warnings.simplefilter("ignore")
         try:
             return examiner.outcome(thorough)
         except _FaultError as faulty:
             return Outcome(faulty.fault, None, examiner.made, examiner.refused)
+
+
+@contextmanager
+def _no_logging() -> Iterator[None]:
+    """torch tells its log what it could not export, at length."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 class _Examiner:
