@@ -75,6 +75,10 @@ def _seed(who: str) -> None:
     torch.manual_seed(seed)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
 @pytest.fixture(autouse=True)
 def _seeded(request: pytest.FixtureRequest) -> None:
     """Every test draws inputs of its own, the same in each run with the same seed, in whatever order tests run."""

@@ -337,6 +337,7 @@ def test_a_missing_compiler_is_named(builder, toy_tree: Path, monkeypatch):
         builder.build(toy_tree, "cpu")
 
 
+@pytest.mark.long
 def test_a_wheel_builds_from_the_source_archive_without_torch(tmp_path: Path):
     """Source archive → wheel, each in an environment that holds what `pyproject.toml` asks for and nothing else."""
     pytest.importorskip("pybind11", reason="pybind11 is needed to build; `make test` installs it")

@@ -37,6 +37,7 @@ WITHOUT_PRODUCT = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", triton_builds.families())
 def test_every_tile_compiles_for_every_target(family: str) -> None:
     builds = triton_builds.build(family, known=BUILT / f"triton-{family}.json")
