@@ -18,6 +18,7 @@ __all__ = [
     "has_regions",
     "is_written",
     "keep_layouts",
+    "mark_written",
     "not_dense",
     "reads_layout",
     "regions",
@@ -112,13 +113,21 @@ def _own_writes(module: GraphModule) -> GraphModule:
             owned = getattr(owner, name).detach().clone()
             delattr(owner, name)
             owner.register_buffer(name, owned)
-            for reader in module.graph.find_nodes(op="get_attr", target=target.target):
-                reader.meta[_WRITTEN] = True
             node.meta["val"] = target.meta["val"]
         else:
             node.replace_all_uses_with(node.args[1])
             module.graph.erase_node(node)
+    mark_written(module.graph)
     return module
+
+
+def mark_written(graph: Graph) -> None:
+    """Makes `is_written` true of all readers of the buffers that the graph writes."""
+    targets = [node.args[0] for node in graph.nodes if writes(node)]
+    for target in targets:
+        if isinstance(target, Node) and target.op == "get_attr":
+            for reader in graph.find_nodes(op="get_attr", target=target.target):
+                reader.meta[_WRITTEN] = True
 
 
 def is_written(node: Node) -> bool:

@@ -15,7 +15,7 @@ from kernelpress.preserve import outside_modes
 from kernelpress.regions import functionalised, has_regions, keep_layouts, not_dense, writes
 from kernelpress.runtime.torch_private import FakeTensor, OpOverload, pytree
 
-__all__ = ["TraceError", "module_of", "parameter_name", "trace"]
+__all__ = ["TraceError", "checked_inputs", "module_of", "parameter_name", "trace"]
 
 aten = torch.ops.aten
 
@@ -54,21 +54,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
     Raises `TraceError` for a model that `torch.export` cannot take, `TypeError` for arguments of another type,
     `ValueError` for tensors that are sparse, quantized or without values, and for writes that PyTorch cannot undo.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TraceError(
-            f"model: expected a plain nn.Module, got {type(model).__name__}; pass the module it was made from"
-        )
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    if not isinstance(inputs, (tuple, list)) or not any(isinstance(x, Tensor) for x in pytree.tree_leaves(inputs)):
-        raise TypeError(
-            f"example_inputs: expected a Tensor or a tuple with Tensors, got {type(example_inputs).__name__}"
-        )
-    inputs = tuple(inputs)
-    for position, x in enumerate(pytree.tree_leaves(inputs)):
-        if isinstance(x, Tensor) and (reason := not_dense(x)) is not None:
-            raise ValueError(f"example_inputs: expected dense tensors with values, got {reason} at position {position}")
+    inputs = checked_inputs(model, example_inputs)
     name = type(model).__name__
 
     with outside_modes(model), torch.no_grad(), warnings.catch_warnings():
@@ -86,6 +72,27 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
         warnings.warn(f"{name} fixes its batch size: exported for the batch of example_inputs only", stacklevel=2)
     module.meta["contract"] = contract
     return module
+
+
+def checked_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
+    """What `forward` takes by position. Raises `TypeError` and `ValueError` for models and inputs that `trace` does not
+    take."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TraceError(
+            f"model: expected a plain nn.Module, got {type(model).__name__}; pass the module it was made from"
+        )
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    if not isinstance(inputs, (tuple, list)) or not any(isinstance(x, Tensor) for x in pytree.tree_leaves(inputs)):
+        hint = "; a dict that is the first argument goes into a tuple" if isinstance(inputs, dict) else ""
+        raise TypeError(
+            f"example_inputs: expected a Tensor or a tuple with Tensors, got {type(example_inputs).__name__}{hint}"
+        )
+    for position, x in enumerate(pytree.tree_leaves(tuple(inputs))):
+        if isinstance(x, Tensor) and (reason := not_dense(x)) is not None:
+            raise ValueError(f"example_inputs: expected dense tensors with values, got {reason} at position {position}")
+    return tuple(inputs)
 
 
 def module_of(node: Node) -> str:

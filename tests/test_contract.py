@@ -359,6 +359,28 @@ def test_assertions_of_the_model_hold_in_graph_and_plan() -> None:
             run(images(2) - 1000)
 
 
+def test_written_buffers_go_on_from_call_to_call_in_what_was_saved_too(tmp_path: Any) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3)
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            return self.conv(x) * self.calls
+
+    model, x = Counts().eval(), images(2)
+    emitted = emit(model, x)
+    emitted.save(tmp_path / "model.pt2")
+    runs = [emitted, kp.load(tmp_path / "model.pt2"), kp.capture(kp.load(tmp_path / "model.pt2"), x)]
+    for _ in range(3):
+        with torch.no_grad():
+            expected = model(x)
+        for run in runs:
+            torch.testing.assert_close(run(x), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_a_compiled_emitted_model_holds_to_it_too() -> None:
     model = OneImage(lambda conv, x: conv(x) if x.shape[0] % 2 == 0 else conv(x) * 2)
     emitted = emit(model, images(2))

@@ -15,6 +15,8 @@ from kernelpress.emit.direct import Direct
 from kernelpress.emit.evaluate import Example
 from kernelpress.emit.portable import Portable
 from kernelpress.emit.record import EmissionRecord, summary_table
+from kernelpress.regions import mark_written
+from kernelpress.runtime.torch_private import pytree
 
 __all__ = ["EmittedModel"]
 
@@ -39,6 +41,7 @@ class EmittedModel(nn.Module):
         self.examples = examples
         self.contract = contract
         self._direct: Direct | None = None
+        mark_written(body.graph)
         self.eval()
 
     def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
@@ -64,6 +67,7 @@ class EmittedModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         modules = state["_modules"]
         super().__setstate__({**state, "_modules": {**modules, "body": modules["body"].module}})
+        mark_written(self.body.graph)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EmittedModel:
         twin = copy.copy(self)
@@ -94,7 +98,6 @@ class EmittedModel(nn.Module):
 
     def example_inputs(self) -> tuple[Any, ...]:
         """Random inputs of the form that the model was emitted for, as `forward` takes them."""
-        from kernelpress.runtime.torch_private import pytree
 
         flat = [example.random() for example in self.examples]
         args, _ = pytree.tree_unflatten(flat, self.body._in_spec)

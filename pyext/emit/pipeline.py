@@ -42,7 +42,7 @@ from kernelpress.measure.latency import Timing, time_alternately
 from kernelpress.preserve import outside_modes, own_tensors
 from kernelpress.regions import regions, writes_undone
 from kernelpress.runtime.torch_private import pytree
-from kernelpress.trace import module_of, trace
+from kernelpress.trace import checked_inputs, module_of, trace
 
 __all__ = ["emit"]
 
@@ -76,7 +76,7 @@ def emit(
     """
     if tolerance is not None and not 0 < tolerance < float("inf"):
         raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
-    inputs = own_tensors((example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs))
+    inputs = own_tensors(checked_inputs(model, example_inputs))
     with outside_modes(model):
         return _emit(model, inputs, dynamic_batch, tolerance, cache, progress, cost)
 
