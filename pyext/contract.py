@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
+from kernelpress import native
 from kernelpress.guards import Expression, check_expression, evaluate, spell, symbols_in
 from kernelpress.runtime.torch_private import pytree
 
 __all__ = ["Contract", "PlainInput", "SymbolRange", "TensorInput", "argument_names", "input_names"]
 
 LARGEST_SIZE = 2**63 - 1
-REMEMBERED_CALLS = 8
 SHOWN_GUARDS = 2
 
 
@@ -79,7 +79,6 @@ class Contract:
     """Why no batch size but the example's can be had, if that was asked for."""
     made: str = "exported"
     """What was done to the model for these inputs, as refusals say it."""
-    _accepted: list[Any] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def dynamic_batch(self) -> bool:
@@ -97,8 +96,13 @@ class Contract:
         return next((x.device for x in self._tensors()), "cpu")
 
     @cached_property
-    def _pins_memory(self) -> bool:
-        return any(x.stride is not None for x in self._tensors())
+    def _accepted(self) -> Any:
+        """Forms of tensors that were accepted, which the native module knows again; None without it."""
+        return native.cpu().AcceptedForms() if native.load().reads_tensors else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles look at their calls anew."""
+        return {own.name: getattr(self, own.name) for own in fields(self)}
 
     def positional(self, inputs: tuple[Any, ...], named: Mapping[str, Any]) -> tuple[Any, ...]:
         """All arguments by position. Raises `ValueError` for names that are not the model's, or given twice."""
@@ -117,18 +121,12 @@ class Contract:
     def check(self, inputs: tuple[Any, ...]) -> None:
         """Raises `ValueError`, naming the argument, what was exported and what came, unless the graph computes for
         `inputs` what the model does."""
-        if self._pins_memory or torch.is_autocast_enabled(self.device):
-            self.require(inputs)
+        accepted = self._accepted
+        if accepted is not None and accepted(inputs) and not torch.is_autocast_enabled(self.device):
             return
-        try:
-            forms = [(x.shape, x.dtype, x.device, x.layout) for x in inputs]
-        except AttributeError:  # not tensors alone
-            self.require(inputs)
-            return
-        if forms not in self._accepted:
-            self.require(inputs)
-            self._accepted.insert(0, forms)
-            del self._accepted[REMEMBERED_CALLS:]
+        self.require(inputs)
+        if accepted is not None:
+            accepted.accept(inputs)
 
     def require(self, inputs: tuple[Any, ...]) -> list[Any]:
         """As `check`, without remembering the answer; returns the flat inputs."""

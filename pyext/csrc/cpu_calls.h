@@ -3,6 +3,7 @@
 //   KernelCall   a kernel with its arguments; only the addresses of activations and output are missing
 //   CallTable    what was prepared of one op, found by the arguments of a call
 //   ParameterWatch, BoundCall   an op at its place in a network: the parameters are looked at once per run of the network
+//   AcceptedForms   the calls of a network that were found to be such as it answers
 //
 // Table and bound calls hold anything that maps an op's tensors to its output; a KernelCall they run directly. What they cannot vouch
 // for they leave to Python.
@@ -49,5 +50,6 @@ int64_t generation();
 
 bool add_call_types(PyObject* module);
 bool add_bound_types(PyObject* module);
+bool add_forms_type(PyObject* module);
 
 }  // namespace kernelpress
