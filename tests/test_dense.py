@@ -132,6 +132,15 @@ def test_onednn_pointwise() -> None:
         ops.pointwise_conv2d(*tensors[:2], input_scale=torch.rand(2, 5), backend="onednn")
 
 
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize(("channels", "c_out", "size"), [(1, 1, 5), (2, 1, 5), (1, 2, 1), (2, 2, 1), (1, 1, 1)])
+def test_onednn_adds_a_residual_of_one_channel_or_pixel(channels: int, c_out: int, size: int, activation: str) -> None:
+    tensors = [channels_last(2, channels, size, size), torch.randn(c_out, channels, 1, 1), torch.randn(c_out), None]
+    tensors.append(channels_last(2, c_out, size, size))
+    out = ops.conv2d(*tensors, activation=activation, backend="onednn")
+    assert_matches("conv2d", tensors, {"activation": activation}, out)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 def test_other_dtypes_run_on_the_reference(dtype: torch.dtype) -> None:
     tensors = tuple(t.to(dtype) for t in (torch.randn(2, 6, 5, 5), torch.randn(8, 6, 3, 3), torch.randn(8)))
