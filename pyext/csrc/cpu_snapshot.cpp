@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kLineBytes = 64;
 constexpr int64_t kSampledBytes = 1024;
 constexpr int64_t kMostLines = 32;  // of tensors whose elements lie apart, so that a line is short
+constexpr int64_t kMostLooks = 1024;  // for a line that is not blank, in each part of a tensor
 
 // The memory of a tensor as lines: `inner` bytes in a piece, repeated along `outer`, (size, stride in bytes) each; a line lies within a
 // piece. No byte between the elements is part of a line: it may be somebody else's.
@@ -56,6 +57,8 @@ class Lines {
 
 // Whether all elements are zero, of either sign.
 bool is_blank(const char* line, int64_t bytes, int64_t element_bytes) {
+  static constexpr char kZeros[kLineBytes] = {};
+  if (std::memcmp(line, kZeros, static_cast<size_t>(bytes)) == 0) return true;
   for (int64_t i = 0; i < bytes; ++i) {
     const bool has_sign = i % element_bytes == element_bytes - 1;
     if (line[i] & (has_sign ? 0x7f : 0xff)) return false;
@@ -105,7 +108,7 @@ Sample::Sample(const TensorView& view) {
     const int64_t begin = i * lines.count() / wanted, size = (i + 1) * lines.count() / wanted - begin;
     const int64_t first = i == 0 ? 0 : i == wanted - 1 ? size - 1 : (i * 0x9e3779b1 >> 8) % size;
     int64_t chosen = lines.offset(begin + first);
-    for (int64_t step = 0; step < size; ++step) {
+    for (int64_t step = 0; step < std::min(size, kMostLooks); ++step) {
       const int64_t offset = lines.offset(begin + (first + step) % size);
       if (is_blank(memory + offset, length_, view.element_bytes())) continue;
       chosen = offset;

@@ -88,7 +88,7 @@ def packed(weight: Tensor, scale: Tensor | None, layout: Hashable, pack: Callabl
 
     `weight: [C_out, ...]`; `scale: [C_out]` or None; `layout` names what `pack` makes. A few per weight are kept.
     """
-    mode = _mode.get()
+    mode = _Mode.TRACED if weight.is_meta else _mode.get()  # without values there is nothing to keep
     found = None if mode is _Mode.TRACED else _find(weight, scale, layout)
     if found is not None and mode is _Mode.CACHED:
         return found
