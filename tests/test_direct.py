@@ -71,7 +71,7 @@ def test_runs_compute_what_the_graph_does(
     emitted, _ = pair
     with mode():
         nhwc = image().contiguous(memory_format=torch.channels_last)
-        for x in (image(), image(), image(3), image(1, 9), nhwc, image(2, 12)[:, :, ::2, ::2]):
+        for x in (image(), image(), image(3), image(1), nhwc, image(2, 12)[:, :, ::2, ::2]):
             assert torch.equal(emitted(x), emitted.body(x))
     assert len(runs) == 6
 
@@ -140,21 +140,13 @@ def test_a_model_that_has_run_can_be_pickled(pair: tuple[EmittedModel, nn.Module
     assert torch.equal(pickle.loads(pickle.dumps(emitted))(x), expected)
 
 
-def test_a_model_in_another_dtype() -> None:
-    model, x = randomize(Net()), image()
-    emitted = emit_fused(model, x, "reference")
+def test_a_model_in_another_dtype_is_another_model() -> None:
+    emitted, x = emit_fused(randomize(Net()), image(), "reference"), image()
     emitted(x)
-    assert_close(emitted.to(torch.float64)(x.double()), model.double()(x.double()))
+    with pytest.raises(ValueError, match=r"x: expected torch\.float32 as exported, got torch\.float64"):
+        emitted.to(torch.float64)(x.double())
     with pytest.raises(TypeError, match=r"weight: expected the dtype of x, torch\.float32"):
         emitted(x)
-
-
-@pytest.mark.skipif(native.cpu() is None, reason="no native module")
-def test_a_backend_that_cannot_run_another_dtype_says_so() -> None:
-    emitted = emit_fused(randomize(Net()), image(), "cpu")
-    emitted(image())
-    with pytest.raises(RuntimeError, match=r"float32, got torch\.float64"):
-        emitted.to(torch.float64)(image().double())
 
 
 def test_gradients_of_inputs_and_of_unfrozen_weights(pair: tuple[EmittedModel, nn.Module]) -> None:
@@ -293,9 +285,9 @@ def test_nan_and_bad_inputs(pair: tuple[EmittedModel, nn.Module]) -> None:
     emitted(x)
     x[0, 0, 2, 2] = torch.nan
     assert torch.equal(emitted(x).isnan(), model(x).isnan())
-    with pytest.raises(ValueError, match="weight: expected"):
+    with pytest.raises(ValueError, match=r"x\.shape\[1\]: expected 3 as exported, got 4"):
         emitted(torch.randn(2, 4, 6, 6))
-    with pytest.raises(TypeError, match="dtype"):
+    with pytest.raises(ValueError, match=r"x: expected torch\.float32 as exported, got torch\.float64"):
         emitted(x.double())
     negative = neg_view(image())
     assert torch.equal(emitted(negative), emitted(negative.clone().contiguous()))
@@ -303,7 +295,7 @@ def test_nan_and_bad_inputs(pair: tuple[EmittedModel, nn.Module]) -> None:
 
 def test_threads_with_their_own_shapes_share_a_model(pair: tuple[EmittedModel, nn.Module]) -> None:
     emitted, _ = pair
-    images = [image(1 + i % 3, 6 + i % 2) for i in range(6)]
+    images = [image(1 + i) for i in range(6)]
     expected = [emitted.body(x) for x in images]
     failures: list[BaseException] = []
 

@@ -125,19 +125,25 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
 class _Content:
     """What the header of a file holds: the sizes that each module states, and the passes."""
 
-    sizes: dict[str, dict[str, int]]
+    sizes: dict[str, dict[str, Any]]
     passes: tuple[PassRecord, ...]
 
 
+def _is_size(value: Any) -> bool:
+    """A size, or the sizes of a normalised shape."""
+    sizes = value if isinstance(value, (list, tuple)) else [value]
+    return bool(sizes) and all(type(size) is int and 0 < size < 2**31 for size in sizes)
+
+
 def _check_architecture(
-    path: Path, model: nn.Module, tensors: dict[str, Tensor], sizes: dict[str, dict[str, int]]
+    path: Path, model: nn.Module, tensors: dict[str, Tensor], sizes: dict[str, dict[str, Any]]
 ) -> None:
     state = model.state_dict()
     stated = {name: attributes for name, module in model.named_modules() if (attributes := size_attributes(module))}
     missing = sorted((state.keys() ^ tensors.keys()) | (stated.keys() ^ sizes.keys()))
     wrong = {name for name in state.keys() & tensors.keys() if state[name].dim() != tensors[name].dim()}
     wrong |= {name for name in stated.keys() & sizes.keys() if stated[name].keys() != sizes[name].keys()}
-    wrong |= {name for name, values in sizes.items() if not all(0 < value < 2**31 for value in values.values())}
+    wrong |= {name for name, values in sizes.items() if not all(map(_is_size, values.values()))}
     if missing or wrong:
         raise ValueError(
             f"model: {type(model).__name__} is not the architecture saved in {path}; "

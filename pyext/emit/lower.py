@@ -27,9 +27,7 @@ __all__ = ["Buffer", "NativeStep", "Place", "Program", "Step", "TorchStep", "Vie
 
 aten = torch.ops.aten
 
-_BY_VALUES = frozenset(
-    {aten.where.default, aten.nonzero_numpy.default, aten.repeat_interleave.self_Tensor, aten.is_nonzero.default}
-)
+_BY_VALUES = frozenset({aten.where.default, aten.nonzero_numpy.default, aten.is_nonzero.default})
 """Operations whose sizes follow from values, though their tags do not say so."""
 
 
@@ -348,6 +346,8 @@ def _check_static(node: Node, args: tuple[Any, ...]) -> None:
     depends = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & {*tags} or node.target in _BY_VALUES
     if node.target is aten.index.Tensor:
         depends = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1])
+    elif node.target in (aten.repeat_interleave.self_Tensor, aten.repeat_interleave.Tensor):
+        depends = node.kwargs.get("output_size") is None
     elif node.target is aten.one_hot.default:
         depends = len(args) < 2 or args[1] < 0
     if depends and node.users:

@@ -72,6 +72,8 @@ def _supports(problem: Problem) -> str | None:
         return "oneDNN fuses no input_scale"
     if residual is not None and problem.options.activation not in _WITH_RESIDUAL:
         return f"oneDNN fuses a residual with identity or relu only, got {problem.options.activation}"
+    if x.shape[1] == problem.shape[3] == 1 < problem.shape[2] and _geometry(problem).stride[1] > 1:
+        return "oneDNN computes wrongly on prepacked weights of one channel for one column of outputs, strided"
     for shape in (x.shape, problem.shape):
         if shape[0] * shape[1] * shape[2] * shape[3] >= _INT32_LIMIT:
             return f"oneDNN is used below 2³¹ elements, got {list(shape)}"
