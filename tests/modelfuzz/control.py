@@ -576,3 +576,53 @@ def other_batch(g: Grower) -> None:
             f"{convolved(g, name, f'nn.Conv2d({shape[1]}, 4, 1)')}.mean(0)",
         )
     )
+
+
+@growth(0.7)
+def depending_on_values(g: Grower) -> None:
+    """Sizes and numbers that only the values tell."""
+    x = g.tensor()
+    g.let(
+        g.one(
+            f"{x} + {x}[{x} > 0].sum()",
+            f"{x} * ({x} > 0).sum().item()",
+            f"{x} + {x}.mean().item()",
+            f"{x} + torch.masked_select({x}, {x} < 0).mean()",
+            f"{x} * {x}.nonzero().shape[0]",
+            f"{x} + torch.unique({x}.round()).sum()",
+            f"{x} if {x}.sum() > 0 else -{x}",
+            f"{x} + {x}.flatten()[int({x}.flatten().argmax())]",
+        )
+    )
+
+
+@growth(0.7)
+def by_chance(g: Grower) -> None:
+    """Random numbers at each call."""
+    x = g.tensor()
+    g.let(
+        g.one(
+            f"{x} + torch.rand_like({x})",
+            f"{x} * torch.rand(1, dtype={x}.dtype)",
+            f"F.dropout({x}, 0.5, training=True)",
+            f"{x} + torch.randn({x}.shape, dtype={x}.dtype)",
+            f"{x}[:, torch.randperm({x}.shape[1])]",
+            f"torch.bernoulli({x}.sigmoid())",
+            f"{x} + {x}.new_empty({x}.shape).normal_()",
+        )
+    )
+
+
+@growth(0.6)
+def spectra(g: Grower) -> None:
+    x = g.tensor(2, 3, 4)
+    g.let(
+        g.one(
+            f"torch.fft.rfft({x}).abs()",
+            f"torch.fft.fft2({x}).real",
+            f"torch.fft.irfft(torch.fft.rfft({x}), n={x}.shape[-1])",
+            f"torch.view_as_real(torch.fft.fft({x}))",
+            f"torch.complex({x}, {x}).abs()",
+            f"torch.vmap(lambda t: t * t.sum())({x})",
+        )
+    )

@@ -115,7 +115,7 @@ def convolution_text(
     """A convolution layer from `c_in` channels, of any kind."""
     groups = g.one(*3 * (1,), *(d for d in (2, 3, 4, c_in) if c_in % d == 0))
     if c_out is None:
-        c_out = groups * g.one(1, 2, 3, 4) if groups > 1 else g.one(1, 2, 3, 4, 5, 6, 8, 12, 16, 17, 32)
+        c_out = groups * g.one(1, 2, 3, 4) if groups > 1 else g.one(1, 2, 3, 4, 5, 6, 8, 12, 16, 17, 32, 40, 65)
     elif c_out % groups:
         groups = 1
     sides = (1, 1, 3, 3, 3, 5, 2, 4, 7)
@@ -556,3 +556,31 @@ def quantized(g: Grower) -> None:
     y = activated(g, y, 0.5)
     if g.maybe(0.6):
         g.let(pair.format(y, 0.03, g.one(0, 5)))
+
+
+@growth(1)
+def quantized_layers(g: Grower) -> None:
+    """Layers as a quantizer leaves them: int8 weights with a scale a row, activations quantized before and after."""
+    x = g.tensor(4)
+    library, form = "torch.ops.quantized_decomposed", "-128, 127, torch.int8"
+
+    def pair(value: str, scale: float, zero: int) -> str:
+        whole = f"{library}.quantize_per_tensor({value}, {scale}, {zero}, {form})"
+        return f"{library}.dequantize_per_tensor({whole}, {scale}, {zero}, {form})"
+
+    y = g.let(pair(x, g.one(0.02, 0.05), g.one(0, 3, -17)))
+    for _ in range(g.one(1, 2)):
+        c = g.shape(y)[1]
+        c_out, groups, k = g.one((8, 1, 1), (8, 1, 3), (c, c, 3), (c, 1, 3), (c, 1, 1))
+        values = g.buffer(f"torch.randint(-127, 128, ({c_out}, {c // groups}, {k}, {k}), dtype=torch.int8)")
+        scale, zero = (
+            g.buffer(f"torch.rand({c_out}) * 0.01 + 0.001"),
+            g.buffer(f"torch.zeros({c_out}, dtype=torch.int64)"),
+        )
+        weight = f"{library}.dequantize_per_channel({values}, {scale}, None, 0, -127, 127, torch.int8)"
+        weight = weight.replace("None", zero)
+        y = g.let(f"F.conv2d({y}, {weight}, {g.one('None', g.parameter(c_out))}, 1, {k // 2}, 1, {groups})")
+        y = activated(g, y, 0.6)
+        y = g.let(pair(y, g.one(0.03, 0.1), g.one(0, 5)))
+    if g.shape(x) == g.shape(y) and g.maybe(0.5):
+        g.let(f"{y} + {x}")
