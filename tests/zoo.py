@@ -178,8 +178,8 @@ def make(family: Family) -> tuple[nn.Module, tuple[Any, ...], int]:
 
 
 def randomized(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
-    """The state with values that matter where all are alike (norms, layer scales, zero-initialised projections), as long
-    as the outputs stay finite."""
+    """The state with values that matter where all are alike (norms, layer scales, projections that begin at zero), as
+    long as the outputs stay finite."""
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():

@@ -127,7 +127,7 @@ class Program:
     given: int | None = None
     """How many of the arguments the example gives; all if None."""
     kernels: str = ""
-    """The instruction set of our kernels, if not the best."""
+    """The instruction set of our kernels, where the processor has it; the best if empty."""
     threads: int = 1
 
     @property
