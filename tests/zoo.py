@@ -153,7 +153,7 @@ def _parameters(create: Callable[[], nn.Module]) -> int | None:
 
 
 def make(family: Family) -> tuple[nn.Module, tuple[Any, ...], int]:
-    """The model in eval mode, inputs of the smallest side that it takes, and that side."""
+    """The model in eval mode with random weights, inputs of the smallest side that it takes, and that side."""
     is_large = (_parameters(family.create) or 0) > LARGEST
     depth = {"depth": 2} if is_large else {}
     sides = [side for side in SIDES if side < family.side]
@@ -169,21 +169,25 @@ def make(family: Family) -> tuple[nn.Module, tuple[Any, ...], int]:
             if (options, side) == attempts[-1]:
                 raise
         else:
+            state = randomized(model, inputs)
+            # Another one, as some keep what they have computed from their weights.
+            model = family.create(**depth, **options).eval()
+            model.load_state_dict(state)
             return model, inputs, side
     raise AssertionError("the last attempt returns or raises")
 
 
-def randomize(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Gives weights that are all alike (norms, layer scales, zero-initialised projections) values that matter, as long
-    as the outputs stay finite."""
+def randomized(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
+    """The state with values that matter where all are alike (norms, layer scales, projections that begin at zero), as
+    long as the outputs stay finite."""
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad():
         for name, tensor in model.state_dict(keep_vars=True).items():
             if tensor.is_floating_point() and tensor.numel() > 1 and bool((tensor == tensor.flatten()[0]).all()):
                 positive = name.endswith("running_var") or float(tensor.flatten()[0]) == 1
                 tensor.uniform_(0.7, 1.3) if positive else tensor.normal_(std=0.1)
-        if not all(bool(t.isfinite().all()) for t in tensors(model(*inputs))):
-            model.load_state_dict(before)
+        is_finite = all(bool(t.isfinite().all()) for t in tensors(model(*inputs)))
+    return model.state_dict() if is_finite else before
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -199,7 +203,6 @@ def visit(family: Family) -> Row:
     except Exception as error:
         return replace(row, refusal=f"the original does not run here: {first_line(error)}")
     row = replace(row, side=side)
-    randomize(model, inputs)
     try:
         emitted = kp.emit(model, inputs, cost=prefer("cpu"), cache=False, progress=False)
     except ValueError as refusal:
@@ -251,7 +254,7 @@ def error_of(result: Any, truth: Any) -> float:
 
 def first_line(error: Exception) -> str:
     """Of its message, or its type's name."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].split(". ")[0][:200]
 
 
 def page(rows: Sequence[Row], versions: str) -> str:

@@ -13,7 +13,10 @@ __all__ = ["draw_calls"]
 
 _RANDN = re.compile(r"torch\.randn\((?P<sizes>[\d, ]+)\)")
 
-HARMLESS = ("the same form", "channels_last", "a slice", "permuted", "expanded", "requires grad", "a parameter")
+_LAYOUTS = ("channels_last", "a slice", "permuted", "expanded", "requires grad", "a parameter")
+_CONTEXTS = {"in inference mode": "torch.inference_mode()", "with gradients": "torch.enable_grad()"}
+
+HARMLESS = ("the same form", *_LAYOUTS, *_CONTEXTS)
 """What an emitted model must take: same shapes, same dtypes."""
 
 
@@ -53,13 +56,13 @@ def _resized(expression: str, change: Callable[[list[int]], Sequence[int]]) -> s
 
 
 def _changed(program: Program, what: str, change: Callable[[str], str], only: int | None = None) -> Call:
-    examples = [a.example for a in program.arguments]
+    examples = program.example.positional
     return Call(what, tuple(change(e) if only in (None, i) else e for i, e in enumerate(examples)))
 
 
 def _some(chance: random.Random, program: Program) -> int | None:
     """The position of one argument, or None for all."""
-    return None if chance.random() < 0.75 else chance.randrange(len(program.arguments))
+    return None if chance.random() < 0.75 else chance.randrange(len(program.example.positional))
 
 
 def _batch(chance: random.Random, program: Program) -> Call:
@@ -101,7 +104,7 @@ def _dtype(chance: random.Random, program: Program) -> Call:
 
 
 def _layout(chance: random.Random, program: Program) -> Call:
-    kind = chance.choice(HARMLESS[1:])
+    kind = chance.choice(_LAYOUTS)
 
     def change(match: re.Match[str]) -> str:
         sizes = _sizes(match["sizes"])
@@ -127,17 +130,18 @@ def _layout(chance: random.Random, program: Program) -> Call:
 
 def _none(chance: random.Random, program: Program) -> Call:
     """None for a tensor, or a tensor for None."""
-    i = chance.randrange(len(program.arguments))
+    i = chance.randrange(len(program.example.positional))
     other = program.arguments[chance.randrange(len(program.arguments))].example
     return _changed(program, "None or not", lambda e: other if e == "None" else "None", i)
 
 
 def _number(chance: random.Random, program: Program) -> Call | None:
-    plain = [i for i, a in enumerate(program.arguments) if "(" not in a.example and a.example != "None"]
+    examples = program.example.positional
+    plain = [i for i, e in enumerate(examples) if "(" not in e and e != "None"]
     if not plain:
         return None
     i = chance.choice(plain)
-    example = program.arguments[i].example
+    example = examples[i]
     value = chance.choice(
         (
             *(
@@ -163,15 +167,26 @@ def _number(chance: random.Random, program: Program) -> Call | None:
 
 
 def _count(chance: random.Random, program: Program) -> Call:
-    examples = [a.example for a in program.arguments]
+    examples = program.example.positional
     if chance.random() < 0.5 and len(examples) > 1:
-        return Call("arguments left out", tuple(examples[: chance.randrange(1, len(examples))]))
+        return Call("arguments left out", examples[: chance.randrange(1, len(examples))])
+    if left_out := program.arguments[len(examples) :]:
+        return Call(
+            "one more argument", (*examples, chance.choice((left_out[0].example, left_out[0].default or "None")))
+        )
     return Call("one more argument", (*examples, chance.choice(("None", "1", examples[0]))))
+
+
+def _within(chance: random.Random, program: Program) -> Call:
+    what, context = chance.choice(
+        [*_CONTEXTS.items(), ("under autocast", "torch.autocast('cpu', dtype=torch.bfloat16)")]
+    )
+    return replace(program.example, what=what, context=context)
 
 
 def _named(chance: random.Random, program: Program) -> Call:
     first = chance.randrange(len(program.arguments))
-    named = [(a.name, a.example) for a in program.arguments[first:]]
+    named = [(a.name, a.example) for a in program.arguments[first : program.given if chance.random() < 0.7 else None]]
     if chance.random() < 0.3:
         named.append((chance.choice(("flag", "other", "size")), "None"))
     chance.shuffle(named)
@@ -200,5 +215,5 @@ _KINDS = (
     *(4 * (_batch,)),
     *(3 * (_size,)),
     *(2 * (_layout, _number)),
-    *(_both_sides, _rank, _dtype, _none, _count, _named, _structure),
+    *(_within, _both_sides, _rank, _dtype, _none, _count, _named, _structure),
 )

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from kernelpress.runtime.torch_private import pytree
-from modelfuzz import control, images, sequences  # noqa: F401 - they register their growths
+from modelfuzz import arithmetic, blocks, control, images, inputs, memory, sequences  # noqa: F401 - growths
 from modelfuzz.grower import Grower
 from modelfuzz.program import Program
 from modelfuzz.registry import GROWTHS
 
 __all__ = ["draw"]
 
-LONGEST = 8
+LONGEST = 10
 """Growths of a program; most add several statements."""
 
 
@@ -43,18 +43,25 @@ def _attempt(seed: int, attempt: int) -> Program | None:
         wanted -= g.attempt(g.chance.choices(growths, weights)[0])
     output = _output(g)
     dtype = g.chance.choices(("float32", "float64", "bfloat16", "float16"), (90, 4, 3, 3))[0]
-    cost = g.chance.choices(("cpu", "mixed"), (75, 25))[0]
-    program = replace(g.program(output).without_unused(), cost=cost)
+    program = replace(
+        g.program(output).without_unused(),
+        cost=g.chance.choices(("cpu", "mixed"), (75, 25))[0],
+        kernels=g.one("", "", "", "avx2", "baseline"),
+        threads=g.one(1, 1, 2),
+    )
+    optional = sum(a.default is not None for a in program.arguments)
+    if optional and g.maybe(0.3):
+        program = replace(program, given=max(len(program.arguments) - g.chance.randint(1, optional), 1))
     if dtype != "float32":
         program = _cast(program, dtype)
     return program if _runs(program) else None
 
 
 def _first_input(g: Grower) -> None:
-    n, c = g.one(1, 1, 2, 2, 3, 4), g.one(1, 2, 3, 3, 4, 6, 8, 8, 16, 5)
+    n, c = g.one(1, 1, 2, 2, 3, 4), g.one(1, 2, 3, 3, 4, 6, 8, 8, 16, 5, 24, 33)
     kind = g.chance.choices(("image", "tokens", "vector", "volume"), (80, 9, 8, 3))[0]
     sides = {
-        "image": (c, g.one(1, 4, 6, 7, 8, 8, 9, 12), g.one(1, 4, 5, 7, 8, 8, 10)),
+        "image": (c, g.one(1, 4, 6, 7, 8, 8, 9, 12, 17), g.one(1, 4, 5, 7, 8, 8, 10, 16, 21)),
         "tokens": (g.one(1, 4, 6, 9), g.one(4, 8, 12)),
         "vector": (g.one(1, 4, 8, 16, 20),),
         "volume": (g.one(1, 3, 4), g.one(2, 3), g.one(4, 6), g.one(4, 5)),

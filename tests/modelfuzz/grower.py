@@ -16,7 +16,7 @@ from modelfuzz.program import Argument, Program, Step, environment
 
 __all__ = ["Grower", "UnsuitableError"]
 
-LARGEST = 1 << 14
+LARGEST = 1 << 16
 """Elements of a variable: models are small, so that many can be tried."""
 LOUDEST = 1e3
 ATTEMPTS = 60

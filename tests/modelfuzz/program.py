@@ -98,6 +98,8 @@ class Call:
     positional: tuple[str, ...]
     named: tuple[tuple[str, str], ...] = ()
     seed: int = 0
+    context: str = "torch.no_grad()"
+    """Within which it is made."""
 
     @property
     def code(self) -> str:
@@ -122,6 +124,11 @@ class Program:
     dtype: str = "float32"
     cost: str = "cpu"
     """Which of `COSTS` emission is told."""
+    given: int | None = None
+    """How many of the arguments the example gives; all if None."""
+    kernels: str = ""
+    """The instruction set of our kernels, where the processor has it; the best if empty."""
+    threads: int = 1
 
     @property
     def source(self) -> str:
@@ -143,7 +150,7 @@ class Program:
     @property
     def example(self) -> Call:
         """What the model is emitted for: all arguments by position."""
-        return Call("the example", tuple(a.example for a in self.arguments), seed=self.seed)
+        return Call("the example", tuple(a.example for a in self.arguments[: self.given]), seed=self.seed)
 
     def model(self) -> nn.Module:
         """The model, the same each time."""
@@ -169,7 +176,9 @@ class Program:
                 members[name] = lines
                 used |= _members("\n".join(lines))
         arguments = tuple(a for a in self.arguments if a.name in wanted)
-        return replace(self, steps=tuple(reversed(steps)), members=dict(reversed(members.items())), arguments=arguments)
+        given = None if self.given is None else sum(a in arguments for a in self.arguments[: self.given])
+        kept = {"steps": tuple(reversed(steps)), "members": dict(reversed(members.items()))}
+        return replace(self, arguments=arguments, given=given, **kept)
 
 
 def environment() -> dict[str, Any]:

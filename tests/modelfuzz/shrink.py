@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from modelfuzz.program import COSTS, PRELUDE, Argument, Call, Program, Step, environment
+from modelfuzz.program import COSTS, PRELUDE, Argument, Call, Program, Step, environment, evaluate
 from modelfuzz.verdict import Fault, examine
 
 __all__ = ["shrink", "snippet"]
@@ -47,8 +47,9 @@ def _smaller(program: Program, call: Call | None) -> Iterator[tuple[Program, Cal
     values = _values(program)
     for output in _outputs(program):
         yield _fitted(replace(program, output=output), call)
-    if program.cost != "cpu":
-        yield replace(program, cost="cpu"), call
+    for simpler in ({"cost": "cpu"}, {"kernels": ""}, {"threads": 1}):
+        if replace(program, **simpler) != program:
+            yield replace(program, **simpler), call
     if program.dtype != "float32":
 
         def plain(text: str) -> str:
@@ -110,7 +111,8 @@ def _values(program: Program) -> dict[str, object]:
     """The program's variables on its example."""
     positional, _ = program.example.arguments()
     space = {**environment(), "self": program.model()}
-    names = {argument.name: value for argument, value in zip(program.arguments, positional, strict=True)}
+    rest = [evaluate(argument.default or "None") for argument in program.arguments[len(positional) :]]
+    names = {a.name: value for a, value in zip(program.arguments, (*positional, *rest), strict=True)}
     space |= names
     with torch.no_grad():
         for step in program.steps:
@@ -135,12 +137,15 @@ def snippet(program: Program, fault: Fault) -> str:
         program.source,
         "",
         program.making,
+        f"torch.set_num_threads({program.threads})",
+        *([f'kp.native.cpu().select("{program.kernels}")'] if program.kernels else []),
         f"torch.manual_seed({example.seed})",
         f"cost = {COSTS[program.cost]}",
         f"emitted = kp.emit(model, ({example.code},), cost=cost, cache=False, progress=False)",
         "print(emitted.record.reason)",
     ]
     if fault.call is not None:
+        lines += [f"with {fault.call.context}:"]
         for run in ("model", "emitted"):
-            lines += [f"torch.manual_seed({fault.call.seed})", f"print({run}({fault.call.code}))"]
+            lines += [f"    torch.manual_seed({fault.call.seed})", f"    print({run}({fault.call.code}))"]
     return "\n".join(lines) + "\n"
