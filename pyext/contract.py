@@ -155,7 +155,9 @@ class Contract:
             replace(expected, shape=tuple(given.shape)) if isinstance(expected, TensorInput) else expected
             for expected, given in zip(self.inputs, flat, strict=True)
         ]
-        return Contract(tuple(fixed), self.arguments, self.structure, made="captured")
+        return replace(
+            self, inputs=tuple(fixed), symbols=(), guards=(), small=frozenset(), fixed_because="", made="captured"
+        )
 
     def flatten(self, inputs: tuple[Any, ...]) -> list[Any]:
         """The flat inputs, in the order of the graph's. Raises `ValueError` for another structure than was exported."""
@@ -381,14 +383,14 @@ def _input_from_json(stored: Any, symbols: frozenset[str]) -> TensorInput | Plai
         if not isinstance(stored["plain"], (bool, int, float, str, type(None))):
             raise ValueError(f"{name}: expected a number, flag, string or null, got {stored['plain']!r:.40}")
         return PlainInput(name, stored["plain"])
-    dtype, layout = (getattr(torch, _text(stored[kind]), None) for kind in ("dtype", "layout"))
+    dtype, layout = (vars(torch).get(_text(stored[kind])) for kind in ("dtype", "layout"))
     if not isinstance(dtype, torch.dtype) or not isinstance(layout, torch.layout):
         raise ValueError(
             f"{name}: expected a dtype and a layout of torch, got {stored['dtype']!r}, {stored['layout']!r}"
         )
     shape = tuple(check_expression(size, symbols) for size in stored["shape"])
     stride = tuple(map(int, stored["stride"])) if "stride" in stored else None
-    return TensorInput(name, shape, dtype, _text(stored["device"]), layout, stride)
+    return TensorInput(name, shape, dtype, torch.device(_text(stored["device"])).type, layout, stride)
 
 
 def _text(stored: Any) -> str:

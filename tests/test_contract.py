@@ -322,6 +322,14 @@ def test_saved_models_and_plans_hold_to_what_was_exported(name: str, tmp_path: A
             kp.capture(emitted, images(size))
 
 
+def test_a_model_that_looks_at_the_order_of_keys_answers_for_one_also_as_a_plan() -> None:
+    model = OneImage(lambda conv, d: conv(next(iter(d.values()))))
+    emitted = emit(model, {"a": images(2), "b": images(2)})
+    for run in (emitted, kp.capture(emitted, {"a": images(2), "b": images(2)})):
+        assert answers(run, model, {"a": images(2), "b": images(2)})
+        assert not answers(run, model, {"b": images(2), "a": images(2)})
+
+
 def test_a_plan_compares_numbers_with_their_type() -> None:
     plan = kp.capture(emit(Two(lambda conv, x, f: conv(x) * f), images(2), 1.0), images(2), 1.0)
     plan(images(2), 1.0)

@@ -132,6 +132,12 @@ def test_onednn_pointwise() -> None:
         ops.pointwise_conv2d(*tensors[:2], input_scale=torch.rand(2, 5), backend="onednn")
 
 
+def test_onednn_is_left_out_where_it_computes_wrongly() -> None:
+    x, weight, options = torch.randn(2, 1, 5, 5), torch.randn(1, 1, 3, 3), {"stride": (1, 3)}
+    assert "computes wrongly" in str(ops.why_not("conv2d", x, weight, **options)["onednn"])
+    assert_matches("conv2d", [x, weight], options, ops.conv2d(x, weight, **options))
+
+
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 @pytest.mark.parametrize(("channels", "c_out", "size"), [(1, 1, 5), (2, 1, 5), (1, 2, 1), (2, 2, 1), (1, 1, 1)])
 def test_onednn_adds_a_residual_of_one_channel_or_pixel(channels: int, c_out: int, size: int, activation: str) -> None:

@@ -40,7 +40,7 @@ SIDES = (96, 128)
 """Of square inputs, tried before the model's own."""
 LARGEST = 150_000_000
 """Parameters of a whole model; larger ones are made two blocks deep."""
-FACTOR = 8
+FACTOR = 4
 """How much further from float64 than the original in float32 an emitted model may be."""
 EXACT = 1e-6
 """A relative error that is never too large."""

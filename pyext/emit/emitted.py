@@ -98,7 +98,6 @@ class EmittedModel(nn.Module):
 
     def example_inputs(self) -> tuple[Any, ...]:
         """Random inputs of the form that the model was emitted for, as `forward` takes them."""
-
         flat = [example.random() for example in self.examples]
         args, _ = pytree.tree_unflatten(flat, self.body._in_spec)
         return tuple(args)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from kernelpress.emit.evaluate import relative_error
+from kernelpress.preserve import random_state_kept
 from kernelpress.regions import writes_undone
 from kernelpress.runtime.torch_private import HigherOrderOperator, OpOverload, pytree
 
@@ -126,8 +127,7 @@ def compare(original: GraphModule, emitted: GraphModule, inputs: Sequence[Any], 
 
 def _run(interpreter: Interpreter, inputs: Sequence[Any]) -> Any:
     """The graph's outputs; each run draws the same random numbers and finds the same buffers."""
-    devices = {x.device for x in inputs if isinstance(x, Tensor) and x.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)), writes_undone(interpreter.module):  # type: ignore[arg-type]
+    with random_state_kept(), writes_undone(interpreter.module):  # type: ignore[arg-type]
         torch.manual_seed(0)
         return interpreter.run(*inputs, enable_io_processing=False)
 
