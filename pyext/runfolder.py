@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kernelpress.files import write_atomically
-from kernelpress.plain import from_plain
-from kernelpress.sealed import seal, unseal
+from kernelpress.files.plain import from_plain
+from kernelpress.files.sealed import seal, unseal
 
 __all__ = ["RunFolder", "StageRecord", "stage_key"]
 

@@ -32,10 +32,10 @@ from kernelpress.emit.cache import LONGEST, TimingCache
 from kernelpress.emit.container import pack, unpack
 from kernelpress.emit.quantized import register_quantization
 from kernelpress.emit.record import summary_table
+from kernelpress.files.sealed import seal, seal_tensors, unseal, unseal_tensors
 from kernelpress.ops import tuned
 from kernelpress.recipe import load_recipe
 from kernelpress.runfolder import RunFolder
-from kernelpress.sealed import seal, seal_tensors, unseal, unseal_tensors
 
 __all__ = ["MEGABYTES", "SECONDS", "Kind", "Network", "all_kinds", "harm_of"]
 

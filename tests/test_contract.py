@@ -13,10 +13,10 @@ from emitting import FUSED_BACKENDS, prefer
 from torch import Tensor, nn
 
 import kernelpress as kp
-from kernelpress.contract import Contract, PlainInput, SymbolRange, TensorInput
-from kernelpress.guards import UnknownExpressionError, check_expression, evaluate, from_sympy, spell
 from kernelpress.runtime.torch_private import assert_async, pytree
 from kernelpress.trace import trace
+from kernelpress.trace.contract import Contract, PlainInput, SymbolRange, TensorInput
+from kernelpress.trace.guards import UnknownExpressionError, check_expression, evaluate, from_sympy, spell
 
 BACKEND = FUSED_BACKENDS[-1]
 

@@ -29,11 +29,11 @@ from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.container import MANIFEST, pack, unpack
 from kernelpress.emit.graph_json import graph_from_json, graph_to_json
 from kernelpress.emit.record import summary_table
+from kernelpress.files.plain import from_plain
+from kernelpress.files.sealed import parse_json, seal, seal_tensors, unseal, unseal_tensors
 from kernelpress.ops import tuned
-from kernelpress.plain import from_plain
 from kernelpress.recipe import RecipeError, load_recipe
 from kernelpress.runtime.torch_private import scoped_library
-from kernelpress.sealed import parse_json, seal, seal_tensors, unseal, unseal_tensors
 
 MUTATIONS = 200
 
@@ -725,7 +725,7 @@ import pathlib, sys
 sys.path.insert(0, {str(script.parent)!r})
 sys.argv = ["fuzz_files.py", "--count", "60", "--only", "times"]
 import fuzz_files
-from kernelpress import sealed
+from kernelpress.files import sealed
 fuzz_files.STATE = pathlib.Path({str(state)!r})
 assert fuzz_files.main() == 0 and not fuzz_files.STATE.exists()
 sealed._is_as_written = lambda *_: True

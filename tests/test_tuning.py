@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernelpress as kp
 from kernelpress import ops
+from kernelpress.files.sealed import seal, unseal
 from kernelpress.kernels.triton.launch import Configuration, launching_with
 from kernelpress.ops import prepared, registry, triton, tuned, tuning
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.runtime.torch_private import FakeTensorMode
-from kernelpress.sealed import seal, unseal
 
 OutOfResources = pytest.importorskip("triton", reason="pip install triton").OutOfResources
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn, optim
 
 from kernelpress.files import write_atomically
-from kernelpress.sealed import seal_tensors, unseal_tensors
+from kernelpress.files.sealed import seal_tensors, unseal_tensors
 
 __all__ = ["load_checkpoint", "read_record", "save_checkpoint"]
 

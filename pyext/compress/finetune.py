@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from kernelpress.compress.checkpoint import load_checkpoint, read_record, save_checkpoint
 from kernelpress.compress.evaluation import evaluate
 from kernelpress.compress.processes import join_processes
-from kernelpress.plain import from_plain
+from kernelpress.files.plain import from_plain
 from kernelpress.preserve import preserved
 
 __all__ = ["EpochRecord", "FinetuneResult", "TeacherLoss", "finetune", "learning_rate_factor"]

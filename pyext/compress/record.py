@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from kernelpress.compress.resize import replace_tensors, set_size_attributes, size_attributes
 from kernelpress.files import write_atomically
-from kernelpress.plain import from_plain, printable
-from kernelpress.sealed import seal_tensors, unseal_tensors
+from kernelpress.files.plain import from_plain, printable
+from kernelpress.files.sealed import seal_tensors, unseal_tensors
 
 __all__ = ["LayerChange", "PassRecord", "SkippedLayers", "add_record", "load", "record_of", "save"]
 

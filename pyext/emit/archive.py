@@ -21,17 +21,17 @@ import torch
 from torch import Tensor
 
 import kernelpress.ops  # noqa: F401  (a graph can be read only once its operations are registered)
-from kernelpress.contract import Contract
 from kernelpress.emit.container import pack, unpack
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.evaluate import Example
 from kernelpress.emit.graph_json import graph_from_json, graph_to_json, value_from_json, value_to_json
 from kernelpress.emit.record import EmissionRecord
-from kernelpress.export import symbolic_batch, with_batch_of_two
 from kernelpress.files import write_atomically
-from kernelpress.plain import printable
+from kernelpress.files.plain import printable
+from kernelpress.files.sealed import parse_json
 from kernelpress.runtime.torch_private import pytree
-from kernelpress.sealed import parse_json
+from kernelpress.trace.contract import Contract
+from kernelpress.trace.export import symbolic_batch, with_batch_of_two
 
 __all__ = ["load", "save"]
 

@@ -12,7 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 from kernelpress.emit.candidates import Candidate, constant, mark_channels_last
 from kernelpress.emit.graph import attribute
 from kernelpress.emit.quantized import merge_dequantize
-from kernelpress.regions import is_written
+from kernelpress.trace.regions import is_written
 
 __all__ = ["assemble", "channels_last_copy", "copy_of", "owned_copy", "with_constants"]
 

@@ -16,8 +16,8 @@ import torch
 import kernelpress
 from kernelpress import native
 from kernelpress.files import cache_folder, write_atomically
-from kernelpress.plain import from_plain
-from kernelpress.sealed import seal, unseal
+from kernelpress.files.plain import from_plain
+from kernelpress.files.sealed import seal, unseal
 
 __all__ = ["TimingCache", "cache_folder", "device_key"]
 

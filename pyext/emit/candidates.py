@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from kernelpress.emit.fuse import Match
 from kernelpress.emit.graph import attribute, channels_last_if_image, shape, value
 from kernelpress.ops import registry
-from kernelpress.regions import is_written
+from kernelpress.trace.regions import is_written
 
 __all__ = ["ORIGINAL", "Candidate", "candidates_for", "constant", "mark_channels_last", "original"]
 

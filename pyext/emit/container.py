@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kernelpress.sealed import seal, unseal
+from kernelpress.files.sealed import seal, unseal
 
 __all__ = ["FORMAT", "MANIFEST", "pack", "unpack"]
 

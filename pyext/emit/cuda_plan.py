@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from kernelpress.contract import Contract
 from kernelpress.cuda_graph import record
 from kernelpress.emit.assemble import owned_copy
 from kernelpress.emit.emitted import EmittedModel
@@ -23,6 +22,7 @@ from kernelpress.ops import registry
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.registry import Run
 from kernelpress.runtime.torch_private import pytree
+from kernelpress.trace.contract import Contract
 
 __all__ = ["CudaPlan"]
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from kernelpress.contract import Contract
 from kernelpress.emit.direct import Direct
 from kernelpress.emit.evaluate import Example
 from kernelpress.emit.portable import Portable
 from kernelpress.emit.record import EmissionRecord, summary_table
-from kernelpress.regions import mark_written
 from kernelpress.runtime.torch_private import pytree
+from kernelpress.trace.contract import Contract
+from kernelpress.trace.regions import mark_written
 
 __all__ = ["EmittedModel"]
 

@@ -18,7 +18,7 @@ from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.latency import Timing, time_alternately
 from kernelpress.ops import tuning
 from kernelpress.ops.step import native_steps
-from kernelpress.regions import writes
+from kernelpress.trace.regions import writes
 
 __all__ = [
     "INT8_TOLERANCE",

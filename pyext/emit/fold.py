@@ -22,8 +22,8 @@ from kernelpress.emit.graph import (
     value,
 )
 from kernelpress.emit.quantized import hand_on_quantized, remember_quantized
-from kernelpress.regions import reads_layout, writes
 from kernelpress.runtime.torch_private import OpOverload
+from kernelpress.trace.regions import reads_layout, writes
 
 __all__ = ["fold"]
 

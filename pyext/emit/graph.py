@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from kernelpress.ops.registry import Operator, operators
-from kernelpress.regions import is_written
 from kernelpress.runtime.torch_private import OpOverload
+from kernelpress.trace.regions import is_written
 
 __all__ = [
     "arguments",

@@ -20,8 +20,8 @@ from torch.fx import GraphModule, Interpreter, Node
 from kernelpress.emit.graph import operator_of
 from kernelpress.ops import registry
 from kernelpress.ops.checks import TensorSpec
-from kernelpress.regions import is_written, writes
 from kernelpress.runtime.torch_private import OpOverload, pytree
+from kernelpress.trace.regions import is_written, writes
 
 __all__ = ["Buffer", "NativeStep", "Place", "Program", "Step", "TorchStep", "View", "lower"]
 

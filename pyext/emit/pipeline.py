@@ -40,9 +40,9 @@ from kernelpress.emit.ties import Comparison, compare
 from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.latency import Timing, time_alternately
 from kernelpress.preserve import outside_modes, own_tensors
-from kernelpress.regions import regions, writes_undone
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace import checked_inputs, module_of, trace
+from kernelpress.trace.regions import regions, writes_undone
 
 __all__ = ["emit"]
 
@@ -78,45 +78,33 @@ def emit(
         raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
     inputs = own_tensors(checked_inputs(model, example_inputs))
     with outside_modes(model):
-        return _emit(model, inputs, dynamic_batch, tolerance, cache, progress, cost)
+        traced = trace(model, inputs, dynamic_batch=dynamic_batch)
+        flat = pytree.tree_leaves((inputs, {}))
+        device = _device(traced, flat)
 
+        graph_module = fold(canonicalize(copy_of(traced)))
+        examples = example_values(graph_module, flat)
+        bound = tolerance or max(tolerance_of(example.dtype) for example in examples.values())
+        # Few values of a layer are rounded to the other side; behind several layers, these change the rounding of many.
+        whole_bound = max(bound, INT8_TOLERANCE) if any(map(is_quantize, graph_module.graph.nodes)) else bound
+        candidates = _candidates(graph_module)
+        times = TimingCache(device, enabled=cache and cost is None)
+        with _progress_bar(len(candidates), progress) as advance:
+            evaluations = evaluate(graph_module, candidates, examples, tolerance, times, cost, advance)
+        order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+        flat_examples = tuple(examples[node] for node in graph_module.graph.nodes if node.op == "placeholder")
 
-def _emit(
-    model: nn.Module,
-    inputs: tuple[Any, ...],
-    dynamic_batch: bool,
-    tolerance: float | None,
-    cache: bool,
-    progress: bool,
-    cost: Cost | None,
-) -> EmittedModel:
-    traced = trace(model, inputs, dynamic_batch=dynamic_batch)
-    flat = pytree.tree_leaves((inputs, {}))
-    device = _device(traced, flat)
+        def emitted(choices: Sequence[Choice]) -> EmittedModel:
+            places = tuple(_place_record(graph_module, choice, examples, order) for choice in choices)
+            body = assemble(graph_module, [choice.chosen for choice in choices])
+            record = EmissionRecord(places, device_key(device))
+            return EmittedModel(body, record, flat_examples, traced.meta["contract"])
 
-    graph_module = fold(canonicalize(copy_of(traced)))
-    examples = example_values(graph_module, flat)
-    bound = tolerance or max(tolerance_of(example.dtype) for example in examples.values())
-    # Few values of a layer are rounded to the other side; behind several layers, these change the rounding of many.
-    whole_bound = max(bound, INT8_TOLERANCE) if any(map(is_quantize, graph_module.graph.nodes)) else bound
-    candidates = _candidates(graph_module)
-    times = TimingCache(device, enabled=cache and cost is None)
-    with _progress_bar(len(candidates), progress) as advance:
-        evaluations = evaluate(graph_module, candidates, examples, tolerance, times, cost, advance)
-    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
-    flat_examples = tuple(examples[node] for node in graph_module.graph.nodes if node.op == "placeholder")
-
-    def emitted(choices: Sequence[Choice]) -> EmittedModel:
-        places = tuple(_place_record(graph_module, choice, examples, order) for choice in choices)
-        body = assemble(graph_module, [choice.chosen for choice in choices])
-        record = EmissionRecord(places, device_key(device))
-        return EmittedModel(body, record, flat_examples, traced.meta["contract"])
-
-    arrangements = _arrangements(evaluations, order, FUSION_MARGINS if cost is None else FUSION_MARGINS[:1])
-    best = _fastest([emitted(choices) for choices in arrangements], inputs, cache)
-    body, record = _faster_of(traced, best.body, best.record, inputs, whole_bound, is_measured=cost is None)
-    body = owned_copy(body)  # until here its weights are the model's own
-    return EmittedModel(body, record, flat_examples, best.contract)
+        arrangements = _arrangements(evaluations, order, FUSION_MARGINS if cost is None else FUSION_MARGINS[:1])
+        best = _fastest([emitted(choices) for choices in arrangements], inputs, cache)
+        body, record = _faster_of(traced, best.body, best.record, inputs, whole_bound, is_measured=cost is None)
+        body = owned_copy(body)  # until here its weights are the model's own
+        return EmittedModel(body, record, flat_examples, best.contract)
 
 
 def _arrangements(

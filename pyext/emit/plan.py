@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelpress.contract import Contract
 from kernelpress.emit.arena import ArenaLayout, Lifetime, lay_out
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.cuda_plan import CudaPlan
@@ -22,6 +21,7 @@ from kernelpress.ops import packing
 from kernelpress.ops.memory import ALIGNMENT, advise_huge_pages
 from kernelpress.preserve import own_tensors
 from kernelpress.runtime.torch_private import pytree
+from kernelpress.trace.contract import Contract
 
 __all__ = ["Plan", "capture", "plan_of"]
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kernelpress.plain import from_plain, printable
+from kernelpress.files.plain import from_plain, printable
 
 __all__ = ["CandidateRecord", "EmissionRecord", "PlaceRecord", "summary_table"]
 

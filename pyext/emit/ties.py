@@ -20,8 +20,8 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from kernelpress.emit.evaluate import relative_error
 from kernelpress.preserve import random_state_kept
-from kernelpress.regions import writes_undone
 from kernelpress.runtime.torch_private import HigherOrderOperator, OpOverload, pytree
+from kernelpress.trace.regions import writes_undone
 
 __all__ = ["Comparison", "compare"]
 

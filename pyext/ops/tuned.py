@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from kernelpress.files import cache_folder, write_atomically
+from kernelpress.files.plain import from_plain, printable
+from kernelpress.files.sealed import seal, unseal
 from kernelpress.ops import registry
 from kernelpress.ops.checks import TensorSpec, describe
 from kernelpress.ops.registry import Problem
-from kernelpress.plain import from_plain, printable
-from kernelpress.sealed import seal, unseal
 
 __all__ = ["forget", "path_of", "problem_key", "recall", "remember", "shape_class"]
 

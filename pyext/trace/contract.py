@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kernelpress import native
-from kernelpress.guards import Expression, check_expression, evaluate, spell, symbols_in
 from kernelpress.runtime.torch_private import pytree
+from kernelpress.trace.guards import Expression, check_expression, evaluate, spell, symbols_in
 
 __all__ = ["Contract", "PlainInput", "SymbolRange", "TensorInput", "argument_names", "input_names"]
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from kernelpress.export import TraceError, exports, proven
 from kernelpress.preserve import outside_modes
-from kernelpress.regions import functionalised, has_regions, keep_layouts, not_dense, writes
 from kernelpress.runtime.torch_private import FakeTensor, OpOverload, pytree
+from kernelpress.trace.export import TraceError, exports, proven
+from kernelpress.trace.regions import functionalised, has_regions, keep_layouts, not_dense, writes
 
 __all__ = ["TraceError", "checked_inputs", "module_of", "parameter_name", "trace"]
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import kernelpress
-from kernelpress.plain import printable
+from kernelpress.files.plain import printable
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.overrides import TorchFunctionMode
 
-from kernelpress.contract import (
+from kernelpress.preserve import own_tensors, run_apart
+from kernelpress.runtime.torch_private import FakeTensor, pytree
+from kernelpress.trace.contract import (
     LARGEST_SIZE,
     Contract,
     PlainInput,
@@ -25,9 +27,7 @@ from kernelpress.contract import (
     argument_names,
     input_names,
 )
-from kernelpress.guards import Expression, UnknownExpressionError, evaluate, from_sympy, symbols_in
-from kernelpress.preserve import own_tensors, run_apart
-from kernelpress.runtime.torch_private import FakeTensor, pytree
+from kernelpress.trace.guards import Expression, UnknownExpressionError, evaluate, from_sympy, symbols_in
 
 __all__ = ["Exported", "TraceError", "exports", "proven", "symbolic_batch", "with_batch_of_two"]
 
