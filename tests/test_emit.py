@@ -367,6 +367,23 @@ def test_gradients_reach_the_inputs_of_an_emitted_model():
     torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_gradients_stop_where_the_model_detaches():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x):
+            y = self.conv(x)
+            return y * y.sigmoid().detach()
+
+    model = Gated().eval()
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    (expected,) = torch.autograd.grad(model(x).sum(), x)
+    (got,) = torch.autograd.grad(emit_fused(model, x.detach())(x).sum(), x)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_nan_and_infinity_pass_through_as_in_the_original():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval()
     emitted = emit_fused(model, torch.randn(1, 3, 8, 8))

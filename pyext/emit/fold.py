@@ -32,7 +32,6 @@ aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default)
 IDENTITIES = (
     aten.alias.default,
-    aten.detach.default,
     aten.contiguous.default,
     aten.clone.default,
     aten.lift_fresh_copy.default,

@@ -133,7 +133,7 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 
 def gradients_of(run: Callable[..., Any], call: Call, dtype: torch.dtype) -> list[Tensor] | None:
-    """Of the sum of all squared outputs, for each floating-point input; None where there are none."""
+    """Of the outputs along one random direction, for each floating-point input; None where there are none."""
     positional, named = pytree.tree_map(lambda x: x.to(dtype) if is_float(x) else x, call.arguments())
     inputs = [leaf.requires_grad_() for leaf in pytree.tree_leaves((positional, named)) if is_float(leaf)]
     result = result_of(run, positional, named)
@@ -142,8 +142,10 @@ def gradients_of(run: Callable[..., Any], call: Call, dtype: torch.dtype) -> lis
     outputs = [leaf for leaf in pytree.tree_leaves(result) if is_float(leaf) and leaf.requires_grad]
     if not outputs or not inputs:
         return None
+    generator = torch.Generator().manual_seed(call.seed)
+    along = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
     try:
-        found = torch.autograd.grad(sum(o.double().square().sum() for o in outputs), inputs, allow_unused=True)
+        found = torch.autograd.grad(outputs, inputs, along, allow_unused=True)
     except RuntimeError:
         return None
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
