@@ -504,3 +504,43 @@ def test_elements_without_an_option_cannot_be_covered():
 
 def test_regions_are_what_groups_connect():
     assert regions([0, 1, 2, 3, 4], [frozenset({0, 2}), frozenset({2, 4})]) == [[0, 2, 4], [1], [3]]
+
+
+def test_who_writes_into_a_result_changes_nothing_else():
+    class Results(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+            self.register_buffer("anchors", torch.randn(5))
+
+        def forward(self, x):
+            y = self.conv(x).relu()
+            copies = x.flatten(1).clone(), x.transpose(2, 3).contiguous(), x.to(torch.float32, copy=True)
+            return y, y.clone(), self.anchors * 2, self.anchors.view(-1).clone(), *copies
+
+    model = Results().eval()
+    emitted = emit_fused(model, torch.randn(2, 3, 4, 4))
+    x = torch.randn(2, 3, 4, 4)
+    for run in (emitted, kp.capture(emitted, x, cache=False)):
+        expected, given = model(x), x.clone()
+        for i in range(len(expected)):
+            results = run(x)
+            results[i].fill_(7.0)
+            for j, (result, wanted) in enumerate(zip(results, expected, strict=True)):
+                torch.testing.assert_close(result, torch.full_like(wanted, 7.0) if i == j else wanted)
+            assert torch.equal(x, given)
+
+
+def test_gradients_run_through_what_was_written_in_place():
+    class Written(nn.Module):
+        def forward(self, x):
+            y = x + 1
+            y[..., 1:] = y[..., :-1].clone()
+            y[..., 0] = 0.5
+            return y * 2
+
+    x = torch.randn(2, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(Written()(x).sum(), x)
+    emitted = kp.emit(Written().eval(), x.detach(), cost=lambda _: 1.0, progress=False)
+    (got,) = torch.autograd.grad(emitted(x).sum(), x)
+    assert torch.equal(got, expected)

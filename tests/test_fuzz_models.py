@@ -1,7 +1,6 @@
 """Sixty random models and some calls of each: right, or refused with a reason. `make fuzz` tries 2,000."""
 
 import os
-import random
 
 import pytest
 import torch
@@ -16,9 +15,8 @@ from kernelpress.emit import EmittedModel
 
 BUNDLES, MODELS = 6, 10
 
-GIVEN = os.environ.get("KERNELPRESS_TEST_SEED")
-FIRST = random.SystemRandom().randrange(1 << 30) if GIVEN is None else int(GIVEN) * BUNDLES * MODELS
-"""Without a seed in the environment, every run tries other models."""
+FIRST = int(os.environ.get("KERNELPRESS_TEST_SEED", "0")) * BUNDLES * MODELS
+"""The same models in every run, so that none fails by chance; `make fuzz` draws others."""
 
 
 @pytest.mark.parametrize("bundle", range(BUNDLES))

@@ -3,6 +3,7 @@ identities and computations on constants go altogether."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from kernelpress.emit.graph import (
 )
 from kernelpress.emit.quantized import hand_on_quantized, remember_quantized
 from kernelpress.runtime.torch_private import OpOverload
-from kernelpress.trace.regions import reads_layout, writes
+from kernelpress.trace.regions import DROPOUTS, aliased, reads_layout, writes
 
 __all__ = ["fold"]
 
@@ -36,7 +37,6 @@ IDENTITIES = (
     aten.clone.default,
     aten.lift_fresh_copy.default,
 )
-DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 
 LARGEST_CONSTANT = 1 << 20
 """A computation on constants is folded only if its result has at most this many elements more than its inputs."""
@@ -44,12 +44,49 @@ LARGEST_CONSTANT = 1 << 20
 
 def fold(graph_module: GraphModule) -> GraphModule:
     """Folds in place and returns the module; weights are combined in float64 and rounded once to their own dtype."""
+    before = [_memory_of_output(node) for node in _outputs(graph_module)]
     _remove_identities(graph_module)
     _evaluate_constants(graph_module)
     _fold_affine_steps(graph_module)
+    _keep_outputs_apart(graph_module, before)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
+
+
+def _outputs(graph_module: GraphModule) -> list[Node]:
+    found: list[Node] = []
+    torch.fx.map_arg(graph_module.graph.output_node().args, found.append)
+    return found
+
+
+def _memory_of_output(node: Node) -> Node:
+    """The node whose memory the caller is handed."""
+    while (source := aliased(node)) is not None and not _copies_into_order(node, source):
+        node = source
+    return node
+
+
+def _copies_into_order(node: Node, source: Node) -> bool:
+    """Whether it makes contiguous what was not."""
+    return node.target is aten.contiguous.default and str(value(node).stride()) != str(value(source).stride())
+
+
+def _keep_outputs_apart(graph_module: GraphModule, before: Sequence[Node]) -> None:
+    """Copies outputs that would hand the caller an input, a constant, or another output, where the model did not."""
+    output, outputs = graph_module.graph.output_node(), _outputs(graph_module)
+    after = [_memory_of_output(node) for node in outputs]
+    copies: list[Node] = []
+    for i, (node, memory) in enumerate(zip(outputs, after, strict=True)):
+        handed_on = memory.op in ("placeholder", "get_attr") and memory is not before[i]
+        shared = any(memory is other and before[i] is not before[j] for j, other in enumerate(after[:i]))
+        if (handed_on or shared) and isinstance(value(node), Tensor):
+            with graph_module.graph.inserting_before(output):
+                node = graph_module.graph.call_function(aten.clone.default, (node,))
+            node.meta = dict(outputs[i].meta)
+        copies.append(node)
+    given = iter(copies)
+    output.args = torch.fx.map_arg(output.args, lambda _: next(given))
 
 
 def _remove_identities(graph_module: GraphModule) -> None:

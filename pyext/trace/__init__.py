@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from typing import Any
 
@@ -13,16 +12,23 @@ from torch.fx import Graph, GraphModule, Node
 from kernelpress.preserve import outside_modes
 from kernelpress.runtime.torch_private import FakeTensor, OpOverload, pytree
 from kernelpress.trace.export import TraceError, exports, proven
-from kernelpress.trace.regions import functionalised, has_regions, keep_layouts, not_dense, writes
+from kernelpress.trace.regions import (
+    DROPOUTS,
+    aliased,
+    functionalised,
+    has_regions,
+    keep_layouts,
+    memory_of,
+    not_dense,
+    writes,
+)
 
 __all__ = ["TraceError", "checked_inputs", "module_of", "parameter_name", "trace"]
 
 aten = torch.ops.aten
 
-_DROPOUTS = frozenset(
-    getattr(aten, name + suffix).default
-    for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
-    for suffix in ("", "_")
+_CONVOLUTIONS = frozenset(
+    {aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default, aten.convolution.default}
 )
 _CHECKS = frozenset(
     {
@@ -31,8 +37,6 @@ _CHECKS = frozenset(
         aten.sym_constrain_range_for_size.default,
     }
 )
-# Their schemas do not say so, but they can return their argument itself.
-_UNDECLARED_ALIASES = _DROPOUTS | {aten.type_as.default, operator.getitem}
 
 
 def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic_batch: bool = True) -> GraphModule:
@@ -145,7 +149,7 @@ def _clean(module: GraphModule) -> GraphModule:
             graph.erase_node(node)
         elif node.target is aten._assert_async.default:  # fx takes this overload for dead code
             node.target, node.args = aten._assert_async.msg, (*node.args, "assertion of the model failed")
-        elif node.target in _DROPOUTS and not node.args[2]:
+        elif node.target in DROPOUTS and not node.args[2]:
             _replace(node, node.args[0])
     graph.eliminate_dead_code()
     for node in _mutations(graph):
@@ -182,29 +186,17 @@ def _make_functional(node: Node) -> bool:
 
 def _is_seen_elsewhere(written: Node, write: Node) -> bool:
     """Whether memory that `write` changes is read later under another name than `written` or its result."""
-    root = written
-    while (source := _aliased(root)) is not None:
-        root = source
+    root = memory_of(written)
     if root.op == "get_attr":
         return True
     order = {n: i for i, n in enumerate(write.graph.nodes)}
     aliases, pending = {root}, [root]
     while pending:
         for user in pending.pop().users:
-            if _aliased(user) in aliases and user not in aliases and order[user] < order[write]:
+            if aliased(user) in aliases and user not in aliases and order[user] < order[write]:
                 aliases.add(user)
                 pending.append(user)
     return any(order[user] > order[write] for alias in aliases - {written} for user in alias.users)
-
-
-def _aliased(node: Node) -> Node | None:
-    """The argument whose memory the result of `node` may share."""
-    target = node.target
-    if target in _UNDECLARED_ALIASES:
-        return node.args[0]  # type: ignore[return-value]
-    if isinstance(target, OpOverload) and any(r.alias_info is not None for r in target._schema.returns):
-        return next((a for a in node.args if isinstance(a, Node)), None)
-    return None
 
 
 def _same_result(twin: Any, node: Node) -> bool:
@@ -248,6 +240,35 @@ def _simplify(graph: Graph) -> None:
             node.target = aten.reshape.default
         elif node.target is aten.slice.Tensor and _is_whole_slice(node):
             _replace(node, node.args[0])
+        elif node.target is aten.copy.default:
+            _replace(node, _copied(node))
+        elif node.target in _CONVOLUTIONS and len(node.args) > 5:
+            _drop_idle_dilation(node)
+
+
+def _drop_idle_dilation(node: Node) -> None:
+    """A kernel of one tap has no dilation, and PyTorch crashes where a strided and padded one in channels_last memory
+    states one."""
+    taps, dilation = node.args[1].meta["val"].shape[2:], node.args[5]  # type: ignore[union-attr]
+    each = [dilation] * len(taps) if isinstance(dilation, int) else [*dilation] * (len(taps) // len(dilation))  # type: ignore
+    node.update_arg(5, [1 if k == 1 else d for k, d in zip(taps, each, strict=True)])
+
+
+def _copied(node: Node) -> Node:
+    """What `aten.copy` gives, by operations that have derivatives: its source, in the target's shape and dtype."""
+    target, source = node.args[:2]
+    wanted, result = target.meta["val"], source.meta["val"]  # type: ignore[union-attr]
+    steps: list[tuple[OpOverload, tuple[Node, ...]]] = [(aten.clone.default, ())]
+    if (result.dtype, result.device) != (wanted.dtype, wanted.device):
+        steps.append((aten.type_as.default, (target,)))  # type: ignore[arg-type]
+    if str(result.shape) != str(wanted.shape):
+        steps.append((aten.expand_as.default, (target,)))  # type: ignore[arg-type]
+    with node.graph.inserting_before(node):
+        for operation, others in steps:
+            source = node.graph.call_function(operation, (source, *others))
+            result = operation(result, *(other.meta["val"] for other in others))
+            source.meta = {**node.meta, "val": result}
+    return source  # type: ignore[return-value]
 
 
 def _is_whole_slice(node: Node) -> bool:

@@ -3,6 +3,7 @@ their operands lie in memory."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,11 +15,14 @@ from torch.fx import Graph, GraphModule, Node
 from kernelpress.runtime.torch_private import HigherOrderOperator, OpOverload
 
 __all__ = [
+    "DROPOUTS",
+    "aliased",
     "functionalised",
     "has_regions",
     "is_written",
     "keep_layouts",
     "mark_written",
+    "memory_of",
     "not_dense",
     "reads_layout",
     "regions",
@@ -32,6 +36,13 @@ _WRITTEN = "kernelpress_written"
 
 _LAYOUT_READERS = frozenset({aten.as_strided.default, aten.view_as_complex.default, aten.view.dtype})
 _LAYOUT_FREE_NAMESPACES = frozenset({"aten", "prims", "kernelpress", "quantized_decomposed"})
+DROPOUTS = frozenset(
+    getattr(aten, name + suffix).default
+    for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+    for suffix in ("", "_")
+)
+# Their schemas do not say so, but they can return their argument itself.
+_UNDECLARED_ALIASES = DROPOUTS | {aten.type_as.default, operator.getitem}
 _UPDATE_STATISTICS = frozenset({aten.batch_norm.default, aten.instance_norm.default})
 
 
@@ -55,6 +66,23 @@ def writes(node: Node) -> bool:
     if node.target in _UPDATE_STATISTICS:
         return bool(node.args[3] is not None and node.args[5])
     return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
+
+
+def aliased(node: Node) -> Node | None:
+    """The argument whose memory the result of `node` may share."""
+    target = node.target
+    if target in _UNDECLARED_ALIASES:
+        return node.args[0]  # type: ignore[return-value]
+    if isinstance(target, OpOverload) and any(r.alias_info is not None for r in target._schema.returns):
+        return next((a for a in node.args if isinstance(a, Node)), None)
+    return None
+
+
+def memory_of(node: Node) -> Node:
+    """The node whose memory the result of `node` may share: itself where that is new."""
+    while (source := aliased(node)) is not None:
+        node = source
+    return node
 
 
 def functionalised(program: torch.export.ExportedProgram) -> GraphModule:
@@ -81,9 +109,7 @@ def _return_copies(part: GraphModule) -> None:
     seen: set[Node] = set()
 
     def own(result: Node) -> Node:
-        root = result
-        while root.op == "call_function" and _may_be_view(root) and root.all_input_nodes:
-            root = root.all_input_nodes[0]
+        root = memory_of(result)
         is_new = root.op == "call_function" and root not in seen
         if is_new or not isinstance(result.meta.get("val"), Tensor):
             seen.add(root)
@@ -95,11 +121,6 @@ def _return_copies(part: GraphModule) -> None:
 
     output.args = torch.fx.map_arg(output.args, own)
     part.recompile()
-
-
-def _may_be_view(node: Node) -> bool:
-    returns = getattr(getattr(node.target, "_schema", None), "returns", ())
-    return any(result.alias_info is not None for result in returns)
 
 
 def _own_writes(module: GraphModule) -> GraphModule:

@@ -151,6 +151,17 @@ def gradients_of(run: Callable[..., Any], call: Call, dtype: torch.dtype) -> lis
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
 
 
+def sharing(given: Any, first: Any, second: Any) -> set[tuple[int, int]]:
+    """Pairs of tensors that lie in the same memory: of the inputs, and the outputs of two calls, counted through."""
+    leaves = pytree.tree_leaves((given, first, second))
+    inputs = len(pytree.tree_leaves(given))
+    places: dict[int, list[int]] = {}
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor) and leaf.numel():
+            places.setdefault(leaf.untyped_storage().data_ptr(), []).append(i)
+    return {(i, j) for place in places.values() for i in place for j in place if i < j and j >= inputs}
+
+
 def is_float(value: Any) -> bool:
     """Whether it is a floating-point tensor."""
     return isinstance(value, Tensor) and value.is_floating_point()

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import kernelpress as kp
+from kernelpress.emit.evaluate import tolerance_of
 from kernelpress.runtime.torch_private import pytree
 from modelfuzz.calls import HARMLESS, draw_calls
 from modelfuzz.observing import (
@@ -30,6 +31,7 @@ from modelfuzz.observing import (
     first_line,
     form_of,
     gradients_of,
+    is_float,
     machine,
     marks_of,
     no_logging,
@@ -37,6 +39,7 @@ from modelfuzz.observing import (
     plain_sizes,
     relative_error,
     result_of,
+    sharing,
     signature,
     state_of,
 )
@@ -145,6 +148,7 @@ class _Examiner:
             self._check_gradients(emitted)
         if thorough or (thorough is None and self.program.seed % PLANNED == 1):
             self._check_plan(emitted)
+        self._check_memory("emitted", emitted)
         if state_of(self.model) != fixed:
             self._report(Fault("calls change the original model", ""))
         return Outcome(None, None, self.made, self.refused)
@@ -180,9 +184,24 @@ class _Examiner:
             self._report(Fault("emit changes the example tensors", f"{marks} became {marks_of(positional)}"))
         if state_of(self.model) != before:
             self._report(Fault("emit changes the model", ""))
-        if not isinstance(emitted, str) and emitted.record.kept_original and not self.is_random:
+        if not isinstance(emitted, str) and emitted.record.kept_original and not self._is_unsteady():
             self._report(Fault("emission dropped", emitted.record.reason))
         return emitted
+
+    def _is_unsteady(self) -> bool:
+        """Whether rounding alone moves the example's results by more than an emission may: then none is any better."""
+        if self.is_random:
+            return True
+        call = self.program.example
+        with torch.no_grad():
+            results = pytree.tree_leaves(result_of(self.program.model(), *call.arguments()))
+        bound = 10 * tolerance_of(self.dtype)
+        return any(
+            relative_error(again.to(result.dtype), result) > bound
+            for i, result in enumerate(results)
+            if is_float(result)
+            for again in self._perturbed(call, i, result)
+        )
 
     def _compare(self, who: str, run: Callable[..., Any], call: Call) -> None:
         self.made += 1
@@ -273,8 +292,11 @@ class _Examiner:
         return leaf
 
     def _perturbed(self, call: Call, i: int, wanted: Tensor) -> list[Tensor]:
-        """Output `i` in float64 with a rounding after every operation, three times."""
-        results = [self._in_float64(self.exact, call, ROUNDING[self.dtype]) for _ in range(3)]
+        """Output `i` with another rounding after every operation, three times: in float64, if the model runs in it."""
+        noise = ROUNDING[self.dtype]
+        results = [self._in_float64(self.exact, call, noise) for _ in range(3)]
+        if all(result is None for result in results):
+            results = [self._run(self.original, call.arguments(), noise) for _ in range(3)]
         leaves = [pytree.tree_leaves(result)[i] for result in results if result is not None]
         return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.shape == wanted.shape]
 
@@ -290,14 +312,26 @@ class _Examiner:
         def exact(value: Any) -> Any:
             return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        positional, named = pytree.tree_map(exact, call.arguments())
+        return self._run(model, pytree.tree_map(exact, call.arguments()), noise)
 
+    def _run(self, model: nn.Module, arguments: Any, noise: float) -> Any:
         def noisy(value: Tensor) -> Tensor:
             return value * (1 + noise * torch.randn_like(value))
 
         with torch.no_grad(), Changed(noisy) if noise else nullcontext():
-            result = result_of(model, positional, named)
+            result = result_of(model, *arguments)
         return None if isinstance(result, Exception) else result
+
+    def _check_memory(self, who: str, run: Callable[..., Any]) -> None:
+        """Where the original hands out memory of its own, so does `run`: who writes into a result changes nothing
+        else."""
+        call, found = self.program.example, []
+        for model in (self.program.model(), run):
+            given = call.arguments()
+            with torch.no_grad():
+                found.append(sharing(given, result_of(model, *given), result_of(model, *given)))
+        if not found[1] <= found[0]:
+            self._report(Fault(f"{who}: results share memory", f"{sorted(found[1] - found[0])}", call))
 
     def _check_loaded(self, emitted: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -357,6 +391,7 @@ class _Examiner:
                 # A plan takes its inputs by position.
                 if other.code != call.code and other.what not in HARMLESS and not other.named:
                     self._compare("plan", plan, other)
+            self._check_memory("plan", plan)
 
 
 def _marks_after(model: nn.Module, call: Call) -> Any:
