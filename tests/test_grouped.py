@@ -335,3 +335,11 @@ def test_reference_gradients_reach_every_argument() -> None:
     expected = torch.autograd.grad(reference.grouped_conv2d(*inputs, **options).square().sum(), inputs)
     for ours, theirs in zip(torch.autograd.grad(out.square().sum(), inputs), expected, strict=True):
         assert relative_error(ours, theirs) < 1e-12
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_a_shuffle_that_moves_nothing_is_a_copy(groups: int) -> None:
+    x = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)
+    shuffled = ops.channel_shuffle(x, groups=groups)
+    assert torch.equal(shuffled, x)
+    assert shuffled.data_ptr() != x.data_ptr()

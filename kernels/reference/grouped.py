@@ -13,7 +13,8 @@ __all__ = ["channel_shuffle", "grouped_conv2d", "shuffle_concat"]
 
 def channel_shuffle(x: Tensor, *, groups: int) -> Tensor:
     """Channel `i · C / groups + k` of `x: [N, C, H, W]` becomes channel `k · groups + i` (arXiv:1707.01083, Fig. 1)."""
-    return x.unflatten(1, (groups, x.shape[1] // groups)).transpose(1, 2).flatten(1, 2)
+    shuffled = x.unflatten(1, (groups, x.shape[1] // groups)).transpose(1, 2).flatten(1, 2)
+    return shuffled.clone() if groups in (1, x.shape[1]) else shuffled
 
 
 def shuffle_concat(a: Tensor, b: Tensor, *, groups: int = 2) -> Tensor:
