@@ -75,7 +75,7 @@ class Family:
             return torch.randn(1, 3, side, side), torch.randn(1, 3, side, side)
         if "detection" in self.name:
             return ([torch.rand(3, side, side)],)
-        return (torch.randn(1, 3, 8, side, side) if "video" in self.name else torch.randn(1, 3, side, side),)
+        return (torch.randn(1, 3, 16, side, side) if "video" in self.name else torch.randn(1, 3, side, side),)
 
 
 @dataclass(frozen=True)
@@ -233,13 +233,19 @@ def measured(row: Row, model: nn.Module, emitted: Any, inputs: tuple[Any, ...]) 
         plan = kp.capture(emitted, *inputs, stream=False, cache=False)
         row = replace(row, native_steps=plan.native_steps, torch_steps=len(plan) - plan.native_steps)
         for images in (1, 2) if emitted.dynamic_batch else (1,):
-            given = pytree.tree_map(lambda x: torch.cat([x, x.flip(-1)])[:images], inputs)  # noqa: B023 - used at once
-            truth = exact(*pytree.tree_map(lambda x: x.double(), given))
+            given = pytree.tree_map(lambda *x: torch.cat(x), inputs, flipped(inputs)) if images > 1 else inputs
+            truth = truth_of(exact, model, given)
             original_error = error_of(model(*given), truth)
             bound = max(FACTOR * original_error, exact_enough)
             runs = {"emitted": emitted} | ({"plan": plan} if images == 1 else {})
             for name, run in runs.items():
                 error = error_of(run(*given), truth)
+                if not error <= bound:
+                    # The original's algorithms, and so its errors, are others in the other format and by single images.
+                    original_error = max(original_error, error_of(model(*channels_last(given)), truth))
+                    for alone in (inputs, flipped(inputs)) if images > 1 else ():
+                        original_error = max(original_error, error_of(model(*alone), truth_of(exact, model, alone)))
+                    bound = max(FACTOR * original_error, exact_enough)
                 if not error <= bound:
                     return replace(
                         row, fault=f"{name}: relative error {error:.1e} at {images} images, bound {bound:.1e}"
@@ -247,6 +253,26 @@ def measured(row: Row, model: nn.Module, emitted: Any, inputs: tuple[Any, ...]) 
                 row = replace(row, error=max(row.error or 0.0, error))
             row = replace(row, original_error=max(row.original_error or 0.0, original_error))
     return row
+
+
+def truth_of(exact: nn.Module, model: nn.Module, given: tuple[Any, ...]) -> Any:
+    """The outputs in float64, or the original's in float32 where it cannot run in anything else."""
+    try:
+        return exact(*pytree.tree_map(lambda x: x.double(), given))
+    except RuntimeError as error:
+        if "expected scalar type" not in str(error):
+            raise
+        return model(*given)
+
+
+def flipped(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Every image from right to left."""
+    return pytree.tree_map(lambda x: x.flip(-1), given)
+
+
+def channels_last(given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Images in channels_last memory."""
+    return pytree.tree_map(lambda x: x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x, given)
 
 
 def error_of(result: Any, truth: Any) -> float:
