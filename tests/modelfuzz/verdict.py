@@ -190,7 +190,7 @@ class _Examiner:
         return emitted
 
     def _is_unsteady(self) -> bool:
-        """Whether rounding alone moves the example's results by more than an emission may: then none is any better."""
+        """Whether rounding alone moves the example's results by as much as an emission may."""
         if self.is_random:
             return True
         call = self.program.example
@@ -198,10 +198,10 @@ class _Examiner:
             results = pytree.tree_leaves(result_of(self.program.model(), *call.arguments()))
         bound = 10 * tolerance_of(self.dtype)
         return any(
-            relative_error(again.to(result.dtype), result) > bound
+            FACTOR * relative_error(again.to(result.dtype), result) > bound
             for i, result in enumerate(results)
             if is_float(result)
-            for again in self._perturbed(call, i, result)
+            for again in [*self._perturbed(call, i, result), *self._in_channels_last(call, i)]
         )
 
     def _compare(self, who: str, run: Callable[..., Any], call: Call) -> None:
