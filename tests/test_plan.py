@@ -13,6 +13,7 @@ from torch import nn
 import kernelpress as kp
 from kernelpress import native
 from kernelpress.emit.arena import ALIGNMENT, Lifetime, lay_out
+from kernelpress.measure.memory import peak_memory_bytes
 
 HAS_NATIVE = native.cpu() is not None
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="no native kernels: build them with `make build`")
@@ -245,3 +246,17 @@ def test_a_loaded_model_is_captured_as_the_saved_one(tmp_path):
     for name, expected in emitted(x).items():
         torch.testing.assert_close(plan(x)[name], expected)
     assert len(plan) == len(kp.capture(emitted, x))
+
+
+def test_what_torch_made_is_released_after_its_last_use():
+    class Sums(nn.Module):
+        def forward(self, x):
+            for dim in (0, 1) * 6:
+                x = x.cumsum(dim) * 0.5
+            return x
+
+    x = torch.randn(64, 256)
+    plan = kp.capture(emit(Sums(), x), x)
+    assert len(plan) - plan.native_steps >= 12
+    plan(x)
+    assert peak_memory_bytes(lambda: plan(x), device=x.device) <= 4 * x.nbytes

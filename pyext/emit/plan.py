@@ -199,6 +199,7 @@ class Plan:
         native_steps, steps = self._native, self._program.steps
         stretches: list[Callable[[Bases], None]] = []
         torch_steps = [i for i, step in enumerate(steps) if isinstance(step, TorchStep)]
+        ends = _last_uses(self._program)
         for after, before in zip([-1, *torch_steps], [*torch_steps, len(steps)], strict=True):
             first, last = native_steps.between(after, before)
             if last > first:
@@ -207,6 +208,8 @@ class Plan:
                 step = steps[before]
                 assert isinstance(step, TorchStep)
                 stretches.append(_torch_call(step, self._static, self._program))
+            if done := [index for index, last in ends.items() if after < last <= before]:
+                stretches.append(_release(done))
 
         def run(bases: Bases) -> None:
             for stretch in stretches:
@@ -252,6 +255,25 @@ class Plan:
             return result
 
         return direct
+
+
+def _last_uses(program: Program) -> dict[int, int]:
+    """The last step that reads or writes each buffer that torch made, the results' aside."""
+    results = {view.buffer for view in views_of(program.output)}
+    uses: dict[int, int] = {}
+    for i, step in enumerate(program.steps):
+        for view in views_of((step.args, step.kwargs, step.results)):
+            if program.buffers[view.buffer].place is Place.TORCH and view.buffer not in results:
+                uses[view.buffer] = i
+    return uses
+
+
+def _release(buffers: Sequence[int]) -> Callable[[Bases], None]:
+    def run(bases: Bases) -> None:
+        for index in buffers:
+            bases[index] = None
+
+    return run
 
 
 def _lifetimes(program: Program, chains: Sequence[Chain]) -> dict[int, Lifetime]:
