@@ -109,7 +109,7 @@ $(TORCH_INSTALLED): $(INSTALLED)
 	cp -r $(VENV)/lib/python3*/site-packages/*kernelpress* $(TORCH_VENV)/lib/python3*/site-packages/
 	grep -vE '^(torch$(if $(filter-out $(PINNED),$(TORCH)),|triton|setuptools))==' constraints.txt > $(TORCH_VENV)/constraints.txt
 	$(TORCH_VENV)/bin/python -m pip --disable-pip-version-check install -q -c $(TORCH_VENV)/constraints.txt \
-		torch==$(TORCH) pybind11 ninja 'kernelpress[all,test]'
+		torch==$(TORCH) 'setuptools>=77' pybind11 ninja 'kernelpress[all,test]'
 	@touch $@
 
 $(ZOO): constraints.txt | $(INSTALLED)

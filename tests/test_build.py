@@ -368,7 +368,7 @@ def test_a_wheel_builds_from_the_source_archive_without_torch(tmp_path: Path):
 
 def make_source_archive(folder: Path) -> Path:
     """The source archive of a copy of this checkout: the copy keeps the build away from the tree under test."""
-    ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "results", "*.egg-info", "__pycache__", "*.so")
+    ignored = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "results", "*.egg-info", "__pycache__", "*.so")
     tree = Path(shutil.copytree(ROOT, folder / "tree", ignore=ignored))
     code = "import setuptools.build_meta as b; print(b.build_sdist('dist'))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tree, capture_output=True, text=True)

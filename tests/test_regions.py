@@ -129,6 +129,9 @@ def checkpointed(m, x):
     return m.head(checkpoint(lambda t: m.project(m.stem(t)), x, use_reentrant=False))
 
 
+IS_OLD_TORCH = torch.__version__ < "2.12"
+
+
 def compiled_region(m, x):
     region = torch.compiler.nested_compile_region(lambda t: m.project(t).relu())
     return m.head(region(region(m.stem(x))))
@@ -142,12 +145,16 @@ def compiled_region(m, x):
         (gradients_on_and_off, 3, 1e-5),
         (inference, 3, 1e-5),
         (checkpointed, 3, 1e-5),
-        (compiled_region, 4, 1e-5),
+        (compiled_region, 2 if IS_OLD_TORCH else 4, 1e-5),
     ],
 )
 def test_layers_in_regions_that_only_set_a_mode_are_emitted_too(function, layers, bound):
     emitted, _ = emitted_and_captured(Net(function), images(), bound=bound, layers=layers)
-    assert emitted.record.notes == ()
+    stay = function is compiled_region and IS_OLD_TORCH  # PyTorch did not put them in line.
+    assert [note.partition(" ")[0] for note in emitted.record.notes] == ["invoke_subgraph"] * 2 * stay
+
+
+no_aliases = pytest.mark.skipif(IS_OLD_TORCH, reason="torch.cond of this torch takes no branch that returns an operand")
 
 
 def branches(m, x):
@@ -206,8 +213,8 @@ def flexible_attention(m, x):
     [
         (branches, "cond"),
         (branches_in_branches, "cond"),
-        (operand_returned, "cond"),
-        (returned_twice, "cond"),
+        pytest.param(operand_returned, "cond", marks=no_aliases),
+        pytest.param(returned_twice, "cond", marks=no_aliases),
         (looped, "while_loop"),
         (mapped, "map_impl"),
         (scanned, "scan"),

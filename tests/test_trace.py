@@ -323,7 +323,8 @@ class _SizesAmongOutputs(nn.Module):
 @pytest.mark.parametrize("sign", [-1.0, 1.0])
 def test_regions_and_written_inputs_trace_to_what_the_model_computes(model: nn.Module, sign: float) -> None:
     graph = trace(model, torch.randn(2, 3, 5, 6))
-    x = sign * torch.rand(3, 3, 5, 6)
+    # Before torch 2.13, the first branch that a process traces is specialised on its batch.
+    x = sign * torch.rand(3 if graph.meta["contract"].dynamic_batch else 2, 3, 5, 6)
     with torch.no_grad():
         torch.testing.assert_close(graph(x.clone()), model(x.clone()))
 
