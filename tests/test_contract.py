@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kernelpress as kp
 from kernelpress.runtime.torch_private import assert_async, pytree
-from kernelpress.trace import trace
+from kernelpress.trace import TraceError, trace
 from kernelpress.trace.contract import Contract, PlainInput, SymbolRange, TensorInput
 from kernelpress.trace.guards import UnknownExpressionError, check_expression, evaluate, from_sympy, spell
 
@@ -249,6 +249,10 @@ CALLS: dict[str, Callable[[], Calls]] = {
 def test_other_arguments_are_answered_rightly_or_refused(name: str) -> None:
     kind, compute, example, right, refused = CALLS[name]()
     model = kind(compute)
+    if name == "a float that is no number" and torch.__version__ < "2.12":  # which exports it as one that is
+        with pytest.raises(TraceError, match="does not compute what the model does"):
+            emit(model, *example)
+        return
     emitted = emit(model, *example)
     assert answers(emitted, model, *example)
     for inputs in right:
