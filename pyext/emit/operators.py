@@ -39,8 +39,8 @@ _ATEN = _words(
     _linalg_slogdet _linalg_solve_ex _linalg_svd _local_scalar_dense _log_softmax _logcumsumexp _masked_softmax
     _native_batch_norm_legit _native_batch_norm_legit_functional _native_batch_norm_legit_no_training
     _native_multi_head_attention _neg_view _neg_view_copy _pack_padded_sequence _pad_packed_sequence _pdist_forward
-    _prelu_kernel _reshape_alias _reshape_copy _safe_softmax _sample_dirichlet _scaled_dot_product_attention_math
-    _scaled_dot_product_cudnn_attention _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention
+    _prelu_kernel _reshape_copy _safe_softmax _scaled_dot_product_attention_math _scaled_dot_product_cudnn_attention
+    _scaled_dot_product_efficient_attention _scaled_dot_product_flash_attention
     _scaled_dot_product_flash_attention_for_cpu _shape_as_tensor _softmax _stack _standard_gamma _to_copy
     _transform_bias_rescale_qkv _transformer_encoder_layer_fwd _trilinear _unique2 _unsafe_index _unsafe_index_put
     _unsafe_masked_index _unsafe_masked_index_put_accumulate _unsafe_view _upsample_bicubic2d_aa _upsample_bilinear2d_aa
@@ -57,49 +57,48 @@ _ATEN = _words(
     cholesky_solve chunk clamp clamp_max clamp_min clip clone col2im column_stack combinations complex concat
     concatenate conj conj_physical constant_pad_nd contiguous conv1d conv2d conv3d conv_tbc conv_transpose1d
     conv_transpose2d conv_transpose3d convolution copy copysign corrcoef cos cosh cosine_embedding_loss
-    cosine_similarity count_nonzero cov cross cross_entropy_loss ctc_loss cummax cummin cumprod cumsum
-    cumulative_trapezoid deg2rad dequantize det detach detach_copy diag diag_embed diagflat diagonal diagonal_copy
-    diagonal_scatter diff digamma dim dist div divide dot dropout dsplit dstack einsum elu embedding embedding_bag empty
-    empty_like empty_permuted empty_strided eq equal erf erfc erfinv exp exp2 expand expand_as expand_copy expm1
-    exponential eye fake_quantize_per_channel_affine fake_quantize_per_channel_affine_cachemask
-    fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask feature_alpha_dropout feature_dropout
-    fft_fft fft_fft2 fft_fftfreq fft_fftn fft_fftshift fft_hfft fft_hfft2 fft_hfftn fft_ifft fft_ifft2 fft_ifftn
-    fft_ifftshift fft_ihfft fft_ihfft2 fft_ihfftn fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftfreq
-    fft_rfftn fill fix flatten flip fliplr flipud float_power floor floor_divide fmax fmin fmod frac
-    fractional_max_pool2d fractional_max_pool3d frexp frobenius_norm full full_like gather gcd ge gelu geometric geqrf
-    ger get_device glu gradient greater greater_equal grid_sampler grid_sampler_2d grid_sampler_3d group_norm gru
-    gru_cell gt hamming_window hann_window hardshrink hardsigmoid hardswish hardtanh heaviside hinge_embedding_loss
-    histc histogram histogramdd hsplit hstack huber_loss hypot i0 igamma igammac im2col imag index index_add index_copy
-    index_fill index_put index_reduce index_select inner instance_norm inverse is_complex is_conj is_contiguous
-    is_floating_point is_neg is_nonzero is_same_size is_signed isclose isfinite isin isinf isnan isneginf isposinf
-    isreal istft item kaiser_window kl_div kron kthvalue l1_loss layer_norm lcm ldexp le leaky_relu lerp less less_equal
-    lgamma lift lift_fresh lift_fresh_copy linalg_cholesky linalg_cholesky_ex linalg_cond linalg_cross linalg_det
-    linalg_diagonal linalg_eig linalg_eigh linalg_eigvals linalg_eigvalsh linalg_householder_product linalg_inv
-    linalg_inv_ex linalg_ldl_factor linalg_ldl_factor_ex linalg_ldl_solve linalg_lstsq linalg_lu linalg_lu_factor
-    linalg_lu_factor_ex linalg_lu_solve linalg_matmul linalg_matrix_exp linalg_matrix_norm linalg_matrix_power
-    linalg_matrix_rank linalg_multi_dot linalg_norm linalg_pinv linalg_qr linalg_slogdet linalg_solve linalg_solve_ex
-    linalg_solve_triangular linalg_svd linalg_svdvals linalg_tensorinv linalg_tensorsolve linalg_vander linalg_vecdot
-    linalg_vector_norm linear linspace log log10 log1p log2 log_normal log_sigmoid log_sigmoid_forward log_softmax
-    logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not logical_or logical_xor logit logspace logsumexp
-    lstm lstm_cell lt lu_solve lu_unpack mH mT margin_ranking_loss masked_fill masked_scatter masked_select matmul
-    matrix_H matrix_exp matrix_power max max_pool1d max_pool1d_with_indices max_pool2d max_pool2d_with_indices
-    max_pool3d max_pool3d_with_indices max_unpool2d max_unpool3d maximum mean median meshgrid min minimum mish mm mode
-    moveaxis movedim mse_loss msort mul multi_margin_loss multilabel_margin_loss multinomial multiply mv mvlgamma
-    nan_to_num nanmean nanmedian nanquantile nansum narrow narrow_copy native_batch_norm native_channel_shuffle
-    native_dropout native_group_norm native_layer_norm native_norm ne neg negative new_empty new_empty_strided new_full
-    new_ones new_zeros nextafter nll_loss nll_loss2d nll_loss_nd nonzero nonzero_numpy nonzero_static norm
-    norm_except_dim normal normal_functional not_equal nuclear_norm numel numpy_T one_hot ones ones_like orgqr ormqr
-    outer pad pad_sequence pairwise_distance pdist permute permute_copy pinverse pixel_shuffle pixel_unshuffle poisson
-    poisson_nll_loss polar polygamma positive pow prelu prod promote_types put qr quantile quantize_per_channel
-    quantize_per_tensor quantize_per_tensor_dynamic rad2deg rand rand_like randint randint_like randn randn_like random
-    randperm range ravel real reciprocal reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 remainder renorm
-    repeat repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape reshape_as resolve_conj
-    resolve_neg result_type rms_norm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell roll rot90 round row_stack rrelu
-    rrelu_with_noise rrelu_with_noise_functional rsqrt rsub scalar_tensor scaled_dot_product_attention scatter
-    scatter_add scatter_reduce searchsorted segment_reduce select select_copy select_scatter selu sgn sigmoid sign
-    signbit silu sin sinc sinh size slice slice_copy slice_inverse slice_scatter slogdet smooth_l1_loss soft_margin_loss
-    softmax softplus softshrink sort special_airy_ai special_bessel_j0 special_bessel_j1 special_bessel_y0
-    special_bessel_y1 special_chebyshev_polynomial_t special_chebyshev_polynomial_u special_chebyshev_polynomial_v
+    cosine_similarity count_nonzero cov cross cross_entropy_loss cummax cummin cumprod cumsum cumulative_trapezoid
+    deg2rad dequantize det detach detach_copy diag diag_embed diagflat diagonal diagonal_copy diagonal_scatter diff
+    digamma dim dist div divide dot dropout dsplit dstack einsum elu embedding embedding_bag empty empty_like
+    empty_permuted empty_strided eq equal erf erfc erfinv exp exp2 expand expand_as expand_copy expm1 exponential eye
+    fake_quantize_per_channel_affine fake_quantize_per_channel_affine_cachemask fake_quantize_per_tensor_affine
+    fake_quantize_per_tensor_affine_cachemask feature_alpha_dropout feature_dropout fft_fft fft_fft2 fft_fftfreq
+    fft_fftn fft_fftshift fft_hfft fft_hfft2 fft_hfftn fft_ifft fft_ifft2 fft_ifftn fft_ifftshift fft_ihfft fft_ihfft2
+    fft_ihfftn fft_irfft fft_irfft2 fft_irfftn fft_rfft fft_rfft2 fft_rfftfreq fft_rfftn fill fix flatten flip fliplr
+    flipud float_power floor floor_divide fmax fmin fmod frac fractional_max_pool2d fractional_max_pool3d frexp
+    frobenius_norm full full_like gather gcd ge gelu geometric geqrf ger get_device glu gradient greater greater_equal
+    grid_sampler grid_sampler_2d grid_sampler_3d group_norm gru gru_cell gt hamming_window hann_window hardshrink
+    hardsigmoid hardswish hardtanh heaviside hinge_embedding_loss histc histogram histogramdd hsplit hstack huber_loss
+    hypot i0 igamma igammac im2col imag index index_add index_copy index_fill index_put index_reduce index_select inner
+    instance_norm inverse is_complex is_conj is_contiguous is_floating_point is_neg is_nonzero is_same_size is_signed
+    isclose isfinite isin isinf isnan isneginf isposinf isreal istft item kaiser_window kl_div kron kthvalue l1_loss
+    layer_norm lcm ldexp le leaky_relu lerp less less_equal lgamma lift lift_fresh lift_fresh_copy linalg_cholesky
+    linalg_cholesky_ex linalg_cond linalg_cross linalg_det linalg_diagonal linalg_eig linalg_eigh linalg_eigvals
+    linalg_eigvalsh linalg_householder_product linalg_inv linalg_inv_ex linalg_ldl_factor linalg_ldl_factor_ex
+    linalg_lstsq linalg_lu linalg_lu_factor linalg_lu_factor_ex linalg_matmul linalg_matrix_exp linalg_matrix_norm
+    linalg_matrix_power linalg_matrix_rank linalg_multi_dot linalg_norm linalg_pinv linalg_qr linalg_slogdet
+    linalg_solve linalg_solve_ex linalg_solve_triangular linalg_svd linalg_svdvals linalg_tensorinv linalg_tensorsolve
+    linalg_vander linalg_vecdot linalg_vector_norm linear linspace log log10 log1p log2 log_normal log_sigmoid
+    log_sigmoid_forward log_softmax logaddexp logaddexp2 logcumsumexp logdet logical_and logical_not logical_or
+    logical_xor logit logspace logsumexp lstm lstm_cell lt mH mT margin_ranking_loss masked_fill masked_scatter
+    masked_select matmul matrix_H matrix_exp matrix_power max max_pool1d max_pool1d_with_indices max_pool2d
+    max_pool2d_with_indices max_pool3d max_pool3d_with_indices max_unpool2d max_unpool3d maximum mean median meshgrid
+    min minimum mish mm mode moveaxis movedim mse_loss msort mul multinomial multiply mv mvlgamma nan_to_num nanmean
+    nanmedian nanquantile nansum narrow narrow_copy native_batch_norm native_channel_shuffle native_dropout
+    native_group_norm native_layer_norm native_norm ne neg negative new_empty new_empty_strided new_full new_ones
+    new_zeros nextafter nll_loss nll_loss2d nll_loss_nd nonzero nonzero_numpy nonzero_static norm norm_except_dim normal
+    normal_functional not_equal nuclear_norm numel numpy_T one_hot ones ones_like orgqr ormqr outer pad pad_sequence
+    pairwise_distance pdist permute permute_copy pinverse pixel_shuffle pixel_unshuffle poisson poisson_nll_loss polar
+    polygamma positive pow prelu prod promote_types put qr quantile quantize_per_channel quantize_per_tensor
+    quantize_per_tensor_dynamic rad2deg rand rand_like randint randint_like randn randn_like random randperm range ravel
+    real reciprocal reflection_pad1d reflection_pad2d reflection_pad3d relu relu6 remainder renorm repeat
+    repeat_interleave replication_pad1d replication_pad2d replication_pad3d reshape reshape_as resolve_conj resolve_neg
+    result_type rms_norm rnn_relu rnn_relu_cell rnn_tanh rnn_tanh_cell roll rot90 round row_stack rrelu rrelu_with_noise
+    rrelu_with_noise_functional rsqrt rsub scalar_tensor scaled_dot_product_attention scatter scatter_add scatter_reduce
+    searchsorted select select_copy select_scatter selu sgn sigmoid sign signbit silu sin sinc sinh size slice
+    slice_copy slice_inverse slice_scatter slogdet smooth_l1_loss soft_margin_loss softmax softplus softshrink sort
+    special_airy_ai special_bessel_j0 special_bessel_j1 special_bessel_y0 special_bessel_y1
+    special_chebyshev_polynomial_t special_chebyshev_polynomial_u special_chebyshev_polynomial_v
     special_chebyshev_polynomial_w special_digamma special_entr special_erf special_erfc special_erfcx special_erfinv
     special_exp2 special_expit special_expm1 special_gammainc special_gammaincc special_gammaln
     special_hermite_polynomial_h special_hermite_polynomial_he special_i0 special_i0e special_i1 special_i1e
