@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-import os
 import json
 import math
+import os
 import pickle
 import random
 import subprocess
