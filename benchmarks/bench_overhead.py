@@ -21,7 +21,7 @@ from torch.nn import functional
 import kernelpress as kp
 from kernelpress import ops
 from kernelpress.emit import Candidate
-from kernelpress.ops.step import native_steps
+from kernelpress.ops.calls.steps import native_steps
 
 CHANNELS = 16
 SHALLOW, DEEP = 4, 24

@@ -33,9 +33,10 @@ import torch
 from triton_layers import DEMANDING, DEVICE, FORMS, Call, usual_layers
 
 from kernelpress.files import write_atomically
-from kernelpress.kernels.triton import quantize
+from kernelpress.kernels.triton import int8_quantize
 from kernelpress.kernels.triton.launch import Configuration, Device, launching_with
-from kernelpress.ops import registry, triton
+from kernelpress.ops import registry
+from kernelpress.ops.backends import triton
 from kernelpress.ops.checks import TensorSpec
 
 __all__ = [
@@ -151,7 +152,7 @@ def ops() -> tuple[str, ...]:
 
 def family_of(op: str) -> str:
     """The file that an op's launcher is in."""
-    return "quantize" if op == "quantize_rows" else triton.kernel_of(op).family
+    return "int8_quantize" if op == "quantize_rows" else triton.kernel_of(op).family
 
 
 def families() -> tuple[str, ...]:
@@ -196,8 +197,8 @@ def _rows_runs(call: Call, device: Device) -> Iterator[Callable[[], object]]:
     assert x is not None
     values = x.new_empty(x.shape, dtype=torch.int8)
     scale, zero_point = (x.new_empty(x.shape[:-1], dtype=of) for of in _OF_ROWS)
-    for configuration in quantize.quantize_rows_configurations(device, x):
-        yield partial(quantize.quantize_rows, values, scale, zero_point, x, **options, configuration=configuration)
+    for configuration in int8_quantize.quantize_rows_configurations(device, x):
+        yield partial(int8_quantize.quantize_rows, values, scale, zero_point, x, **options, configuration=configuration)
 
 
 def _first_choices(op: str, device: Device) -> Iterator[Launch]:

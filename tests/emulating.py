@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kernelpress.ops import cuda, registry
+from kernelpress.ops import registry
+from kernelpress.ops.backends import cuda
 from kernelpress.ops.checks import TensorSpec
 
 __all__ = ["run_configured"]

@@ -27,7 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernelpress.kernels.triton.launch import Configuration, Device
-from kernelpress.ops import registry, triton
+from kernelpress.ops import registry
+from kernelpress.ops.backends import triton
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.runtime import triton_private
 

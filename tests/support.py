@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelpress import native
 from kernelpress.files import cache_folder
 from kernelpress.kernels import reference
 from kernelpress.ops import registry
 from kernelpress.ops.layout import PIXELS
+from kernelpress.runtime import native
 
 RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest ‖out − ref‖ / ‖ref‖, by the dtype computed in."""

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kernelpress as kp
-from kernelpress import native
 from kernelpress.emit import native_steps, streaming
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.lower import NativeStep, lower
 from kernelpress.ops import registry
+from kernelpress.runtime import native
 
 pytestmark = pytest.mark.skipif(native.cpu() is None, reason="no native kernels: build them with `make build`")
 

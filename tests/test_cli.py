@@ -129,7 +129,7 @@ class TestDoctor:
 
     def test_the_triton_backend_is_reported_with_its_version_and_the_reason_against_it(self, monkeypatch):
         from kernelpress import doctor
-        from kernelpress.ops import triton
+        from kernelpress.ops.backends import triton
 
         def finding():
             return next(finding for finding in doctor.examine() if finding.name == "Triton kernels")

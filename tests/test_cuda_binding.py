@@ -16,11 +16,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernelpress import doctor, native, ops
+from kernelpress import doctor, ops
 from kernelpress.kernels.reference import ACTIVATIONS
-from kernelpress.ops import cuda, prepared, registry, tuned
-from kernelpress.ops.fallback import reference_implementation
+from kernelpress.ops import registry
+from kernelpress.ops.backends import cuda
+from kernelpress.ops.backends.reference import reference_implementation
+from kernelpress.ops.calls import prepared
 from kernelpress.ops.layout import PIXELS
+from kernelpress.ops.tuning import stored
+from kernelpress.runtime import native
 
 needs_module = pytest.mark.skipif(native.cuda() is None, reason=f"no _cuda: {native.load_cuda().absent_because}")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU; this machine has one")
@@ -230,9 +234,9 @@ def test_the_later_setting_of_tf32_counts_too() -> None:
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Any]:
     """An empty cache folder."""
     monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path / "cache"))
-    tuned.forget()
+    stored.forget()
     yield tmp_path / "cache"
-    tuned.forget()
+    stored.forget()
 
 
 def measure_by(recorder: Recorder, times: dict[int, float]) -> Callable[[Callable[[], Tensor]], float]:
@@ -292,7 +296,7 @@ def test_a_file_that_says_nothing_of_use_leaves_the_heuristic(recorder, cache, c
     (file,) = cache.iterdir()
     (key,) = json.loads(file.read_text())["configurations"]
     file.write_text(content.replace("KEY", json.dumps(key)).replace("DEVICE", json.dumps(DEVICE.name)))
-    tuned.forget()
+    stored.forget()
     prepared.clear()
     run(x, weight)
     assert recorder.launches[-1][-2] == cuda.HEURISTIC

@@ -14,9 +14,10 @@ from torch import Tensor
 import kernelpress
 from kernelpress import ops
 from kernelpress.kernels.reference import ACTIVATIONS
-from kernelpress.ops import cuda, registry
+from kernelpress.ops import registry
+from kernelpress.ops.backends import cuda
+from kernelpress.ops.backends.cudnn import cudnn_implementation
 from kernelpress.ops.checks import TensorSpec
-from kernelpress.ops.cudnn import cudnn_implementation
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TILES = ("256x128", "128x128", "128x64", "64x64, ", "128x32", "16x64", "64x64 of any")

@@ -17,7 +17,7 @@ import kernelpress
 from kernelpress import ops
 from kernelpress.kernels import reference
 from kernelpress.kernels.reference import ACTIVATIONS
-from kernelpress.ops import cuda
+from kernelpress.ops.backends import cuda
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 

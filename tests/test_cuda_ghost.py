@@ -14,7 +14,8 @@ from torch import Tensor
 import kernelpress
 from kernelpress import ops
 from kernelpress.kernels.reference import ACTIVATIONS
-from kernelpress.ops import cuda, registry
+from kernelpress.ops import registry
+from kernelpress.ops.backends import cuda
 from kernelpress.ops.checks import TensorSpec
 
 ERROR = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}

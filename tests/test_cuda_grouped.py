@@ -17,8 +17,8 @@ import kernelpress
 from kernelpress import ops
 from kernelpress.kernels import reference
 from kernelpress.kernels.reference import ACTIVATIONS
-from kernelpress.ops import cuda
-from kernelpress.ops.grouping import grouping_of, windowed_weight
+from kernelpress.ops.backends import cuda
+from kernelpress.ops.grouped_windows import grouping_of, windowed_weight
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 

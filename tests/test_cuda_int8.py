@@ -14,7 +14,7 @@ from torch import Tensor
 import kernelpress
 from kernelpress import ops
 from kernelpress.kernels import reference
-from kernelpress.ops import cuda
+from kernelpress.ops.backends import cuda
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernelpress as kp
-from kernelpress import native, ops
+from kernelpress import ops
 from kernelpress.emit import EmittedModel
 from kernelpress.emit.direct import Direct
-from kernelpress.ops import bound, prepared, registry
+from kernelpress.ops import registry
+from kernelpress.ops.calls import bound, prepared
+from kernelpress.runtime import native
 from kernelpress.runtime.torch_private import OpOverload, TorchDispatchMode, neg_view
 
 

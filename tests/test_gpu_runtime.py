@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 import kernelpress as kp
 from kernelpress import ops
-from kernelpress.cuda_graph import Recording, record
 from kernelpress.emit import cuda_plan, evaluate, pipeline, plan
 from kernelpress.emit.cuda_plan import CudaPlan
 from kernelpress.measure import device_clock
-from kernelpress.ops import prepared, triton
+from kernelpress.ops.backends import triton
+from kernelpress.ops.calls import prepared
+from kernelpress.runtime.cuda_graph import Recording, record
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"

@@ -14,10 +14,12 @@ from support import assert_close, channels_last, expected_output
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kernelpress import native, ops
+from kernelpress import ops
 from kernelpress.emit import direct
-from kernelpress.ops import bound, bound_python, prepared, registry
-from kernelpress.ops.snapshot import Snapshot
+from kernelpress.ops import registry
+from kernelpress.ops.calls import bound, bound_python, prepared
+from kernelpress.runtime import native
+from kernelpress.runtime.snapshot import Snapshot
 from kernelpress.runtime.torch_private import TensorBase, TorchDispatchMode, efficient_zero_tensor, neg_view
 
 recalls_natively = pytest.mark.skipif(

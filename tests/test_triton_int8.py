@@ -12,7 +12,7 @@ from torch import Tensor
 from kernelpress import ops
 from kernelpress.kernels import reference
 from kernelpress.kernels.reference import ACTIVATIONS
-from kernelpress.kernels.triton import quantize as quantize_kernels
+from kernelpress.kernels.triton import int8_quantize as quantize_kernels
 from kernelpress.kernels.triton.launch import Configuration
 
 pytestmark = [

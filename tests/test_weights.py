@@ -19,11 +19,12 @@ from support import assert_close
 from torch import Tensor, nn
 
 import kernelpress as kp
-from kernelpress import layers, native, ops
+from kernelpress import layers, ops
 from kernelpress.emit import EmittedModel
 from kernelpress.layers import folding
-from kernelpress.ops import packing, prepared
-from kernelpress.ops.snapshot import PythonSnapshot, Snapshot
+from kernelpress.ops.calls import packing, prepared
+from kernelpress.runtime import native
+from kernelpress.runtime.snapshot import PythonSnapshot, Snapshot
 
 
 @pytest.fixture(params=["native", "python"])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import kernelpress  # noqa: F401 - registers the ops
 from kernelpress.kernels.triton.launch import launching_with
 from kernelpress.ops import registry
-from kernelpress.ops import triton as backend
+from kernelpress.ops.backends import triton as backend
 from kernelpress.runtime.torch_private import (
     aot_autograd,
     kernel_side_table,

@@ -26,9 +26,9 @@ from gpu import results
 from gpu.contest import BATCHES, Contestant, reason_of, relative_error
 from gpu.place import DRY, Place, on_device
 from gpu.roofline import measure_roofline
-from kernelpress.cuda_graph import record
 from kernelpress.emit import Candidate
-from kernelpress.ops import triton
+from kernelpress.ops.backends import triton
+from kernelpress.runtime.cuda_graph import record
 
 __all__ = ["MODELS", "ModelRow", "build", "main"]
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from kernelpress.cuda_graph import record
 from kernelpress.emit.assemble import owned_copy
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.evaluate import Example
@@ -21,6 +20,7 @@ from kernelpress.emit.recapture import fingerprint, reduced
 from kernelpress.ops import registry
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.registry import Run
+from kernelpress.runtime.cuda_graph import record
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace.contract import Contract
 

@@ -11,9 +11,9 @@ from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.emit.graph import operator_of
 from kernelpress.ops import registry
-from kernelpress.ops.bound import ParameterSlot, ParameterWatch, bound_call
-from kernelpress.ops.interception import PLAIN_TYPES, is_intercepted
+from kernelpress.ops.calls.bound import ParameterSlot, ParameterWatch, bound_call
 from kernelpress.ops.registry import Operator
+from kernelpress.runtime.interception import PLAIN_TYPES, is_intercepted
 from kernelpress.runtime.torch_private import any_requires_grad, global_forward_hooks, global_forward_pre_hooks, pytree
 
 __all__ = ["Direct"]

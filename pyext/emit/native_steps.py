@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelpress import native
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.lower import Buffer, NativeStep, Place, Program, View, views_of
 from kernelpress.emit.streaming import choose_chains, private_bytes
 from kernelpress.ops import registry
+from kernelpress.runtime import native
 
 __all__ = ["Bases", "Chain", "NativeSteps", "tensor_at"]
 

@@ -10,7 +10,21 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kernelpress.kernels import reference
-from kernelpress.ops import packing
+from kernelpress.ops.backends.cpu import cpu_implementation
+from kernelpress.ops.backends.cuda import (
+    CudaDevice,
+    CudaKernel,
+    cuda_implementation,
+    device_of,
+    float_vector,
+    tf32_reason,
+)
+from kernelpress.ops.backends.cudnn import cudnn_implementation
+from kernelpress.ops.backends.onednn import onednn_implementation
+from kernelpress.ops.backends.reference import reference_implementation
+from kernelpress.ops.backends.triton import TritonKernel, triton_implementation
+from kernelpress.ops.calls import packing
+from kernelpress.ops.calls.dispatch import call, publish
 from kernelpress.ops.checks import (
     TensorSpec,
     check_activation,
@@ -21,16 +35,9 @@ from kernelpress.ops.checks import (
     conv_output_size,
     describe,
 )
-from kernelpress.ops.cpu import cpu_implementation
-from kernelpress.ops.cuda import CudaDevice, CudaKernel, cuda_implementation, device_of, float_vector, tf32_reason
-from kernelpress.ops.cudnn import cudnn_implementation
-from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import DENSE, PIXELS, ROWS
-from kernelpress.ops.library import call, publish
-from kernelpress.ops.onednn import onednn_implementation
 from kernelpress.ops.registry import NativeKernel, Operator, Problem, Tensors
-from kernelpress.ops.schema import IntOrPair
-from kernelpress.ops.triton import TritonKernel, triton_implementation
+from kernelpress.ops.signature import IntOrPair
 
 __all__ = ["conv2d", "linear", "pointwise_conv2d"]
 

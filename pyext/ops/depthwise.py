@@ -8,7 +8,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kernelpress.kernels import reference
-from kernelpress.ops import packing
+from kernelpress.ops.backends.cpu import cpu_implementation
+from kernelpress.ops.backends.cuda import CudaKernel, cuda_implementation, float_vector
+from kernelpress.ops.backends.onednn import onednn_implementation
+from kernelpress.ops.backends.reference import reference_implementation
+from kernelpress.ops.backends.triton import TritonKernel, triton_implementation
+from kernelpress.ops.calls import packing
+from kernelpress.ops.calls.dispatch import call, publish
 from kernelpress.ops.checks import (
     TensorSpec,
     check_activation,
@@ -19,15 +25,9 @@ from kernelpress.ops.checks import (
     conv_output_size,
     describe,
 )
-from kernelpress.ops.cpu import cpu_implementation
-from kernelpress.ops.cuda import CudaKernel, cuda_implementation, float_vector
-from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import PIXELS
-from kernelpress.ops.library import call, publish
-from kernelpress.ops.onednn import onednn_implementation
 from kernelpress.ops.registry import NativeKernel, Operator, Problem, Tensors
-from kernelpress.ops.schema import IntOrPair
-from kernelpress.ops.triton import TritonKernel, triton_implementation
+from kernelpress.ops.signature import IntOrPair
 
 __all__ = ["check_depthwise_weight", "depthwise_conv2d"]
 

@@ -9,7 +9,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kernelpress.kernels import reference
-from kernelpress.ops import packing
+from kernelpress.ops.backends.cuda import CudaKernel, cuda_implementation, float_vector, tf32_reason
+from kernelpress.ops.backends.reference import reference_implementation
+from kernelpress.ops.backends.triton import TritonKernel, triton_implementation
+from kernelpress.ops.calls import packing
+from kernelpress.ops.calls.dispatch import call, publish
 from kernelpress.ops.checks import (
     TensorSpec,
     check_activation,
@@ -20,13 +24,9 @@ from kernelpress.ops.checks import (
     conv_output_size,
     describe,
 )
-from kernelpress.ops.cuda import CudaKernel, cuda_implementation, float_vector, tf32_reason
-from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import PIXELS
-from kernelpress.ops.library import call, publish
 from kernelpress.ops.registry import Operator, Problem, Tensors
-from kernelpress.ops.schema import IntOrPair
-from kernelpress.ops.triton import TritonKernel, triton_implementation
+from kernelpress.ops.signature import IntOrPair
 
 __all__ = ["ghost_conv2d"]
 

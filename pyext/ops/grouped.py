@@ -9,6 +9,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kernelpress.kernels import reference
+from kernelpress.ops.backends.cuda import CudaKernel, cuda_implementation, float_vector, tf32_reason
+from kernelpress.ops.backends.onednn import onednn_implementation
+from kernelpress.ops.backends.reference import reference_implementation
+from kernelpress.ops.backends.triton import TritonKernel, triton_implementation
+from kernelpress.ops.calls.dispatch import call, publish
 from kernelpress.ops.checks import (
     TensorSpec,
     check_activation,
@@ -19,15 +24,10 @@ from kernelpress.ops.checks import (
     conv_output_size,
     describe,
 )
-from kernelpress.ops.cuda import CudaKernel, cuda_implementation, float_vector, tf32_reason
-from kernelpress.ops.fallback import reference_implementation
-from kernelpress.ops.grouping import Grouping, grouping_of, windowed_weight
+from kernelpress.ops.grouped_windows import Grouping, grouping_of, windowed_weight
 from kernelpress.ops.layout import PIXELS
-from kernelpress.ops.library import call, publish
-from kernelpress.ops.onednn import onednn_implementation
 from kernelpress.ops.registry import Implementation, Operator, Problem, Run, Tensors
-from kernelpress.ops.schema import IntOrPair
-from kernelpress.ops.triton import TritonKernel, triton_implementation
+from kernelpress.ops.signature import IntOrPair
 
 __all__ = ["channel_shuffle", "grouped_conv2d", "shuffle_concat"]
 

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from kernelpress.kernels import reference
 from kernelpress.ops import int8_cuda, int8_triton
+from kernelpress.ops.backends.cuda import cuda_implementation
+from kernelpress.ops.backends.reference import reference_implementation
+from kernelpress.ops.backends.triton import triton_implementation
+from kernelpress.ops.calls.dispatch import call, publish
 from kernelpress.ops.checks import (
     TensorSpec,
     check_activation,
@@ -21,12 +25,8 @@ from kernelpress.ops.checks import (
     conv_output_size,
     describe,
 )
-from kernelpress.ops.cuda import cuda_implementation
 from kernelpress.ops.depthwise import check_depthwise_weight
-from kernelpress.ops.fallback import reference_implementation
-from kernelpress.ops.layout import PIXELS, ROWS
-from kernelpress.ops.library import call, publish
-from kernelpress.ops.quantization import (
+from kernelpress.ops.int8_checks import (
     check_depth,
     check_output,
     check_residual,
@@ -34,9 +34,9 @@ from kernelpress.ops.quantization import (
     check_zero_point,
     output_dtype,
 )
+from kernelpress.ops.layout import PIXELS, ROWS
 from kernelpress.ops.registry import Operator
-from kernelpress.ops.schema import IntOrPair
-from kernelpress.ops.triton import triton_implementation
+from kernelpress.ops.signature import IntOrPair
 
 __all__ = ["int8_conv2d", "int8_depthwise_conv2d", "int8_matmul"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernelpress.ops import packing
+from kernelpress.ops.backends.cuda import FLOATING, CudaDevice, CudaKernel, data_type, device_of, float_vector
+from kernelpress.ops.calls import packing
 from kernelpress.ops.checks import TensorSpec
-from kernelpress.ops.cuda import FLOATING, CudaDevice, CudaKernel, data_type, device_of, float_vector
 from kernelpress.ops.layout import IMAGES_OR_ROWS, PIXELS, ROWS
 from kernelpress.ops.registry import Problem, Tensors
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelpress.ops import int8_cuda, packing
+from kernelpress.ops import int8_cuda
+from kernelpress.ops.backends.triton import TritonKernel
+from kernelpress.ops.calls import packing
 from kernelpress.ops.registry import Problem, Tensors
-from kernelpress.ops.triton import TritonKernel
 
 __all__ = ["ADD", "CONV2D", "DEPTHWISE", "DEQUANTIZE", "MATMUL", "QUANTIZE"]
 
@@ -69,7 +70,7 @@ CONV2D = TritonKernel(
 )
 
 DEPTHWISE = TritonKernel(
-    family="depthwise_int8",
+    family="int8_depthwise",
     name="int8_depthwise_conv2d",
     layouts=int8_cuda.DEPTHWISE.layouts,
     operands=int8_cuda.DEPTHWISE.operands,
@@ -78,14 +79,14 @@ DEPTHWISE = TritonKernel(
 )
 
 QUANTIZE = TritonKernel(
-    family="quantize",
+    family="int8_quantize",
     name="quantize",
     layouts=int8_cuda.QUANTIZE.layouts,
     operands=int8_cuda.QUANTIZE.operands,
 )
 
 DEQUANTIZE = TritonKernel(
-    family="quantize",
+    family="int8_quantize",
     name="dequantize",
     layouts=int8_cuda.DEQUANTIZE.layouts,
     operands=int8_cuda.DEQUANTIZE.operands,
@@ -93,7 +94,7 @@ DEQUANTIZE = TritonKernel(
 )
 
 ADD = TritonKernel(
-    family="quantize",
+    family="int8_quantize",
     name="int8_add",
     layouts=int8_cuda.ADD.layouts,
     operands=int8_cuda.ADD.operands,

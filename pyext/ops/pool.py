@@ -7,13 +7,13 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kernelpress.kernels import reference
+from kernelpress.ops.backends.cpu import cpu_implementation
+from kernelpress.ops.backends.reference import reference_implementation
+from kernelpress.ops.calls.dispatch import call, publish
 from kernelpress.ops.checks import TensorSpec, check_input, check_pair, conv_output_size, describe
-from kernelpress.ops.cpu import cpu_implementation
-from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import DENSE, PIXELS
-from kernelpress.ops.library import call, publish
 from kernelpress.ops.registry import NativeKernel, Operator, Problem
-from kernelpress.ops.schema import IntOrPair
+from kernelpress.ops.signature import IntOrPair
 
 __all__ = ["global_avg_pool2d", "max_pool2d"]
 

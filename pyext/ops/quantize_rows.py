@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
-from kernelpress.ops import cuda, triton
+from kernelpress.ops.backends import cuda, triton
+from kernelpress.ops.calls.dispatch import LIBRARY
 from kernelpress.ops.checks import TensorSpec, check_dtype, describe
-from kernelpress.ops.interception import is_intercepted, is_plain
+from kernelpress.ops.int8_checks import FLOATS
 from kernelpress.ops.layout import ROWS
-from kernelpress.ops.library import LIBRARY
-from kernelpress.ops.quantization import FLOATS
 from kernelpress.ops.registry import Implementation, Operator, Problem, requested_backend, resolve
+from kernelpress.runtime.interception import is_intercepted, is_plain
 
 __all__ = ["quantize_rows"]
 
@@ -85,7 +85,7 @@ def _on_cuda(problem: Problem, tensors: Sequence[Any]) -> Callable[..., Any]:
 
 
 def _on_triton(problem: Problem, tensors: Sequence[Any]) -> Callable[..., Any]:
-    from kernelpress.kernels.triton import quantize as kernels
+    from kernelpress.kernels.triton import int8_quantize as kernels
 
     place, symmetric = triton.target(), problem.options.symmetric
     index = torch.device(problem.device).index or 0

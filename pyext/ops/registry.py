@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernelpress.ops.checks import TensorSpec, describe, one_floating_dtype
 from kernelpress.ops.layout import Layout
-from kernelpress.ops.schema import pair
+from kernelpress.ops.signature import pair
 from kernelpress.runtime.torch_private import fp32_precision
 
 __all__ = [

@@ -12,7 +12,12 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kernelpress.kernels import reference
-from kernelpress.ops import packing
+from kernelpress.ops.backends.cpu import cpu_implementation
+from kernelpress.ops.backends.cuda import CudaDevice, CudaKernel, cuda_implementation, float_vector, tf32_reason
+from kernelpress.ops.backends.reference import reference_implementation
+from kernelpress.ops.backends.triton import TritonKernel, triton_implementation
+from kernelpress.ops.calls import packing
+from kernelpress.ops.calls.dispatch import call, publish
 from kernelpress.ops.checks import (
     TensorSpec,
     check_activation,
@@ -22,14 +27,9 @@ from kernelpress.ops.checks import (
     check_weight,
     conv_output_size,
 )
-from kernelpress.ops.cpu import cpu_implementation
-from kernelpress.ops.cuda import CudaDevice, CudaKernel, cuda_implementation, float_vector, tf32_reason
-from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import PIXELS
-from kernelpress.ops.library import call, publish
 from kernelpress.ops.registry import NativeKernel, Operator, Problem, Tensors
-from kernelpress.ops.schema import IntOrPair
-from kernelpress.ops.triton import TritonKernel, triton_implementation
+from kernelpress.ops.signature import IntOrPair
 
 __all__ = ["inverted_residual", "separable_conv2d"]
 

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
-from kernelpress.ops import packing
-from kernelpress.ops.block_csr import check_structure
+from kernelpress.ops.backends.cuda import FLOATING, cuda_implementation, float_vector
+from kernelpress.ops.backends.reference import reference_implementation
+from kernelpress.ops.backends.triton import TritonKernel, triton_implementation
+from kernelpress.ops.calls import packing
+from kernelpress.ops.calls.dispatch import call, publish
 from kernelpress.ops.checks import (
     TensorSpec,
     check_activation,
@@ -25,14 +28,11 @@ from kernelpress.ops.checks import (
     describe,
     one_floating_dtype,
 )
-from kernelpress.ops.cuda import FLOATING, cuda_implementation, float_vector
-from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import PIXELS, ROWS
-from kernelpress.ops.library import call, publish
 from kernelpress.ops.registry import Implementation, Operator, Problem, Run, Tensors
-from kernelpress.ops.schema import IntOrPair
+from kernelpress.ops.signature import IntOrPair
+from kernelpress.ops.sparse_blocks import check_structure
 from kernelpress.ops.sparse_cuda import block_reason, sparse_cuda_kernel
-from kernelpress.ops.triton import TritonKernel, triton_implementation
 
 __all__ = ["sparse_conv2d", "sparse_matmul"]
 

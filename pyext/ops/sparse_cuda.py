@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelpress.ops.cuda import FLOATING, CudaDevice, CudaKernel, data_type, float_vector, tf32_reason
+from kernelpress.ops.backends.cuda import FLOATING, CudaDevice, CudaKernel, data_type, float_vector, tf32_reason
 from kernelpress.ops.layout import PIXELS, ROWS
 from kernelpress.ops.registry import Problem, Tensors
 from kernelpress.ops.sparse_schedule import longest_segment, make_schedule

@@ -10,7 +10,7 @@ import torch
 from simt.build import load, readable
 from torch import Tensor
 
-from kernelpress.ops import cuda
+from kernelpress.ops.backends import cuda
 
 __all__ = ["ORDERS", "Simt", "emulated_cuda", "simt"]
 

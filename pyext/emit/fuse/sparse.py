@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from kernelpress.emit.fuse.match import Match
 from kernelpress.emit.fuse.stages import Stage
 from kernelpress.emit.graph import attribute, constant_node, shape
-from kernelpress.ops.block_csr import BlockCsr, conv_matrix
+from kernelpress.ops.sparse_blocks import BlockCsr, conv_matrix
 
 __all__ = ["BLOCKS", "LARGEST_DENSITY", "sparse_layers"]
 

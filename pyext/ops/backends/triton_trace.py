@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_torch_dispatch, wrap_triton
 
-from kernelpress.ops import packing, registry, triton
+from kernelpress.ops import registry
+from kernelpress.ops.backends import triton
+from kernelpress.ops.calls import packing
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.registry import Operator, Problem
 from kernelpress.runtime.torch_private import (

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from kernelpress import native
 from kernelpress.ops import registry
+from kernelpress.runtime import native
 
 __all__ = ["native_steps"]
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from kernelpress.kernels import reference
 from kernelpress.ops import int8_cuda, int8_triton
+from kernelpress.ops.backends.cuda import cuda_implementation
+from kernelpress.ops.backends.reference import reference_implementation
+from kernelpress.ops.backends.triton import triton_implementation
+from kernelpress.ops.calls.dispatch import call, publish
 from kernelpress.ops.checks import TensorSpec, check_activation, check_dtype, describe
-from kernelpress.ops.cuda import cuda_implementation
-from kernelpress.ops.fallback import reference_implementation
+from kernelpress.ops.int8_checks import FLOATS, check_output, check_scale, check_zero_point, output_dtype
 from kernelpress.ops.layout import IMAGES_OR_ROWS
-from kernelpress.ops.library import call, publish
-from kernelpress.ops.quantization import FLOATS, check_output, check_scale, check_zero_point, output_dtype
 from kernelpress.ops.registry import Operator
-from kernelpress.ops.triton import triton_implementation
 
 __all__ = ["dequantize", "int8_add", "quantize"]
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from kernelpress.ops import gradient, prepared, registry
+from kernelpress.ops import registry
+from kernelpress.ops.backends.triton_trace import see_through
+from kernelpress.ops.calls import gradient, prepared
 from kernelpress.ops.checks import TensorSpec
-from kernelpress.ops.interception import is_intercepted, is_plain
 from kernelpress.ops.registry import Operator, Tensors
-from kernelpress.ops.triton_trace import see_through
+from kernelpress.runtime.interception import is_intercepted, is_plain
 from kernelpress.runtime.torch_private import (
     AutoDispatchBelowAutograd,
     DispatchKey,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernelpress.ops import packing
+from kernelpress.ops.calls import packing
 from kernelpress.ops.registry import Implementation, Problem, Run, Tensors
 
 __all__ = ["cudnn_implementation"]

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernelpress import native
 from kernelpress.kernels.reference import ACTIVATIONS
-from kernelpress.ops import packing, prepared, tuning
+from kernelpress.ops.calls import packing, prepared
 from kernelpress.ops.layout import Layout
 from kernelpress.ops.registry import Candidates, Implementation, Problem, Run, Tensors, native_spacings, operator
+from kernelpress.ops.tuning import search
+from kernelpress.runtime import native
 from kernelpress.runtime.torch_private import current_raw_stream
 
 __all__ = [
@@ -217,7 +218,7 @@ def _candidates(kernel: CudaKernel, problem: Problem, tensors: Tensors) -> Candi
 
 def _prepare(kernel: CudaKernel, problem: Problem, tensors: Tensors) -> Run:
     candidates = _candidates(kernel, problem, tensors)
-    name = tuning.chosen(candidates, problem, tensors)
+    name = search.chosen(candidates, problem, tensors)
     if name is None:
         return prepare_with(kernel, problem, tensors, HEURISTIC)
     return candidates.prepare(name)

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernelpress.ops.interception import is_plain
-from kernelpress.ops.prepared import generation, panel_width
+from kernelpress.ops.calls.prepared import generation, panel_width
 from kernelpress.ops.registry import Run
-from kernelpress.ops.snapshot import PythonSnapshot
+from kernelpress.runtime.interception import is_plain
+from kernelpress.runtime.snapshot import PythonSnapshot
 from kernelpress.runtime.torch_private import any_requires_grad
 
 __all__ = ["BoundCall", "ParameterWatch"]

@@ -1,4 +1,4 @@
-"""Measured tile configurations on disk, one JSON file a device: what `tuning.tune` found overrides the heuristics.
+"""Measured tile configurations on disk, one JSON file a device: what `search.tune` found overrides the heuristics.
 
 They are filed by shape class: two problems are of one class if they differ in the batch alone, and both batches have
 the same next power of two.

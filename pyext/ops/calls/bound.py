@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kernelpress import native
-from kernelpress.ops import bound_python, prepared
-from kernelpress.ops.library import call
+from kernelpress.ops.calls import bound_python, prepared
+from kernelpress.ops.calls.dispatch import call
 from kernelpress.ops.registry import Operator
+from kernelpress.runtime import native
 
 __all__ = ["BoundCall", "ParameterSlot", "ParameterWatch", "bound_call"]
 

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kernelpress import native
 from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.registry import (
     Operator,
@@ -22,7 +21,8 @@ from kernelpress.ops.registry import (
     requested_backend,
     resolve,
 )
-from kernelpress.ops.snapshot import Snapshot, is_in_memory
+from kernelpress.runtime import native
+from kernelpress.runtime.snapshot import Snapshot, is_in_memory
 
 __all__ = ["Prepared", "attempt", "clear", "generation", "panel_width", "prepare", "recall", "run"]
 

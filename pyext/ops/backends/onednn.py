@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernelpress.ops import packing
+from kernelpress.ops.calls import packing
 from kernelpress.ops.registry import Implementation, Problem, Run, Tensors
 
 __all__ = ["onednn_implementation"]

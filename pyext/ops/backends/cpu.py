@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelpress import native
 from kernelpress.ops.registry import Implementation, NativeKernel, Problem, Run, Tensors, native_spacings, operator
+from kernelpress.runtime import native
 
 __all__ = ["cpu_implementation"]
 

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelpress.ops import prepared, registry, tuned
+from kernelpress.ops import registry
+from kernelpress.ops.calls import prepared
 from kernelpress.ops.checks import TensorSpec, describe
-from kernelpress.ops.interception import is_intercepted, is_plain
 from kernelpress.ops.registry import Candidates, Problem, Tensors
+from kernelpress.ops.tuning import stored
+from kernelpress.runtime.interception import is_intercepted, is_plain
 
 __all__ = ["Tuning", "autotune", "best_known", "chosen", "milliseconds", "tune"]
 
@@ -74,7 +76,7 @@ def tune(
     """
     problem, tensors, candidates = _candidates(op, args, kwargs, backend)
     found = _measured(candidates, problem, tensors, measure, seconds)
-    tuned.remember(candidates.kernel, problem, candidates.device, found.best)
+    stored.remember(candidates.kernel, problem, candidates.device, found.best)
     prepared.clear()
     return found
 
@@ -89,14 +91,14 @@ def best_known(op: str, *args: Any, backend: str, **kwargs: Any) -> str | None:
         return None
     try:
         problem, tensors, candidates = _candidates(op, args, kwargs, backend)
-        known = tuned.recall(candidates.kernel, problem, candidates.device)
+        known = stored.recall(candidates.kernel, problem, candidates.device)
         if known in candidates.names or len(candidates.names) < 2:
             return known
         found = _measured(candidates, problem, tensors).best
     except (RuntimeError, ValueError, TypeError):
         return None
     with contextlib.suppress(OSError):
-        tuned.remember(candidates.kernel, problem, candidates.device, found)
+        stored.remember(candidates.kernel, problem, candidates.device, found)
     prepared.clear()
     return found
 
@@ -110,7 +112,7 @@ def chosen(candidates: Candidates, problem: Problem, tensors: Tensors) -> str | 
     mode = autotune()
     if mode == "0" or 0 in problem.shape:
         return None
-    known = tuned.recall(candidates.kernel, problem, candidates.device)
+    known = stored.recall(candidates.kernel, problem, candidates.device)
     if known in candidates.names:
         return known
     if mode != "1" or len(candidates.names) < 2 or _is_watched(tensors):
@@ -125,7 +127,7 @@ def chosen(candidates: Candidates, problem: Problem, tensors: Tensors) -> str | 
     )
     best = _measured(candidates, problem, tensors).best
     with contextlib.suppress(OSError):
-        tuned.remember(candidates.kernel, problem, candidates.device, best)
+        stored.remember(candidates.kernel, problem, candidates.device, best)
     return best
 
 

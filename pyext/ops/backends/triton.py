@@ -1,7 +1,7 @@
 """The `triton` backend: runs an op's kernel of `kernels/triton` on the current stream, copying only inputs that lie
 otherwise.
 
-Configurations come from the kernel's heuristic, or from the disk where `tuning.tune` measured some, unless
+Configurations come from the kernel's heuristic, or from the disk where `search.tune` measured some, unless
 `KERNELPRESS_AUTOTUNE=0`; with `KERNELPRESS_AUTOTUNE=1` the first call of a shape class measures (`tuning`).
 """
 
@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kernelpress.ops import prepared, tuned, tuning
+from kernelpress.ops.backends.cuda import FLOATING
+from kernelpress.ops.calls import prepared
 from kernelpress.ops.checks import TensorSpec
-from kernelpress.ops.cuda import FLOATING
 from kernelpress.ops.layout import Layout
 from kernelpress.ops.registry import Candidates, Implementation, Problem, Run, Tensors, operator
+from kernelpress.ops.tuning import search, stored
 
 if TYPE_CHECKING:
     from kernelpress.kernels.triton.launch import Configuration, Device
@@ -160,7 +161,7 @@ def configurations(kernel: TritonKernel, problem: Problem, operands: Sequence[An
 
 def _class_configurations(kernel: TritonKernel, problem: Problem, tensors: Tensors) -> dict[str, Configuration]:
     """Those of the largest problem of the shape class, by name: what one problem of it measures, all others know."""
-    largest = tuned.shape_class(problem)
+    largest = stored.shape_class(problem)
     activations = operator(problem.op).activations
     marked: list[Any] = [
         spec if at in activations else t for at, (spec, t) in enumerate(zip(largest.tensors, tensors, strict=True))
@@ -188,7 +189,7 @@ def _candidates(kernel: TritonKernel, problem: Problem, tensors: Tensors) -> Can
 
 def configuration_of(kernel: TritonKernel, problem: Problem, tensors: Tensors) -> Configuration:
     """The tile configuration of a call: the measured one where there is one, else the heuristic's."""
-    name = tuning.chosen(_candidates(kernel, problem, tensors), problem, tensors)
+    name = search.chosen(_candidates(kernel, problem, tensors), problem, tensors)
     if name is not None:
         return _class_configurations(kernel, problem, tensors)[name]
     return configurations(kernel, problem, kernel.operands(tensors, problem.options))[0]
