@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from kernelpress.files import cache_folder
 from kernelpress.kernels import reference
 from kernelpress.ops import registry
+from kernelpress.ops.calls.steps import native_call
 from kernelpress.ops.layout import PIXELS
 from kernelpress.runtime import native
 
@@ -109,7 +110,7 @@ def run_native(op: str, tensors: Sequence[Tensor | None], **options: Any) -> Ten
         out, around = wide[:, 3 : 3 + c], (wide[:, :3], wide[:, 3 + c :])
     else:
         out, around = plain.fill_(torch.nan), ()
-    call = registry.native_call(op, tensors, options, out)
+    call = native_call(op, tensors, options, out)
     getattr(native.cpu(), call.name)(*call.arguments)
     assert all(bool(rest.isnan().all()) for rest in around), "written outside the output's channels"
     return out

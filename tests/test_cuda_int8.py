@@ -127,7 +127,13 @@ def two_multiprocessors(simt: Simt) -> Iterator[None]:
     def describe(index: int) -> cuda.CudaDevice:
         return cuda.CudaDevice(**simt.module.device(1))
 
-    with cuda.launching_on(cuda.Target("cpu", lambda index: None, describe, launch, simt.module.configurations)):
+    with cuda.TARGETS.changed(
+        device_type="cpu",
+        reason=lambda index: None,
+        describe=describe,
+        launch=launch,
+        configurations=simt.module.configurations,
+    ):
         yield
 
 

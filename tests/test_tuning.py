@@ -26,7 +26,6 @@ from kernelpress.kernels.triton.launch import Configuration, launching_with
 from kernelpress.ops import registry
 from kernelpress.ops.backends import triton
 from kernelpress.ops.calls import prepared
-from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.tuning import search, stored
 from kernelpress.runtime.torch_private import FakeTensorMode
 
@@ -68,7 +67,7 @@ class Recorder:
 @pytest.fixture
 def recorder() -> Iterator[Recorder]:
     recorder = Recorder()
-    with triton.running_on(INTERPRETED), launching_with(recorder):
+    with triton.TARGETS.changed(**INTERPRETED), launching_with(recorder):
         yield recorder
 
 
@@ -104,8 +103,8 @@ def names(batch: int) -> tuple[str, ...]:
 
 def heuristic(batch: int) -> str:
     problem, tensors, _ = search._candidates("pointwise_conv2d", (image(batch), WEIGHT), {}, "triton")
-    kernel = triton.kernel_of("pointwise_conv2d")
-    return str(triton.configurations(kernel, problem, kernel.operands(tensors, problem.options))[0])
+    kernel = registry.operator("pointwise_conv2d").kernel("triton")
+    return str(triton.configurations(kernel, problem, tensors)[0])
 
 
 def tune(batch: int, **options: Any) -> search.Tuning:
@@ -128,14 +127,14 @@ def test_the_fastest_is_kept_and_run_by_every_batch_up_to_the_next_power_of_two(
         run(batch)
         assert recorder.ran[-1] == heuristic(batch), f"batch {batch} is of another class"
     (file,) = cache.iterdir()
-    assert json.loads(file.read_text())["device"] == INTERPRETED.describe(0).name
+    assert json.loads(file.read_text())["device"] == INTERPRETED["describe"](0).name
 
 
 def test_all_of_a_class_choose_from_the_same_configurations() -> None:
-    with triton.running_on(INTERPRETED):
-        kernel = triton.kernel_of("pointwise_conv2d")
+    with triton.TARGETS.changed(**INTERPRETED):
+        kernel = registry.operator("pointwise_conv2d").kernel("triton")
         problem, tensors, _ = search._candidates("pointwise_conv2d", (image(3), WEIGHT), {}, "triton")
-        alone = triton.configurations(kernel, problem, kernel.operands(tensors, problem.options))
+        alone = triton.configurations(kernel, problem, tensors)
         assert len(alone) != len(names(3)), "15 rows are fewer than what the class may have"
         assert names(3) == names(4)
 
@@ -170,19 +169,15 @@ def test_float32_in_tf32_and_exact_are_two_classes(recorder, monkeypatch) -> Non
     assert recorder.ran[-1] == heuristic(4)
 
 
-TUNABLE = [
-    case for case in CASES if any(entry.backend == "triton" for entry in registry.operator(case.op).implementations)
-]
+TUNABLE = [case for case in CASES if registry.operator(case.op).on("triton")]
 
 
 @pytest.mark.parametrize("case", TUNABLE, ids=lambda case: case.name)
 def test_configurations_are_chosen_by_shapes_and_dtypes_alone(recorder, case: OpCase) -> None:
     entry = registry.operator(case.op)
     for dtype in case.dtypes:
-        tensors, options, _ = registry.bind(entry, case.tensors(dtype), case.options)
-        specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
-        problem = registry.problem(entry, specs, options, "cpu")
-        implementation = registry.implementation(entry, problem, "triton")
+        tensors, options, _ = entry.signature.bind(case.tensors(dtype), case.options)
+        implementation = registry.implementation(problem := registry.problem_of(entry, tensors, options), "triton")
         assert implementation.candidates is not None
         candidates = implementation.candidates(problem, tensors)
         assert candidates.names
@@ -291,7 +286,7 @@ def _problem(batch: int) -> tuple[registry.Problem, str]:
 
 def test_no_call_measures_while_it_is_traced_or_watched(recorder, measured, monkeypatch) -> None:
     monkeypatch.setenv("KERNELPRESS_AUTOTUNE", "1")
-    kernel = triton.kernel_of("pointwise_conv2d")
+    kernel = registry.operator("pointwise_conv2d").kernel("triton")
     problem, tensors, _ = search._candidates("pointwise_conv2d", (image(4), WEIGHT), {}, "triton")
     with FlopCounterMode(display=False):
         assert str(triton.configuration_of(kernel, problem, tensors)) == heuristic(4)

@@ -10,7 +10,6 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.emit.graph import operator_of
-from kernelpress.ops import registry
 from kernelpress.ops.calls.bound import ParameterSlot, ParameterWatch, bound_call
 from kernelpress.ops.registry import Operator
 from kernelpress.runtime.interception import PLAIN_TYPES, is_intercepted
@@ -91,7 +90,7 @@ def _bind(graph: Graph, node: Node, operator: Operator, slots: dict[Node, Parame
     settings = [value for name, value in node.kwargs.items() if name not in operator.tensors]
     if any(isinstance(leaf, Node) for leaf in pytree.tree_leaves(settings)):
         return
-    bindings: tuple[Any, Any, str] = registry.bind(operator, node.args, node.kwargs)
+    bindings: tuple[Any, Any, str] = operator.signature.bind(node.args, node.kwargs)
     tensors, options, backend = bindings
     sources: dict[int, Node] = {position: source for position, source in enumerate(tensors) if source is not None}
     given = {position: source for position, source in sources.items() if position in operator.activations}

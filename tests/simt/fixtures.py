@@ -139,5 +139,11 @@ def emulated_cuda(simt: Simt) -> Iterator[Simt]:
     def describe(index: int) -> cuda.CudaDevice:
         return cuda.CudaDevice(**simt.module.device(index))
 
-    with cuda.launching_on(cuda.Target("cpu", lambda index: None, describe, launch, simt.module.configurations)):
+    with cuda.TARGETS.changed(
+        device_type="cpu",
+        reason=lambda index: None,
+        describe=describe,
+        launch=launch,
+        configurations=simt.module.configurations,
+    ):
         yield simt

@@ -1,74 +1,81 @@
-"""The `cpu` backend: runs an op's native kernel on channels_last memory, copying only inputs that lie otherwise."""
+"""The `cpu` backend: kernels of the native module `_cpu`."""
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernelpress.ops.registry import Implementation, NativeKernel, Problem, Run, Tensors, native_spacings, operator
+from kernelpress.ops.backends.kernel import (
+    Arguments,
+    Kernel,
+    Target,
+    Targets,
+    activation_index,
+    build,
+    implementation,
+    laid_out,
+    new_outputs,
+    outputs_of,
+)
+from kernelpress.ops.registry import Implementation, Problem, Run, Tensors
 from kernelpress.runtime import native
 
-__all__ = ["cpu_implementation"]
+__all__ = ["arguments", "cpu_implementation"]
 
 
-def _available() -> str | None:
+def _reason(index: int | None) -> str | None:
     loaded = native.load()
     return None if loaded.module is not None else f"the native module is absent: {loaded.absent_because}"
 
 
-def _supports(kernel: NativeKernel, problem: Problem) -> str | None:
-    if problem.device != "cpu":
-        return f"x is on {problem.device}"
-    x = problem.tensors[0]
-    assert x is not None
-    if x.dtype != torch.float32:
-        return f"the native kernels compute in float32, got {x.dtype}"
-    return kernel.supports(problem)
+def _run(name: str, words: Sequence[int]) -> None:
+    getattr(native.cpu(), name)(*words)
 
 
-def _prepare(kernel: NativeKernel, problem: Problem, tensors: Tensors) -> Run:
-    shape, stride = problem.shape, problem.stride
-    if 0 in shape:
-        return lambda tensors: torch.empty_strided(shape, stride, dtype=torch.float32)
-    y_spacing = problem.layout.spacing(shape, stride)
-    assert y_spacing is not None
-    sizes = kernel.sizes(problem, native_spacings(kernel.layouts, problem), y_spacing)
-    activations = operator(problem.op).activations
-    marked: list[Any] = [index if index in activations and t is not None else t for index, t in enumerate(tensors)]
-    operands: tuple[Any, ...] = kernel.operands(marked, problem.options)
-    changing = tuple((at, operand) for at, operand in enumerate(operands) if isinstance(operand, int))
-    held = tuple(operand for operand in operands if isinstance(operand, Tensor))
-    addresses = [operand.data_ptr() if isinstance(operand, Tensor) else 0 for operand in operands]
-    form = torch.empty_strided(shape, stride, dtype=torch.float32)
+_TARGETS = Targets(Target("cpu", _reason, lambda index: None, _run))
+
+
+def arguments(kernel: Kernel, problem: Problem, tensors: Tensors) -> Arguments:
+    """What a kernel of `_cpu` is called with: words of eight bytes, a float by its bits."""
+    activation = getattr(problem.options, "activation", None)
+    built = build(kernel, problem, tensors, () if activation is None else (activation_index(activation),))
+    words = [struct.unpack("q", struct.pack("d", word))[0] if isinstance(word, float) else word for word in built.words]
+    return built._replace(words=tuple(words))
+
+
+def _prepare(kernel: Kernel, problem: Problem, tensors: Tensors) -> Run:
+    new = new_outputs(problem)
+    if 0 in problem.shape:
+        return lambda tensors: new()
+    built = arguments(kernel, problem, tensors)
+    if len(problem.outputs) > 1 or built.workspace_bytes:
+        return laid_out(kernel, problem, _in_python(built, new))
+    form: Tensor = new()
     form.untyped_storage().resize_(0)  # quicker to copy than to describe; it needs no memory for that
     compute: Run = native.cpu().KernelCall(
-        kernel.name, (*addresses, 0, *sizes), len(operands), changing, held, torch.empty_like, form
+        built.name, built.words, built.outputs, built.changing, built.held, torch.empty_like, form
     )
-    copies = [
-        (index, layout.copy)
-        for index, (layout, t) in enumerate(zip(kernel.layouts, problem.tensors, strict=True))
-        if t is not None and layout is not None and layout.spacing(t.shape, t.stride) is None
-    ]
-
-    def compute_from_copies(tensors: Tensors) -> Tensor:
-        laid_out = list(tensors)
-        for index, copy in copies:
-            t = laid_out[index]
-            assert t is not None
-            laid_out[index] = copy(t)
-        return compute(laid_out)
-
-    return compute_from_copies if copies else compute
+    return laid_out(kernel, problem, compute)
 
 
-def cpu_implementation(op: str, kernel: NativeKernel) -> Implementation:
+def _in_python(built: Arguments, new: Any) -> Run:
+    """A call with several outputs or a workspace, which `KernelCall` does not know."""
+
+    def compute(tensors: Tensors) -> Any:
+        made = new()
+        outputs = outputs_of(made)
+        if built.workspace_bytes:
+            outputs = (*outputs, torch.empty(built.workspace_bytes, dtype=torch.uint8))
+        _TARGETS.current.launch(built.name, built.into(tensors, *outputs))
+        return made
+
+    return compute
+
+
+def cpu_implementation(kernel: Kernel) -> Implementation:
     """The entry of an op's native kernel."""
-    return Implementation(
-        op,
-        "cpu",
-        _available,
-        lambda problem: _supports(kernel, problem),
-        lambda problem, tensors: _prepare(kernel, problem, tensors),
-    )
+    return implementation("cpu", kernel, _TARGETS, _prepare)

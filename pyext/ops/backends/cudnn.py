@@ -12,7 +12,7 @@ from torch import Tensor
 from kernelpress.ops.calls import packing
 from kernelpress.ops.registry import Implementation, Problem, Run, Tensors
 
-__all__ = ["cudnn_implementation"]
+__all__ = ["CUDNN"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -93,6 +93,5 @@ def _to_channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def cudnn_implementation(op: str) -> Implementation:
-    """The entry of `conv2d`; `scale` is multiplied into the weights."""
-    return Implementation(op, "cudnn", _available, _supports, _prepare)
+CUDNN = Implementation("cudnn", _available, _supports, _prepare)
+"""The entry of `conv2d`; `scale` is multiplied into the weights."""

@@ -1,21 +1,22 @@
-"""The `reference` backend: an op in plain PyTorch, on any device and in any float dtype."""
+"""The `reference` backend: every op in plain PyTorch, on any device and in any dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from torch import Tensor
+from typing import Any
 
 from kernelpress.ops.registry import Implementation, Problem, Run, Tensors
 
 __all__ = ["reference_implementation"]
 
 
-def reference_implementation(op: str, reference: Callable[..., Tensor]) -> Implementation:
+def reference_implementation(reference: Callable[..., Any]) -> Implementation:
     """The entry of an op's plain PyTorch form; it runs everything."""
 
     def prepare(problem: Problem, tensors: Tensors) -> Run:
-        keywords = problem.options._asdict()
-        return lambda tensors: problem.layout.copy(reference(*tensors, **keywords))
+        keywords, copy = problem.options._asdict(), problem.layout.copy
+        if len(problem.outputs) > 1:
+            return lambda tensors: tuple(map(copy, reference(*tensors, **keywords)))
+        return lambda tensors: copy(reference(*tensors, **keywords))
 
-    return Implementation(op, "reference", lambda: None, lambda problem: None, prepare)
+    return Implementation("reference", lambda: None, lambda problem: None, prepare)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kernelpress.ops import registry
 from kernelpress.ops.calls import prepared
-from kernelpress.ops.checks import TensorSpec, describe
+from kernelpress.ops.checks import describe
 from kernelpress.ops.registry import Candidates, Problem, Tensors
 from kernelpress.ops.tuning import stored
 from kernelpress.runtime.interception import is_intercepted, is_plain
@@ -141,13 +141,12 @@ def _candidates(
     op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], backend: str
 ) -> tuple[Problem, Tensors, Candidates]:
     operator = registry.operator(op)
-    entry = next((entry for entry in operator.implementations if entry.backend == backend), None)
+    entry = operator.on(backend)
     if entry is None or entry.candidates is None:
         raise ValueError(f"op: expected one that can be tuned on {backend} ({_tunable(backend)}), got {op!r}")
-    tensors, options, _ = registry.bind(operator, args, kwargs)
-    specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
-    problem = registry.problem(operator, specs, options, registry.common_device(operator, tensors))
-    registry.implementation(operator, problem, backend)
+    tensors, options, _ = operator.signature.bind(args, kwargs)
+    problem = registry.problem_of(operator, tensors, options)
+    registry.implementation(problem, backend)
     if 0 in problem.shape:
         raise ValueError(f"{op}: expected a call with something to compute, its output is {describe(problem.shape)}")
     candidates = entry.candidates(problem, tensors)
@@ -160,7 +159,7 @@ def _tunable(backend: str) -> str:
     names = [
         operator.name
         for operator in registry.operators()
-        if any(entry.backend == backend and entry.candidates is not None for entry in operator.implementations)
+        if (entry := operator.on(backend)) is not None and entry.candidates is not None
     ]
     return ", ".join(names) or "none"
 
@@ -187,7 +186,9 @@ def _measured(
                 continue
             calls[name] = functools.partial(run, tensors)
         if not calls:
-            raise RuntimeError(f"{problem.op}: no configuration of {candidates.kernel} runs this call: {refusal}")
+            raise RuntimeError(
+                f"{problem.operator.name}: no configuration of {candidates.kernel} runs this call: {refusal}"
+            )
         device = torch.device(problem.device)
         times = milliseconds(calls, device) if measure is None else {name: measure(run) for name, run in calls.items()}
     return Tuning(candidates.kernel, candidates.device, times, min(times, key=times.__getitem__))
