@@ -160,7 +160,7 @@ def kinds_of(op: str) -> tuple[str, ...]:
 
 def launches_of(op: str, call: Call, kind: str, device: Device, form: str = "") -> Iterator[list[Launch]]:
     """What a call launches in each of its configurations, the best guess first; nothing where it is not supported."""
-    elsewhere = triton.TARGETS.changed(
+    elsewhere = triton.TARGET.changed(
         device_type=DEVICE,
         reason=lambda index: None,
         describe=lambda index: device,

@@ -122,7 +122,7 @@ def _triton() -> Iterator[Finding]:
     from kernelpress.ops.backends import triton
     from kernelpress.ops.tuning import search
 
-    reason = triton.TARGETS.current.reason(None)
+    reason = triton.TARGET.reason(None)
     version = _version("triton")
     named = "" if version is None or reason is None else f"{version}; "
     yield Finding("GPU", "Triton kernels", reason is None, f"{named}{reason or version}")

@@ -18,6 +18,6 @@ def run_configured(op: str, tensors: Sequence[Tensor | None], options: dict[str,
     entry = registry.operator(op)
     kernel = entry.kernel("cuda")
     problem = registry.problem(entry, registry.specs_of(tensors), entry.signature.options(**options), "cpu", True)
-    names = cuda.TARGETS.current.configurations(kernel.name)
+    names = cuda.TARGET.configurations(kernel.name)
     index = next(i for i, name in enumerate(names) if name.startswith(configuration))
     return cuda.prepare_with(kernel, problem, tensors, index)(tensors)

@@ -142,7 +142,7 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast_to_nearest)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_dim", _draw_order)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", _set_program)
-    with triton.TARGETS.changed(**INTERPRETED), _poisoned_outputs():
+    with triton.TARGET.changed(**INTERPRETED), _poisoned_outputs():
         yield
 
 

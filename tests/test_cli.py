@@ -134,12 +134,12 @@ class TestDoctor:
             return next(finding for finding in doctor.examine() if finding.name == "Triton kernels")
 
         monkeypatch.setattr(doctor, "_version", lambda package: "3.9.0")
-        with triton.TARGETS.changed(reason=lambda index: None):
+        with triton.TARGET.changed(reason=lambda index: None):
             assert (finding().is_ok, finding().detail) == (True, "3.9.0")
-        with triton.TARGETS.changed(reason=lambda index: "no device"):
+        with triton.TARGET.changed(reason=lambda index: "no device"):
             assert (finding().is_ok, finding().detail) == (False, "3.9.0; no device")
         monkeypatch.setattr(doctor, "_version", lambda package: None)
-        with triton.TARGETS.changed(reason=lambda index: "triton is not installed: pip ..."):
+        with triton.TARGET.changed(reason=lambda index: "triton is not installed: pip ..."):
             assert (finding().is_ok, finding().detail) == (False, "triton is not installed: pip ...")
 
     @pytest.mark.parametrize(

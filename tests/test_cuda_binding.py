@@ -101,7 +101,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     """An op `toy_scale` whose CUDA kernel runs on the recorder."""
     recorder = Recorder()
     monkeypatch.setattr(registry, "_OPERATORS", {**registry._OPERATORS, TOY: make_toy(recorder)})
-    with cuda.TARGETS.changed(**recorder.target()):
+    with cuda.TARGET.changed(**recorder.target()):
         yield recorder
 
 
@@ -176,7 +176,7 @@ def test_nothing_is_launched_for_an_empty_batch(recorder) -> None:
 
 def test_a_tensor_elsewhere_is_refused_where_cuda_is_asked_for(recorder) -> None:
     x, weight = image(1, 4, 2, 2), torch.randn(4)
-    with cuda.TARGETS.changed(**recorder.target("cuda")):
+    with cuda.TARGET.changed(**recorder.target("cuda")):
         with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot run this call: x is on cpu"):
             run(x, weight)
         assert torch.equal(run(x, weight, backend="auto"), x * weight[:, None, None])
@@ -308,7 +308,7 @@ def test_a_measurement_that_cannot_be_kept_is_an_error_with_the_file(recorder, c
 def test_what_has_no_cuda_kernel_or_no_gpu_cannot_be_tuned(recorder) -> None:
     with pytest.raises(ValueError, match=rf"can be tuned on cuda \(.*{TOY}.*\), got 'max_pool2d'"):
         ops.tune("max_pool2d", image(1, 4, 2, 2), kernel_size=2, stride=2)
-    with cuda.TARGETS.changed(**recorder.target("cuda")), pytest.raises(RuntimeError, match="x is on cpu"):
+    with cuda.TARGET.changed(**recorder.target("cuda")), pytest.raises(RuntimeError, match="x is on cpu"):
         ops.tune(TOY, image(1, 4, 2, 2), torch.randn(4))
 
 

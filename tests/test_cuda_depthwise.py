@@ -94,7 +94,7 @@ def test_tensor_cores_walk_round_the_ring(simt: Simt) -> None:
 
     tensors = tensors_of(channels_last(32, 4, 37, 34), (5, 5), torch.float16)
     options = {"padding": (2, 2)}
-    with cuda.TARGETS.changed(launch=launch):
+    with cuda.TARGET.changed(launch=launch):
         check(tensors, options, run_configured("depthwise_conv2d", tensors, options, "tensor cores"))
 
 
@@ -125,7 +125,7 @@ def test_tensor_cores_meet_no_bank_twice(kernel: int, simt: Simt) -> None:
     tensors = tensors_of(channels_last(1, 16, 16, 64), (kernel, kernel), torch.float16)
     options = {"padding": (kernel // 2, kernel // 2)}
     simt.clear_statistics()
-    with cuda.TARGETS.changed(launch=launch):
+    with cuda.TARGET.changed(launch=launch):
         run_configured("depthwise_conv2d", tensors, options, "tensor cores")
     counts = simt.statistics()
     assert counts["shared_conflicts"] <= 0.02 * counts["shared_accesses"], counts

@@ -127,7 +127,7 @@ def two_multiprocessors(simt: Simt) -> Iterator[None]:
     def describe(index: int) -> cuda.CudaDevice:
         return cuda.CudaDevice(**simt.module.device(1))
 
-    with cuda.TARGETS.changed(
+    with cuda.TARGET.changed(
         device_type="cpu",
         reason=lambda index: None,
         describe=describe,

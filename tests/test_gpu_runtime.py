@@ -553,10 +553,8 @@ def test_without_a_triton_kernel_that_runs_there_is_none_beside_ours(gpu: Any) -
 
 def test_models_leave_triton_out_unless_asked(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: list[str | None] = []
-    monkeypatch.setattr(
-        gpu.networks, "capture_all", lambda place: reasons.append(triton.TARGETS.current.reason(None)) or 0
-    )
-    before = triton.TARGETS.current.reason(None)
+    monkeypatch.setattr(gpu.networks, "capture_all", lambda place: reasons.append(triton.TARGET.reason(None)) or 0)
+    before = triton.TARGET.reason(None)
     assert gpu.networks.main(["capture", "--dry-run"]) == 0
     assert gpu.networks.main(["capture", "--dry-run", "--triton"]) == 0
     assert reasons == ["left out: gpu.networks --triton", before]

@@ -67,7 +67,7 @@ class Recorder:
 @pytest.fixture
 def recorder() -> Iterator[Recorder]:
     recorder = Recorder()
-    with triton.TARGETS.changed(**INTERPRETED), launching_with(recorder):
+    with triton.TARGET.changed(**INTERPRETED), launching_with(recorder):
         yield recorder
 
 
@@ -131,7 +131,7 @@ def test_the_fastest_is_kept_and_run_by_every_batch_up_to_the_next_power_of_two(
 
 
 def test_all_of_a_class_choose_from_the_same_configurations() -> None:
-    with triton.TARGETS.changed(**INTERPRETED):
+    with triton.TARGET.changed(**INTERPRETED):
         kernel = registry.operator("pointwise_conv2d").kernel("triton")
         problem, tensors, _ = search._candidates("pointwise_conv2d", (image(3), WEIGHT), {}, "triton")
         alone = triton.configurations(kernel, problem, tensors)

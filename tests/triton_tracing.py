@@ -145,5 +145,5 @@ def whole() -> dict[str, list[str]]:
 
 if __name__ == "__main__":
     set_driver(Driver())
-    with backend.TARGETS.changed(**INTERPRETED):
+    with backend.TARGET.changed(**INTERPRETED):
         print(json.dumps({"ops": ops, "whole": whole}[sys.argv[1]]()))

@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def without_triton() -> contextlib.AbstractContextManager[None]:
     """No op runs on Triton's kernels inside."""
-    return triton.TARGETS.changed(reason=lambda index: "left out: gpu.networks --triton")
+    return triton.TARGET.changed(reason=lambda index: "left out: gpu.networks --triton")
 
 
 if __name__ == "__main__":

@@ -109,15 +109,8 @@ def conv2d(
     """
 
 
-def _pointwise_shape(
-    options: Any,
-    x: TensorSpec,
-    weight: TensorSpec,
-    bias: TensorSpec | None,
-    scale: TensorSpec | None,
-    residual: TensorSpec | None,
-    input_scale: TensorSpec | None,
-) -> tuple[int, ...]:
+def _pointwise_shape(options: Any, *tensors: Any) -> tuple[int, ...]:
+    x, weight, bias, scale, residual, input_scale = tensors
     check_input(x)
     batch, channels, height, width = x.shape
     check_weight("weight", weight, "[C_out, C_in, 1, 1]", (None, channels, 1, 1), f"C_in = {channels} channels of x")

@@ -57,15 +57,8 @@ def _kept_channels(out_channels: int | None, primary: int, cheap: int) -> int:
     return out_channels
 
 
-def _shape(
-    options: Any,
-    x: TensorSpec,
-    primary_weight: TensorSpec,
-    primary_bias: TensorSpec | None,
-    cheap_weight: TensorSpec,
-    cheap_bias: TensorSpec | None,
-    residual: TensorSpec | None,
-) -> tuple[int, ...]:
+def _shape(options: Any, *tensors: Any) -> tuple[int, ...]:
+    x, primary_weight, primary_bias, cheap_weight, cheap_bias, residual = tensors
     check_input(x)
     check_activation("activation", options.activation)
     check_activation("cheap_activation", options.cheap_activation)
@@ -108,15 +101,8 @@ def _reason(problem: Problem) -> str | None:
     return tf32_reason(problem)
 
 
-def _operands(
-    options: Any,
-    x: Tensor | None,
-    primary_weight: Tensor,
-    primary_bias: Tensor | None,
-    cheap_weight: Tensor,
-    cheap_bias: Tensor | None,
-    residual: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+def _operands(options: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
+    x, primary_weight, primary_bias, cheap_weight, cheap_bias, residual = tensors
     primary, cheap = primary_weight.shape[0], cheap_weight.shape[0]
     kept = _kept_channels(options.out_channels, primary, cheap) - primary
     return (

@@ -90,16 +90,8 @@ def _check_rows(name: str, vector: TensorSpec | None, rows: tuple[int, ...]) -> 
         raise ValueError(f"{name}: expected {describe(rows)}, one value per row of x, got {describe(vector.shape)}")
 
 
-def _matmul_shape(
-    options: Any,
-    x: TensorSpec,
-    weight: TensorSpec,
-    weight_scale: TensorSpec,
-    bias: TensorSpec | None,
-    residual: TensorSpec | None,
-    row_scale: TensorSpec | None,
-    row_zero_point: TensorSpec | None,
-) -> tuple[int, ...]:
+def _matmul_shape(options: Any, *tensors: Any) -> tuple[int, ...]:
+    x, weight, weight_scale, bias, residual, row_scale, row_zero_point = tensors
     if not x.shape or x.shape[-1] == 0:
         raise ValueError(f"x: expected [..., C_in] with at least one channel, got {describe(x.shape)}")
     channels, rows = x.shape[-1], tuple(x.shape[:-1])
@@ -206,16 +198,8 @@ def _matmul_reason(problem: Problem) -> str | None:
     return None
 
 
-def _matmul_operands(
-    options: Any,
-    x: Tensor | None,
-    weight: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    row_scale: Tensor | None,
-    row_zero_point: Tensor | None,
-) -> tuple[Tensor | None, ...]:
+def _matmul_operands(options: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
+    x, weight, weight_scale, bias, residual, row_scale, row_zero_point = tensors
     weight_sums = None if row_zero_point is None else packing.packed(weight, None, "int8 sums", _sums)
     constants = _constants(options, weight, weight_scale, bias)
     return (x, *constants, residual, row_scale, row_zero_point, weight_sums)

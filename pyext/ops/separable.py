@@ -47,15 +47,8 @@ def _check_depthwise(weight: TensorSpec, bias: TensorSpec | None, channels: int,
     check_vector("depthwise_bias", bias, channels)
 
 
-def _separable_shape(
-    options: Any,
-    x: TensorSpec,
-    depthwise_weight: TensorSpec,
-    depthwise_bias: TensorSpec | None,
-    pointwise_weight: TensorSpec,
-    pointwise_bias: TensorSpec | None,
-    residual: TensorSpec | None,
-) -> tuple[int, ...]:
+def _separable_shape(options: Any, *tensors: Any) -> tuple[int, ...]:
+    x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual = tensors
     check_input(x)
     _check_activations(options)
     channels = x.shape[1]
@@ -166,17 +159,8 @@ def separable_conv2d(
     """
 
 
-def _inverted_shape(
-    options: Any,
-    x: TensorSpec,
-    expand_weight: TensorSpec,
-    expand_bias: TensorSpec | None,
-    depthwise_weight: TensorSpec,
-    depthwise_bias: TensorSpec | None,
-    project_weight: TensorSpec,
-    project_bias: TensorSpec | None,
-    residual: TensorSpec | None,
-) -> tuple[int, ...]:
+def _inverted_shape(options: Any, *tensors: Any) -> tuple[int, ...]:
+    x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias, residual = tensors
     check_input(x)
     _check_activations(options)
     channels = x.shape[1]
@@ -291,16 +275,8 @@ def _hidden_size(x: Any, stem_weight: Any, options: Any) -> tuple[int, int]:
     return height, width
 
 
-def _stem_shape(
-    options: Any,
-    x: TensorSpec,
-    stem_weight: TensorSpec,
-    stem_bias: TensorSpec | None,
-    depthwise_weight: TensorSpec,
-    depthwise_bias: TensorSpec | None,
-    pointwise_weight: TensorSpec,
-    pointwise_bias: TensorSpec | None,
-) -> tuple[int, ...]:
+def _stem_shape(options: Any, *tensors: Any) -> tuple[int, ...]:
+    x, stem_weight, stem_bias, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias = tensors
     check_input(x)
     _check_activations(options)
     channels = x.shape[1]

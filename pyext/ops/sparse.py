@@ -94,14 +94,8 @@ def _outputs(name: str, wanted: Any, row_offsets: TensorSpec, blocks: TensorSpec
     return wanted
 
 
-def _matmul_shape(
-    options: Any,
-    x: TensorSpec,
-    row_offsets: TensorSpec,
-    columns: TensorSpec,
-    blocks: TensorSpec,
-    *epilogue: TensorSpec | None,
-) -> tuple[int, ...]:
+def _matmul_shape(options: Any, *tensors: Any) -> tuple[int, ...]:
+    x, row_offsets, columns, blocks, *epilogue = tensors
     if not x.shape or x.shape[-1] == 0:
         raise ValueError(f"x: expected [..., C_in] with at least one channel, got {describe(x.shape)}")
     _check_forms(row_offsets, columns, blocks)
@@ -109,14 +103,8 @@ def _matmul_shape(
     return check_epilogue(options, (*x.shape[:-1], c_out), c_out, *epilogue)
 
 
-def _conv_shape(
-    options: Any,
-    x: TensorSpec,
-    row_offsets: TensorSpec,
-    columns: TensorSpec,
-    blocks: TensorSpec,
-    *epilogue: TensorSpec | None,
-) -> tuple[int, ...]:
+def _conv_shape(options: Any, *tensors: Any) -> tuple[int, ...]:
+    x, row_offsets, columns, blocks, *epilogue = tensors
     check_input(x)
     _check_forms(row_offsets, columns, blocks)
     check_pair("kernel_size", options.kernel_size, 1)

@@ -139,7 +139,7 @@ def emulated_cuda(simt: Simt) -> Iterator[Simt]:
     def describe(index: int) -> cuda.CudaDevice:
         return cuda.CudaDevice(**simt.module.device(index))
 
-    with cuda.TARGETS.changed(
+    with cuda.TARGET.changed(
         device_type="cpu",
         reason=lambda index: None,
         describe=describe,

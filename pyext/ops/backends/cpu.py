@@ -13,7 +13,6 @@ from kernelpress.ops.backends.kernel import (
     Arguments,
     Kernel,
     Target,
-    Targets,
     activation_index,
     build,
     implementation,
@@ -36,7 +35,7 @@ def _run(name: str, words: Sequence[int]) -> None:
     getattr(native.cpu(), name)(*words)
 
 
-_TARGETS = Targets(Target("cpu", _reason, lambda index: None, _run))
+_TARGET = Target("cpu", _reason, lambda index: None, _run)
 
 
 def arguments(kernel: Kernel, problem: Problem, tensors: Tensors) -> Arguments:
@@ -70,7 +69,7 @@ def _in_python(built: Arguments, new: Any) -> Run:
         outputs = outputs_of(made)
         if built.workspace_bytes:
             outputs = (*outputs, torch.empty(built.workspace_bytes, dtype=torch.uint8))
-        _TARGETS.current.launch(built.name, built.into(tensors, *outputs))
+        _TARGET.launch(built.name, built.into(tensors, *outputs))
         return made
 
     return compute
@@ -78,4 +77,4 @@ def _in_python(built: Arguments, new: Any) -> Run:
 
 def cpu_implementation(kernel: Kernel) -> Implementation:
     """The entry of an op's native kernel."""
-    return implementation("cpu", kernel, _TARGETS, _prepare)
+    return implementation("cpu", kernel, _TARGET, _prepare)

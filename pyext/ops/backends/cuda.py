@@ -13,7 +13,6 @@ from torch import Tensor
 from kernelpress.ops.backends.kernel import (
     Kernel,
     Target,
-    Targets,
     activation_index,
     build,
     implementation,
@@ -29,7 +28,7 @@ from kernelpress.runtime.torch_private import current_raw_stream
 __all__ = [
     "DATA_TYPES",
     "HEURISTIC",
-    "TARGETS",
+    "TARGET",
     "CudaDevice",
     "cuda_implementation",
     "data_type",
@@ -67,7 +66,7 @@ def _configurations(name: str) -> Sequence[str]:
     return names
 
 
-TARGETS = Targets(Target("cuda", native.cuda_reason, _describe, _launch, _configurations))
+TARGET = Target("cuda", native.cuda_reason, _describe, _launch, _configurations)
 """`launch(name, tensors, fields, index)` runs a launcher of `_cuda` on the fields of its argument struct; `tensors` are
 all whose memory the kernel may touch, the outputs first."""
 
@@ -79,11 +78,11 @@ def data_type(dtype: torch.dtype) -> int:
 
 def device_of(problem: Problem) -> Any:
     """The device that a problem is to run on."""
-    return TARGETS.current.describe(index_of(problem))
+    return TARGET.describe(index_of(problem))
 
 
 def _candidates(kernel: Kernel, problem: Problem, tensors: Tensors) -> Candidates:
-    names = tuple(TARGETS.current.configurations(kernel.name))
+    names = tuple(TARGET.configurations(kernel.name))
     return Candidates(
         kernel.name,
         device_of(problem).name,
@@ -107,7 +106,7 @@ def prepare_with(kernel: Kernel, problem: Problem, tensors: Tensors, configurati
     assert x is not None
     activation = activation_index(getattr(problem.options, "activation", "identity"))
     built = build(kernel, problem, tensors, (data_type(x.dtype), activation, configuration), device_of(problem))
-    launch, count = TARGETS.current.launch, len(problem.outputs)
+    launch, count = TARGET.launch, len(problem.outputs)
     name, words, changing, at, held, workspace_bytes = built
 
     def compute(tensors: Tensors) -> Any:
@@ -133,4 +132,4 @@ def prepare_with(kernel: Kernel, problem: Problem, tensors: Tensors, configurati
 
 def cuda_implementation(kernel: Kernel) -> Implementation:
     """The entry of an op's CUDA kernel."""
-    return implementation("cuda", kernel, TARGETS, _prepare, _candidates)
+    return implementation("cuda", kernel, TARGET, _prepare, _candidates)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,6 @@ __all__ = [
     "Kernel",
     "Likes",
     "Target",
-    "Targets",
     "activation_index",
     "build",
     "float_vector",
@@ -101,9 +100,9 @@ class Kernel:
     likes: Likes = Likes()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Target:
-    """Where a backend's launches go.
+    """Where a backend's launches go now.
 
     `device_type` is the type of the tensors it takes. `reason(index)` tells why nothing runs on the device of that
     index (None: on any). `describe(index)` is the device. `launch` runs a kernel, `configurations(name)` names the tile
@@ -116,23 +115,17 @@ class Target:
     launch: Callable[..., None]
     configurations: Callable[[str], Sequence[str]] = _nothing
 
-
-class Targets:
-    """Where a backend's launches go now: `current`."""
-
-    def __init__(self, usual: Target) -> None:
-        self.current = usual
-
     @contextmanager
     def changed(self, **changes: Any) -> Iterator[None]:
-        """Send the launches of all threads to a target that differs in this from the current one; what was prepared
-        before is prepared anew, inside and after."""
-        before, self.current = self.current, replace(self.current, **changes)
+        """Send the launches of all threads elsewhere, as `changes` of the fields say; what was prepared before is
+        prepared anew, inside and after."""
+        before = {name: getattr(self, name) for name in changes}
+        vars(self).update(changes)
         prepared.clear()
         try:
             yield
         finally:
-            self.current = before
+            vars(self).update(before)
             prepared.clear()
 
 
@@ -158,15 +151,15 @@ def why_not(kernel: Kernel, problem: Problem, target: Target) -> str | None:
 def implementation(
     backend: str,
     kernel: Kernel,
-    targets: Targets,
+    target: Target,
     prepare: Callable[[Kernel, Problem, Tensors], Run],
     candidates: Callable[[Kernel, Problem, Tensors], Candidates] | None = None,
 ) -> Implementation:
     """The entry of a kernel."""
     return Implementation(
         backend,
-        lambda: targets.current.reason(None),
-        lambda problem: why_not(kernel, problem, targets.current),
+        lambda: target.reason(None),
+        lambda problem: why_not(kernel, problem, target),
         lambda problem, tensors: prepare(kernel, problem, tensors),
         None if candidates is None else lambda problem, tensors: candidates(kernel, problem, tensors),
         kernel,

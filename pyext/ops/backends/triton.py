@@ -20,7 +20,6 @@ import torch
 from kernelpress.ops.backends.kernel import (
     Kernel,
     Target,
-    Targets,
     implementation,
     index_of,
     laid_out,
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from kernelpress.kernels.triton.launch import Configuration, Device
 
 __all__ = [
-    "TARGETS",
+    "TARGET",
     "configuration_of",
     "configurations",
     "device_of",
@@ -72,13 +71,13 @@ def _launch(run: Callable[[], None], index: int) -> None:
             run()
 
 
-TARGETS = Targets(Target("cuda", _reason, _describe, _launch))
+TARGET = Target("cuda", _reason, _describe, _launch)
 """`launch(run, index)` calls `run`, which launches on the current device, for the device of that index."""
 
 
 def device_of(problem: Problem) -> Any:
     """The device that a problem is to run on."""
-    return TARGETS.current.describe(index_of(problem))
+    return TARGET.describe(index_of(problem))
 
 
 def _module(kernel: Kernel) -> ModuleType:
@@ -136,7 +135,7 @@ def prepare_with(kernel: Kernel, problem: Problem, tensors: Tensors, configurati
     new = new_outputs(problem)
     if 0 in problem.shape:
         return lambda tensors: new()
-    run, launch, index = getattr(_module(kernel), kernel.name), TARGETS.current.launch, index_of(problem)
+    run, launch, index = getattr(_module(kernel), kernel.name), TARGET.launch, index_of(problem)
     keywords = {**_keywords(kernel, problem), "configuration": configuration}
     operands = operands_of(kernel, problem, tensors)
 
@@ -164,4 +163,4 @@ def triton_implementation(family: str, like: Kernel, **changes: Any) -> Implemen
     """The entry of an op's Triton kernel in that family's file: like another kernel of the op, but for the limits of
     that one and for `changes`."""
     kernel = replace(like, **{"supports": supports_all, "family": family, **changes})
-    return implementation("triton", kernel, TARGETS, _prepare, _candidates)
+    return implementation("triton", kernel, TARGET, _prepare, _candidates)

@@ -23,7 +23,7 @@ from kernelpress.ops.registry import (
 from kernelpress.runtime import native
 from kernelpress.runtime.snapshot import Snapshot, is_in_memory
 
-__all__ = ["Prepared", "attempt", "clear", "generation", "panel_width", "prepare", "recall", "run"]
+__all__ = ["Prepared", "attempt", "clear", "panel_width", "prepare", "recall", "run"]
 
 _LIMIT = 8192
 _NO_GPU = -1
@@ -41,15 +41,9 @@ class Prepared(NamedTuple):
 _Key = tuple[Any, ...]
 _calls: dict[_Key, Prepared] = {}
 _lock = threading.Lock()
-_generation = 0
 _cpu, _reads_tensors = native.cpu(), native.load().reads_tensors
 panel_width: Callable[[], int] = _cpu.panel_width if _cpu else int
 """What weights are packed for: it follows the instruction set in use."""
-
-
-def generation() -> int:
-    """Changes whenever `clear` is called: what was prepared before is then no longer to be used."""
-    return _generation
 
 
 def _key(operator: Operator, tensors: Tensors, options: tuple[Any, ...], requested: str) -> _Key:
@@ -152,8 +146,6 @@ def run(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend:
 
 def clear() -> None:
     """Forget every prepared call, so that the next one asks again which backend can run it."""
-    global _generation
-    _generation += 1
     _calls.clear()
     if _cpu:
         _cpu.forget_calls()
