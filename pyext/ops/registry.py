@@ -76,6 +76,13 @@ class Problem:
         return spec
 
     @property
+    def first(self) -> TensorSpec:
+        """The first tensor, which no op goes without."""
+        spec = self.tensors[0]
+        assert spec is not None
+        return spec
+
+    @property
     def shape(self) -> tuple[int, ...]:
         """Of the first output."""
         return self.outputs[0].shape

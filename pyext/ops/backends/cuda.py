@@ -102,8 +102,7 @@ def prepare_with(kernel: Kernel, problem: Problem, tensors: Tensors, configurati
     index, place, new = index_of(problem), torch.device(problem.device), new_outputs(problem)
     if 0 in problem.shape:
         return lambda tensors: new()
-    x = problem.tensors[0]
-    assert x is not None
+    x = problem.first
     activation = activation_index(getattr(problem.options, "activation", "identity"))
     built = build(kernel, problem, tensors, (data_type(x.dtype), activation, configuration), device_of(problem))
     launch, count = TARGET.launch, len(problem.outputs)

@@ -37,8 +37,7 @@ def _available() -> str | None:
 
 
 def _supports(problem: Problem) -> str | None:
-    x = problem.tensors[0]
-    assert x is not None
+    x = problem.first
     if torch.device(problem.device).type != "cuda":
         return f"x is on {problem.device}"
     if x.dtype not in _DTYPES:

@@ -50,12 +50,11 @@ ROWS_OF_CHANNELS: Layouts = {"x": ROWS, "residual": ROWS}
 
 @dataclass(frozen=True)
 class Likes:
-    """Where a kernel is worth trying: rows and columns of blocks, best first; the largest fraction of blocks that are
-    not all zero; and what channels are best a multiple of."""
+    """Where a kernel is worth trying: rows and columns of blocks, best first, and the largest fraction of blocks that
+    are not all zero, above which skipping the others has never paid."""
 
     blocks: tuple[tuple[int, int], ...] = ()
     density: float = 1.0
-    channels: int = 1
 
 
 def _nothing(*_: Any) -> tuple[Any, ...]:
@@ -141,8 +140,7 @@ def why_not(kernel: Kernel, problem: Problem, target: Target) -> str | None:
     reason = target.reason(index_of(problem))
     if reason is not None:
         return reason
-    x = problem.tensors[0]
-    assert x is not None
+    x = problem.first
     if x.dtype not in kernel.dtypes:
         return f"the kernel takes {' or '.join(map(str, kernel.dtypes))}, got {x.dtype}"
     return kernel.supports(problem)
@@ -168,8 +166,7 @@ def implementation(
 
 def tf32_reason(problem: Problem) -> str | None:
     """Why a kernel that multiplies float32 on tensor cores must not run, else None: TF32 is not allowed."""
-    x = problem.tensors[0]
-    assert x is not None
+    x = problem.first
     if x.dtype != torch.float32 or problem.allow_tf32:
         return None
     return "it multiplies float32 in TF32, which torch.backends.cudnn.allow_tf32 forbids"

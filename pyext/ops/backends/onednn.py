@@ -45,8 +45,7 @@ class _Geometry(NamedTuple):
 
 def _geometry(problem: Problem) -> _Geometry:
     options = problem.options
-    x = problem.tensors[0]
-    assert x is not None
+    x = problem.first
     if problem.operator.name == "pointwise_conv2d":
         return _Geometry((1, 1), (0, 0), (1, 1), 1)
     groups = x.shape[1] if problem.operator.name == "depthwise_conv2d" else options.groups
@@ -81,8 +80,7 @@ def _supports(problem: Problem) -> str | None:
 
 
 def _prepare(problem: Problem, tensors: Tensors) -> Run:
-    x = problem.tensors[0]
-    assert x is not None
+    x = problem.first
     shape, stride = problem.shape, problem.stride
     if 0 in shape:
         return lambda tensors: torch.empty_strided(shape, stride, dtype=torch.float32)

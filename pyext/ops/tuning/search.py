@@ -117,8 +117,7 @@ def chosen(candidates: Candidates, problem: Problem, tensors: Tensors) -> str | 
         return known
     if mode != "1" or len(candidates.names) < 2 or _is_watched(tensors):
         return None
-    x = problem.tensors[0]
-    assert x is not None
+    x = problem.first
     print(
         f"kernelpress: tuning {candidates.kernel} for x {describe(x.shape)} of {x.dtype} on {candidates.device}: "
         f"{len(candidates.names)} configurations (KERNELPRESS_AUTOTUNE=1)",
