@@ -33,12 +33,16 @@ class Direct:
         graph = Graph()
         graph.set_codegen(body.graph._codegen)
         graph.output(graph.graph_copy(body.graph, {}))
-        for node in graph.nodes:
+        for node in list(graph.nodes):
             if (operator := operator_of(node)) is not None:
                 node.target = getattr(ops, operator.name)
                 node.kwargs = {
                     name: tuple(value) if isinstance(value, list) else value for name, value in node.kwargs.items()
                 }
+            elif node.op == "get_attr" and (read := _reader(body, str(node.target))) is not None:
+                with graph.inserting_before(node):
+                    node.replace_all_uses_with(graph.call_function(read))
+                graph.erase_node(node)
         python = graph.python_code("self")
         namespace = dict(python.globals)
         exec(python.src, namespace)
@@ -60,6 +64,24 @@ class Direct:
             if not _are_plain(flat):
                 return False
         return not (torch.is_grad_enabled() and any_requires_grad(*flat))
+
+
+def _reader(body: GraphModule, target: str) -> Callable[[], Any] | None:
+    """A function that gives what stands under a name now, if it is a parameter or a buffer: quicker than by the
+    module's attributes."""
+    path, _, name = target.rpartition(".")
+    owner: Any = body.get_submodule(path)
+    table = next((table for table in (owner._parameters, owner._buffers) if name in table), None)
+    if table is None:
+        return None
+
+    def read() -> Any:
+        try:
+            return table[name]
+        except KeyError:
+            return getattr(owner, name)
+
+    return read
 
 
 def _are_plain(inputs: tuple[Any, ...]) -> bool:
