@@ -21,7 +21,8 @@ from torch.nn import functional
 import kernelpress as kp
 from kernelpress import ops
 from kernelpress.emit import Candidate
-from kernelpress.ops.step import native_steps
+from kernelpress.ops.calls import prepared
+from kernelpress.ops.calls.steps import native_steps
 
 CHANNELS = 16
 SHALLOW, DEEP = 4, 24
@@ -75,8 +76,12 @@ def rows(pytestconfig: pytest.Config) -> Iterator[list[Overhead]]:
     overload = torch.ops.kernelpress.pointwise_conv2d.default
     form = torch.empty_like(x)
     floor = sum(microseconds(call)[0] for call in (kernel, lambda: torch.empty_like(form)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepared, "attempt", lambda *_: None)
+        recalled = microseconds(lambda: ops.pointwise_conv2d(x, weight, bias, activation="relu"))
     measured = {
         "typed function": microseconds(lambda: ops.pointwise_conv2d(x, weight, bias, activation="relu")),
+        "typed function, without its table": recalled,
         "torch.ops": microseconds(lambda: overload(x, weight, bias, activation="relu")),
         "torch: relu(conv2d)": microseconds(lambda: functional.relu(functional.conv2d(x, weight, bias))),
     }

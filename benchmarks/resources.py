@@ -14,8 +14,8 @@ from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 
-from kernelpress import native
 from kernelpress.files import write_atomically
+from kernelpress.runtime import native
 
 __all__ = [
     "MARKS",

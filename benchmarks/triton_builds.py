@@ -22,7 +22,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from operator import attrgetter
@@ -33,10 +32,9 @@ import torch
 from triton_layers import DEMANDING, DEVICE, FORMS, Call, usual_layers
 
 from kernelpress.files import write_atomically
-from kernelpress.kernels.triton import quantize
 from kernelpress.kernels.triton.launch import Configuration, Device, launching_with
-from kernelpress.ops import registry, triton
-from kernelpress.ops.checks import TensorSpec
+from kernelpress.ops import registry
+from kernelpress.ops.backends import triton
 
 __all__ = [
     "KINDS",
@@ -82,9 +80,6 @@ KINDS: Mapping[str, tuple[torch.dtype, bool]] = {
     "fp16": (torch.float16, True),
 }
 """The dtype of x, and whether float32 may be rounded to TF32."""
-
-_OF_ROWS = (torch.float32, torch.int32)
-"""Dtypes of what `quantize_rows` tells of a row."""
 
 _OF_A_TILE = re.compile(r"TILE_(?!DEPTH)|BLOCK_")
 _OF_A_PATCH = re.compile(r"TILE_CHANNELS|LANES")
@@ -143,15 +138,13 @@ class Launch:
 
 
 def ops() -> tuple[str, ...]:
-    """Every op with a Triton kernel; `quantize_rows`, which has three outputs, stands in no registry."""
-    entries = registry.operators()
-    found = (entry.name for entry in entries if any(it.backend == "triton" for it in entry.implementations))
-    return (*found, "quantize_rows")
+    """Every op with a Triton kernel."""
+    return tuple(entry.name for entry in registry.operators() if entry.on("triton"))
 
 
 def family_of(op: str) -> str:
     """The file that an op's launcher is in."""
-    return "quantize" if op == "quantize_rows" else triton.kernel_of(op).family
+    return registry.operator(op).kernel("triton").family
 
 
 def families() -> tuple[str, ...]:
@@ -161,43 +154,39 @@ def families() -> tuple[str, ...]:
 
 def kinds_of(op: str) -> tuple[str, ...]:
     """Those of `KINDS` that an op's kernel takes."""
-    taken = triton.kernel_of("quantize" if op == "quantize_rows" else op).dtypes
+    taken = registry.operator(op).kernel("triton").dtypes
     return tuple(kind for kind, (dtype, _) in KINDS.items() if dtype in taken)
 
 
 def launches_of(op: str, call: Call, kind: str, device: Device, form: str = "") -> Iterator[list[Launch]]:
     """What a call launches in each of its configurations, the best guess first; nothing where it is not supported."""
-    place = triton.Target(DEVICE, lambda index: None, lambda index: device, lambda index: nullcontext())
+    elsewhere = triton.TARGET.changed(
+        device_type=DEVICE,
+        reason=lambda index: None,
+        describe=lambda index: device,
+        launch=lambda run, index: run(),
+    )
     found: list[Launch] = []
 
     def note(kernel: Any, grid: object, arguments: Any, constants: Any, configuration: Configuration) -> None:
         is_exact = kind == "tf32" and constants.get("PRECISION") != "tf32"
         found.append(Launch(op, form, "fp32" if is_exact else kind, kernel, arguments, constants, configuration))
 
-    with triton.running_on(place), launching_with(note):
-        for run in _rows_runs(call, device) if op == "quantize_rows" else _runs(op, call, kind):
+    with elsewhere, launching_with(note):
+        for run in _runs(op, call, kind):
             run()
             yield found.copy()
             found.clear()
 
 
 def _runs(op: str, call: Call, kind: str) -> Iterator[Callable[[], object]]:
-    entry, kernel = registry.operator(op), triton.kernel_of(op)
-    bound, named, _ = registry.bind(entry, *call)
-    specs = tuple(None if t is None else TensorSpec.of(t) for t in bound)
-    problem = registry.problem(entry, specs, named, DEVICE, KINDS[kind][1])
+    entry = registry.operator(op)
+    kernel = entry.kernel("triton")
+    bound, named, _ = entry.signature.bind(*call)
+    problem = registry.problem(entry, registry.specs_of(bound), named, DEVICE, KINDS[kind][1])
     if kernel.supports(problem) is None:
-        for configuration in triton.configurations(kernel, problem, kernel.operands(bound, named)):
+        for configuration in triton.configurations(kernel, problem, bound):
             yield partial(triton.prepare_with(kernel, problem, bound, configuration), bound)
-
-
-def _rows_runs(call: Call, device: Device) -> Iterator[Callable[[], object]]:
-    (x,), options = call
-    assert x is not None
-    values = x.new_empty(x.shape, dtype=torch.int8)
-    scale, zero_point = (x.new_empty(x.shape[:-1], dtype=of) for of in _OF_ROWS)
-    for configuration in quantize.quantize_rows_configurations(device, x):
-        yield partial(quantize.quantize_rows, values, scale, zero_point, x, **options, configuration=configuration)
 
 
 def _first_choices(op: str, device: Device) -> Iterator[Launch]:

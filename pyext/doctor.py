@@ -82,7 +82,7 @@ def _cpu_flags() -> set[str]:
 
 
 def _native() -> Iterator[Finding]:
-    from kernelpress import native
+    from kernelpress.runtime import native
 
     loaded = native.load()
     if loaded.module is None:
@@ -119,22 +119,23 @@ def _gpu() -> Iterator[Finding]:
 
 def _triton() -> Iterator[Finding]:
     """Whether the backend "triton" can be used, and what its kernels and the CUDA ones are tuned by."""
-    from kernelpress.ops import triton, tuning
+    from kernelpress.ops.backends import triton
+    from kernelpress.ops.tuning import search
 
-    reason = triton.target().reason(None)
+    reason = triton.TARGET.reason(None)
     version = _version("triton")
     named = "" if version is None or reason is None else f"{version}; "
     yield Finding("GPU", "Triton kernels", reason is None, f"{named}{reason or version}")
     try:
         found = {"": "as measured before, else by heuristic", "0": "by heuristic", "1": "at first call"}
-        yield Finding("GPU", "tile configurations", None, f"{found[tuning.autotune()]} (KERNELPRESS_AUTOTUNE)")
+        yield Finding("GPU", "tile configurations", None, f"{found[search.autotune()]} (KERNELPRESS_AUTOTUNE)")
     except ValueError as error:
         yield Finding("GPU", "tile configurations", False, str(error))
 
 
 def _cuda() -> Iterator[Finding]:
     """The native module, which devices its code is for, and whether one of them can be used."""
-    from kernelpress import native
+    from kernelpress.runtime import native
 
     loaded = native.load_cuda()
     if loaded.module is None:

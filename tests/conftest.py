@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 from hypothesis import register_random, settings
 from simt.fixtures import emulated_cuda, simt  # noqa: F401 - fixtures
 
-from kernelpress import native
+from kernelpress.runtime import native
 
 if importlib.util.find_spec("triton") is not None:
     from interpreting import interpreted_triton

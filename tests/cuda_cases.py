@@ -16,7 +16,7 @@ import kernelpress
 from kernelpress import ops
 from kernelpress.kernels import reference
 from kernelpress.ops import registry
-from kernelpress.ops.block_csr import BlockCsr, conv_matrix
+from kernelpress.ops.sparse_blocks import BlockCsr, conv_matrix
 
 __all__ = ["CASES", "FLOATS", "OpCase", "absent_because", "check", "has_kernel", "run"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import kernelpress as kp
-from kernelpress import native
 from kernelpress.emit import Candidate, EmittedModel
 from kernelpress.emit.evaluate import Cost
+from kernelpress.runtime import native
 from kernelpress.runtime.torch_private import BatchNorm
 
 FUSED_BACKENDS = ["reference", "cpu"] if native.cpu() is not None else ["reference"]

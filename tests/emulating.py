@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import Tensor
 
-from kernelpress.ops import cuda, registry
-from kernelpress.ops.checks import TensorSpec
+from kernelpress.ops import registry
+from kernelpress.ops.backends import cuda
 
 __all__ = ["run_configured"]
 
 
 def run_configured(op: str, tensors: Sequence[Tensor | None], options: dict[str, Any], configuration: str) -> Tensor:
     """The op on the backend "cuda", in the first tile configuration whose name begins so."""
-    entry, kernel = registry.operator(op), cuda.kernel_of(op)
-    specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
-    problem = registry.problem(entry, specs, entry.options(**options), "cpu", True)
-    names = cuda.target().configurations(kernel.name)
+    entry = registry.operator(op)
+    kernel = entry.kernel("cuda")
+    problem = registry.problem(entry, registry.specs_of(tensors), entry.signature.options(**options), "cpu", True)
+    names = cuda.TARGET.configurations(kernel.name)
     index = next(i for i, name in enumerate(names) if name.startswith(configuration))
     return cuda.prepare_with(kernel, problem, tensors, index)(tensors)

@@ -32,7 +32,7 @@ from kernelpress.emit.container import pack, unpack
 from kernelpress.emit.quantized import register_quantization
 from kernelpress.emit.record import summary_table
 from kernelpress.files.sealed import seal, seal_tensors, unseal, unseal_tensors
-from kernelpress.ops import tuned
+from kernelpress.ops.tuning import stored
 from kernelpress.recipe import load_recipe
 from kernelpress.runfolder import RunFolder
 
@@ -292,7 +292,7 @@ def _caches(folder: Path) -> list[Kind]:
     for i in range(5):
         cache.put(f"aten.conv2d.default(%{i})", 0.25 * (i + 1))
     cache.save()
-    tiles = tuned.path_of("a device")
+    tiles = stored.path_of("a device")
     chosen = {"device": "a device", "configurations": {f"depthwise_conv2d: {i}": f"tile{i}" for i in range(5)}}
     tiles.write_bytes(seal("tuned configurations", 1, chosen))
 
@@ -303,7 +303,7 @@ def _caches(folder: Path) -> list[Kind]:
         return _if_any(found)
 
     def read_tiles() -> str | None:
-        return _if_any(dict(tuned._read.__wrapped__(tiles, "a device")))
+        return _if_any(dict(stored._read.__wrapped__(tiles, "a device")))
 
     return [
         *_kinds_of_json("times of layers", next(folder.glob("timings-*.json")), read_times),

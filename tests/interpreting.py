@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -27,15 +27,21 @@ import triton.language as tl
 from torch import Tensor
 
 from kernelpress.kernels.triton.launch import Configuration, Device
-from kernelpress.ops import registry, triton
-from kernelpress.ops.checks import TensorSpec
+from kernelpress.ops import registry
+from kernelpress.ops.backends import triton
 from kernelpress.runtime import triton_private
 
 __all__ = ["H200", "INTERPRETED", "interpreted_triton", "run_triton"]
 
 H200 = Device("H200", 90, 132, 227 * 1024)
 
-INTERPRETED = triton.Target("cpu", lambda index: None, lambda index: H200, lambda index: nullcontext())
+INTERPRETED: dict[str, Any] = {
+    "device_type": "cpu",
+    "reason": lambda index: None,
+    "describe": lambda index: H200,
+    "launch": lambda run, index: run(),
+}
+"""Where Triton's kernels run: what is other about the target."""
 
 interpreter: Any = triton_private.interpreter()
 
@@ -136,7 +142,7 @@ def interpreted_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(interpreter.InterpreterBuilder, "cast_impl", _cast_to_nearest)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_dim", _draw_order)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "set_grid_idx", _set_program)
-    with triton.running_on(INTERPRETED), _poisoned_outputs():
+    with triton.TARGET.changed(**INTERPRETED), _poisoned_outputs():
         yield
 
 
@@ -149,12 +155,12 @@ def run_triton(
     allow_tf32: bool = True,
 ) -> Tensor:
     """The op on the backend "triton" in tiles of these sizes, or in a configuration, or as the heuristic chooses."""
-    entry, kernel = registry.operator(op), triton.kernel_of(op)
-    bound, named, _ = registry.bind(entry, tensors, options)
-    specs = tuple(None if t is None else TensorSpec.of(t) for t in bound)
-    problem = registry.problem(entry, specs, named, "cpu", allow_tf32)
+    entry = registry.operator(op)
+    kernel = entry.kernel("triton")
+    bound, named, _ = entry.signature.bind(tensors, options)
+    problem = registry.problem(entry, registry.specs_of(bound), named, "cpu", allow_tf32)
     if tile:
         configuration = Configuration(tile, 4, 2)
     elif configuration is None:
-        configuration = triton.configurations(kernel, problem, kernel.operands(bound, named))[0]
+        configuration = triton.configurations(kernel, problem, bound)[0]
     return triton.prepare_with(kernel, problem, bound, configuration)(bound)

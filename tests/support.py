@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelpress import native
 from kernelpress.files import cache_folder
 from kernelpress.kernels import reference
 from kernelpress.ops import registry
+from kernelpress.ops.calls.steps import native_call
 from kernelpress.ops.layout import PIXELS
+from kernelpress.runtime import native
 
 RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest ‖out − ref‖ / ‖ref‖, by the dtype computed in."""
@@ -109,7 +110,7 @@ def run_native(op: str, tensors: Sequence[Tensor | None], **options: Any) -> Ten
         out, around = wide[:, 3 : 3 + c], (wide[:, :3], wide[:, 3 + c :])
     else:
         out, around = plain.fill_(torch.nan), ()
-    call = registry.native_call(op, tensors, options, out)
+    call = native_call(op, tensors, options, out)
     getattr(native.cpu(), call.name)(*call.arguments)
     assert all(bool(rest.isnan().all()) for rest in around), "written outside the output's channels"
     return out

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernelpress import bench, native, ops
+from kernelpress import bench, ops
 from kernelpress.bench import Case, Roofline, Stage, ours, peers
 from kernelpress.bench.layers import (
     channel_shuffle,
@@ -25,6 +25,7 @@ from kernelpress.bench.layers import (
     sparse_matmul,
 )
 from kernelpress.bench.run import OURS, UNFUSED, measure_case, relative_error
+from kernelpress.runtime import native
 
 ROOFLINE = Roofline(
     threads=1, fma_gflops=100.0, l2_gbs=50.0, llc_gbs=20.0, memory_gbs=10.0, l2_bytes=1000, llc_bytes=10_000

@@ -16,7 +16,7 @@ from setuptools import Distribution
 from setuptools.errors import CompileError
 
 import kernelpress
-from kernelpress import native
+from kernelpress.runtime import native
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ["torch", "numpy", "sklearn", "PIL", "matplotlib", "jinja2", "accelerate", "pydantic", "rich", "typer", "yaml"]
@@ -142,7 +142,7 @@ def test_emit_is_a_function_and_a_package(imports: str):
 @needs_native
 @pytest.mark.parametrize("name", ["sse9", "AVX2", "neon512"])
 def test_an_instruction_set_that_cannot_run_is_refused(name: str):
-    result = run_python("from kernelpress import native; native.load()", KERNELPRESS_CPU=name)
+    result = run_python("from kernelpress.runtime import native; native.load()", KERNELPRESS_CPU=name)
     assert result.returncode != 0
     for part in ("ValueError: KERNELPRESS_CPU", repr(name), *native.cpu().variants()):
         assert part in result.stderr.splitlines()[-1]
@@ -151,14 +151,16 @@ def test_an_instruction_set_that_cannot_run_is_refused(name: str):
 @needs_native
 def test_every_runnable_instruction_set_can_be_chosen():
     for name in native.cpu().variants():
-        result = run_python("from kernelpress import native; print(native.cpu().variant())", KERNELPRESS_CPU=name)
+        result = run_python(
+            "from kernelpress.runtime import native; print(native.cpu().variant())", KERNELPRESS_CPU=name
+        )
         assert result.stdout.strip() == name, result.stderr
 
 
 def test_without_the_native_module_the_reason_is_kept():
     result = run_python(
         "import sys; sys.modules['kernelpress._cpu'] = None\n"
-        "from kernelpress import native; print(native.cpu(), native.load().absent_because)"
+        "from kernelpress.runtime import native; print(native.cpu(), native.load().absent_because)"
     )
     assert result.stdout.startswith("None ")
     assert "_cpu" in result.stdout
@@ -167,7 +169,7 @@ def test_without_the_native_module_the_reason_is_kept():
 @needs_native
 def test_native_loops_run_on_the_threads_of_torch():
     result = run_python(
-        "import torch; from kernelpress import native\n"
+        "import torch; from kernelpress.runtime import native\n"
         "for threads in (3, 1):\n"
         "    torch.set_num_threads(threads); print(native.load().threads, native.cpu().thread_count())"
     )
@@ -178,7 +180,7 @@ def test_native_loops_run_on_the_threads_of_torch():
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_native_loop_occupies_as_many_threads_as_torch_is_told(threads: int):
     result = run_python(
-        "import time, torch; from kernelpress import native\n"
+        "import time, torch; from kernelpress.runtime import native\n"
         f"module = native.cpu(); torch.set_num_threads({threads})\n"
         "def by_others(): return time.process_time() - time.thread_time()\n"
         "before = by_others(); module.fma_peak(0.5, 2); print(by_others() - before)"
@@ -359,7 +361,7 @@ def test_a_wheel_builds_from_the_source_archive_without_torch(tmp_path: Path):
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".cuh"))]
     check = "import kernelpress; print(kernelpress.__file__)"
     if native.cpu() is not None:
-        check += "; from kernelpress import native; print(native.cpu().variants())"
+        check += "; from kernelpress.runtime import native; print(native.cpu().variants())"
     imported = run_python(f"import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f)]; "
                           f"sys.path.insert(0, {str(unpacked)!r}); {check}")  # fmt: skip
     assert imported.stdout.startswith(str(unpacked)), imported.stderr

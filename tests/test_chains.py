@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kernelpress as kp
-from kernelpress import native
 from kernelpress.emit import native_steps, streaming
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.lower import NativeStep, lower
 from kernelpress.ops import registry
+from kernelpress.ops.calls.steps import native_call
+from kernelpress.runtime import native
 
 pytestmark = pytest.mark.skipif(native.cpu() is None, reason="no native kernels: build them with `make build`")
 
@@ -60,7 +61,7 @@ def native_plan(x, calls, residual):
         made = registry.allocate(op, arguments, options)
         if i == len(calls) - 1:
             plan.external(made.data_ptr(), made.numel() * 4)
-        call = registry.native_call(op, arguments, options, made)
+        call = native_call(op, arguments, options, made)
         getattr(plan, call.name)(*call.arguments)
         held.append(call.tensors)
     return plan, made, held
@@ -134,7 +135,7 @@ def test_layers_that_do_not_feed_each_other_are_not_joined():
     depthwise = call_of("depthwise", 8, 3, 1, 8, "relu")
     plan, first, held = native_plan(x, [depthwise], residual=False)
     second = registry.allocate(depthwise[0], [x, *depthwise[1]], depthwise[2])
-    call = registry.native_call(depthwise[0], [x, *depthwise[1]], depthwise[2], second)
+    call = native_call(depthwise[0], [x, *depthwise[1]], depthwise[2], second)
     getattr(plan, call.name)(*call.arguments)
     assert not plan.join(0, 2)
     assert not plan.join(0, 1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -129,18 +128,18 @@ class TestDoctor:
 
     def test_the_triton_backend_is_reported_with_its_version_and_the_reason_against_it(self, monkeypatch):
         from kernelpress import doctor
-        from kernelpress.ops import triton
+        from kernelpress.ops.backends import triton
 
         def finding():
             return next(finding for finding in doctor.examine() if finding.name == "Triton kernels")
 
         monkeypatch.setattr(doctor, "_version", lambda package: "3.9.0")
-        with triton.running_on(replace(triton.target(), reason=lambda index: None)):
+        with triton.TARGET.changed(reason=lambda index: None):
             assert (finding().is_ok, finding().detail) == (True, "3.9.0")
-        with triton.running_on(replace(triton.target(), reason=lambda index: "no device")):
+        with triton.TARGET.changed(reason=lambda index: "no device"):
             assert (finding().is_ok, finding().detail) == (False, "3.9.0; no device")
         monkeypatch.setattr(doctor, "_version", lambda package: None)
-        with triton.running_on(replace(triton.target(), reason=lambda index: "triton is not installed: pip ...")):
+        with triton.TARGET.changed(reason=lambda index: "triton is not installed: pip ..."):
             assert (finding().is_ok, finding().detail) == (False, "triton is not installed: pip ...")
 
     @pytest.mark.parametrize(

@@ -10,17 +10,22 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernelpress import doctor, native, ops
+from kernelpress import doctor, ops
 from kernelpress.kernels.reference import ACTIVATIONS
-from kernelpress.ops import cuda, prepared, registry, tuned
-from kernelpress.ops.fallback import reference_implementation
+from kernelpress.ops import registry
+from kernelpress.ops.backends import cuda
+from kernelpress.ops.backends.kernel import FLOATING, Kernel, float_vector, tf32_reason
+from kernelpress.ops.calls import prepared
+from kernelpress.ops.calls.dispatch import declare
 from kernelpress.ops.layout import PIXELS
+from kernelpress.ops.tuning import stored
+from kernelpress.runtime import native
 
 needs_module = pytest.mark.skipif(native.cuda() is None, reason=f"no _cuda: {native.load_cuda().absent_because}")
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU; this machine has one")
@@ -31,9 +36,11 @@ DEVICE = cuda.CudaDevice("pretended device", 80, 108, 164 << 10, 40 << 20)
 CONFIGURATIONS = ("narrow", "wide", "huge")
 
 
-class ToyOptions(NamedTuple):
-    factor: float = 1.0
-    activation: str = "identity"
+def toy_scale(
+    x: Tensor, weight: Tensor, *, factor: float = 1.0, activation: str = "identity", backend: str = "auto"
+) -> Tensor:
+    """`x · weight · factor`."""
+    raise NotImplementedError
 
 
 @dataclass
@@ -53,44 +60,39 @@ class Recorder:
         y, weight, *rest = tensors
         y.copy_(rest[-1 if len(rest) == 1 else 0].float() * weight[:, None, None] * fields[-1])
 
-    def target(self, device_type: str = "cpu") -> cuda.Target:
-        return cuda.Target(
-            device_type, lambda index: self.reason, lambda index: DEVICE, self.launch, lambda name: CONFIGURATIONS
-        )
+    def target(self, device_type: str = "cpu") -> dict[str, Any]:
+        return {
+            "device_type": device_type,
+            "reason": lambda index: self.reason,
+            "describe": lambda index: DEVICE,
+            "launch": self.launch,
+            "configurations": lambda name: CONFIGURATIONS,
+        }
 
 
-def toy_kernel(recorder: Recorder, **changes: Any) -> cuda.CudaKernel:
-    def operands(tensors: Sequence[Any], options: ToyOptions) -> tuple[Any, ...]:
-        x, weight = tensors
+def toy_kernel(recorder: Recorder, **changes: Any) -> Kernel:
+    def operands(options: Any, x: Any, weight: Tensor) -> tuple[Any, ...]:
         recorder.packed += 1
-        return (x, cuda.float_vector(weight))
+        return (x, float_vector(weight))
 
-    return cuda.CudaKernel(
-        name="toy_launcher",
-        layouts=(PIXELS, None),
-        supports=lambda problem: cuda.tf32_reason(problem),
-        operands=operands,
-        sizes=lambda problem, spacings, y_spacing: (*problem.shape, spacings[0], y_spacing),
+    return Kernel(
+        "toy_launcher",
+        operands,
+        sizes=lambda problem, spacing: (*problem.shape, spacing["x"], spacing["y"]),
+        layouts={"x": PIXELS},
+        supports=tf32_reason,
         scalars=lambda problem: (problem.options.factor,),
         **changes,
     )
 
 
 def make_toy(recorder: Recorder, **changes: Any) -> registry.Operator:
-    return registry.Operator(
-        name=TOY,
-        schema="(Tensor x, Tensor weight, *, float factor=1, str activation, str backend) -> Tensor",
-        tensors=("x", "weight"),
-        options=ToyOptions,
+    return declare(
+        toy_scale,
         out=PIXELS,
-        shape=lambda tensors, options: tensors[0].shape,
+        shape=lambda options, x, weight: x.shape,
         reference=lambda x, weight, factor, activation: x * weight[:, None, None] * factor,
-        macs=lambda shapes, options, shape: 0,
-        implementations=(
-            cuda.cuda_implementation(TOY, toy_kernel(recorder, **changes)),
-            reference_implementation(TOY, lambda x, weight, factor, activation: x * weight[:, None, None] * factor),
-        ),
-        native=None,
+        implementations=(cuda.cuda_implementation(toy_kernel(recorder, **changes)),),
     )
 
 
@@ -98,9 +100,8 @@ def make_toy(recorder: Recorder, **changes: Any) -> registry.Operator:
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Recorder]:
     """An op `toy_scale` whose CUDA kernel runs on the recorder."""
     recorder = Recorder()
-    monkeypatch.setattr(cuda, "_kernels", dict(cuda._kernels))
     monkeypatch.setattr(registry, "_OPERATORS", {**registry._OPERATORS, TOY: make_toy(recorder)})
-    with cuda.launching_on(recorder.target()):
+    with cuda.TARGET.changed(**recorder.target()):
         yield recorder
 
 
@@ -112,7 +113,7 @@ def image(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape).to(dtype, memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("dtype", cuda.FLOATING, ids=str)
+@pytest.mark.parametrize("dtype", FLOATING, ids=str)
 def test_a_launch_is_told_addresses_sizes_enumerations_and_scalars_in_this_order(recorder, dtype) -> None:
     wide, weight = image(2, 8, 3, 5, dtype=dtype), torch.randn(6).to(dtype)
     x = wide[:, 1:7]
@@ -123,7 +124,7 @@ def test_a_launch_is_told_addresses_sizes_enumerations_and_scalars_in_this_order
     (fields,) = recorder.launches
     assert fields[0] == x.data_ptr()
     assert fields[2] == y.data_ptr()
-    assert fields[3:] == [2, 6, 3, 5, 8, 6, cuda.FLOATING.index(dtype), 7, cuda.HEURISTIC, 2.5]
+    assert fields[3:] == [2, 6, 3, 5, 8, 6, FLOATING.index(dtype), 7, cuda.HEURISTIC, 2.5]
     assert [type(value) for value in fields] == [int] * 12 + [float]
 
 
@@ -143,7 +144,7 @@ def test_enumerations_are_numbered_as_in_the_kernels(enumeration: str, names: li
 
 @pytest.mark.parametrize(("needed", "given"), [(0, False), (48, True)])
 def test_a_workspace_of_the_wanted_size_follows_the_output(recorder, monkeypatch, needed, given) -> None:
-    toy = make_toy(recorder, has_workspace=True, workspace=lambda problem, device: needed)
+    toy = make_toy(recorder, workspace=lambda problem, device: needed)
     monkeypatch.setitem(registry._OPERATORS, TOY, toy)
     y = run(image(1, 4, 2, 2), torch.randn(4))
     (fields,) = recorder.launches
@@ -175,7 +176,7 @@ def test_nothing_is_launched_for_an_empty_batch(recorder) -> None:
 
 def test_a_tensor_elsewhere_is_refused_where_cuda_is_asked_for(recorder) -> None:
     x, weight = image(1, 4, 2, 2), torch.randn(4)
-    with cuda.launching_on(recorder.target("cuda")):
+    with cuda.TARGET.changed(**recorder.target("cuda")):
         with pytest.raises(RuntimeError, match=r"backend 'cuda' cannot run this call: x is on cpu"):
             run(x, weight)
         assert torch.equal(run(x, weight, backend="auto"), x * weight[:, None, None])
@@ -230,9 +231,9 @@ def test_the_later_setting_of_tf32_counts_too() -> None:
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Any]:
     """An empty cache folder."""
     monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path / "cache"))
-    tuned.forget()
+    stored.forget()
     yield tmp_path / "cache"
-    tuned.forget()
+    stored.forget()
 
 
 def measure_by(recorder: Recorder, times: dict[int, float]) -> Callable[[Callable[[], Tensor]], float]:
@@ -292,7 +293,7 @@ def test_a_file_that_says_nothing_of_use_leaves_the_heuristic(recorder, cache, c
     (file,) = cache.iterdir()
     (key,) = json.loads(file.read_text())["configurations"]
     file.write_text(content.replace("KEY", json.dumps(key)).replace("DEVICE", json.dumps(DEVICE.name)))
-    tuned.forget()
+    stored.forget()
     prepared.clear()
     run(x, weight)
     assert recorder.launches[-1][-2] == cuda.HEURISTIC
@@ -307,7 +308,7 @@ def test_a_measurement_that_cannot_be_kept_is_an_error_with_the_file(recorder, c
 def test_what_has_no_cuda_kernel_or_no_gpu_cannot_be_tuned(recorder) -> None:
     with pytest.raises(ValueError, match=rf"can be tuned on cuda \(.*{TOY}.*\), got 'max_pool2d'"):
         ops.tune("max_pool2d", image(1, 4, 2, 2), kernel_size=2, stride=2)
-    with cuda.launching_on(recorder.target("cuda")), pytest.raises(RuntimeError, match="x is on cpu"):
+    with cuda.TARGET.changed(**recorder.target("cuda")), pytest.raises(RuntimeError, match="x is on cpu"):
         ops.tune(TOY, image(1, 4, 2, 2), torch.randn(4))
 
 
@@ -402,14 +403,14 @@ def test_without_a_gpu_the_module_loads_and_says_why_nothing_runs() -> None:
 
 @needs_module
 def test_every_kernel_of_an_op_is_bound() -> None:
-    launchers = {kernel.name for kernel in cuda._kernels.values()}
+    launchers = {entry.kernel("cuda").name for entry in registry.operators() if entry.on("cuda")}
     assert launchers
     assert [name for name in sorted(launchers) if not hasattr(native.cuda(), name)] == []
 
 
 @needs_module
 def test_launchers_refuse_fields_of_another_number_or_kind() -> None:
-    for kernel in {kernel.name for kernel in cuda._kernels.values()}:
+    for kernel in {entry.kernel("cuda").name for entry in registry.operators() if entry.on("cuda")}:
         launcher = getattr(native.cuda(), kernel)
         with pytest.raises(TypeError, match=rf"{kernel}: expected (\d+) integers, (\d+) floats, the stream") as raised:
             launcher(1)

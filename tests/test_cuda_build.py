@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from kernelpress import native
+from kernelpress.runtime import native
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = ROOT / "kernels" / "cuda"
@@ -41,14 +41,14 @@ PIPELINE = {COPY_16, r"LDSM\.16\.M88\.4", STORE_16}
 INSTRUCTIONS: dict[str, set[str]] = {
     "dense": TENSOR_FLOAT | PIPELINE,
     "depthwise": GLOBAL_16 | {COPY_16},
-    "depthwise_int8": {r"IDP\.4A\.S8\.S8", COPY_16},
+    "int8_depthwise": {r"IDP\.4A\.S8\.S8", COPY_16},
     "depthwise_tensor": TENSOR_16 | {r"LDGSTS\.E\.64", r"STG\.E\.64"},
     "ghost": TENSOR_FLOAT | PIPELINE,
     "grouped": TENSOR_FLOAT | PIPELINE,
     "grouped_shuffle": GLOBAL_16,
     "int8": TENSOR_INT8 | PIPELINE,
     "int8_conv": TENSOR_INT8 | PIPELINE,
-    "quantize": GLOBAL_16,
+    "int8_quantize": GLOBAL_16,
     "separable": TENSOR_FLOAT | PIPELINE,
     "separable_inverted": TENSOR_FLOAT | PIPELINE,
     "sparse": TENSOR_FLOAT | TENSOR_INT8 | PIPELINE,

@@ -14,9 +14,9 @@ from torch import Tensor
 import kernelpress
 from kernelpress import ops
 from kernelpress.kernels.reference import ACTIVATIONS
-from kernelpress.ops import cuda, registry
-from kernelpress.ops.checks import TensorSpec
-from kernelpress.ops.cudnn import cudnn_implementation
+from kernelpress.ops import registry
+from kernelpress.ops.backends import cuda
+from kernelpress.ops.backends.cudnn import CUDNN
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TILES = ("256x128", "128x128", "128x64", "64x64, ", "128x32", "16x64", "64x64 of any")
@@ -50,7 +50,7 @@ def _check(tensors: list[Tensor | None], options: dict[str, Any], out: Tensor) -
 
 
 def _options(options: dict[str, Any]) -> Any:
-    return registry.operator("pointwise_conv2d").options(**options)
+    return registry.operator("pointwise_conv2d").signature.options(**options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -168,9 +168,8 @@ def test_cudnn_falls_back_to_operations_where_nothing_fuses(activation: str, wit
     tensors = [channels_last(2, 6, 7, 5), torch.randn(9, 6, 3, 3), torch.randn(9), torch.rand(9) + 0.5]
     tensors.append(channels_last(2, 9, 4, 3) if with_residual else None)
     options = {"stride": (2, 2), "padding": (1, 1), "activation": activation}
-    specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
-    problem = registry.problem(entry, specs, entry.options(**options), "cpu")
-    run = cudnn_implementation("conv2d").prepare(problem, tensors)
+    problem = registry.problem(entry, registry.specs_of(tensors), entry.signature.options(**options), "cpu")
+    run = CUDNN.prepare(problem, tensors)
     for _ in range(2):
         out = run(tensors)
         assert out.stride() == problem.stride

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ import kernelpress
 from kernelpress import ops
 from kernelpress.kernels import reference
 from kernelpress.kernels.reference import ACTIVATIONS
-from kernelpress.ops import cuda
+from kernelpress.ops.backends import cuda
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -95,7 +94,7 @@ def test_tensor_cores_walk_round_the_ring(simt: Simt) -> None:
 
     tensors = tensors_of(channels_last(32, 4, 37, 34), (5, 5), torch.float16)
     options = {"padding": (2, 2)}
-    with cuda.launching_on(replace(cuda.target(), launch=launch)):
+    with cuda.TARGET.changed(launch=launch):
         check(tensors, options, run_configured("depthwise_conv2d", tensors, options, "tensor cores"))
 
 
@@ -126,7 +125,7 @@ def test_tensor_cores_meet_no_bank_twice(kernel: int, simt: Simt) -> None:
     tensors = tensors_of(channels_last(1, 16, 16, 64), (kernel, kernel), torch.float16)
     options = {"padding": (kernel // 2, kernel // 2)}
     simt.clear_statistics()
-    with cuda.launching_on(replace(cuda.target(), launch=launch)):
+    with cuda.TARGET.changed(launch=launch):
         run_configured("depthwise_conv2d", tensors, options, "tensor cores")
     counts = simt.statistics()
     assert counts["shared_conflicts"] <= 0.02 * counts["shared_accesses"], counts

@@ -14,8 +14,9 @@ from torch import Tensor
 import kernelpress
 from kernelpress import ops
 from kernelpress.kernels.reference import ACTIVATIONS
-from kernelpress.ops import cuda, registry
-from kernelpress.ops.checks import TensorSpec
+from kernelpress.ops import registry
+from kernelpress.ops.backends import cuda
+from kernelpress.ops.backends.kernel import spacings
 
 ERROR = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 """float32 is multiplied in TF32."""
@@ -76,17 +77,17 @@ def run(
     around: tuple[int, int] = (0, 0),
 ) -> Tensor:
     """One launch, into channels of a wider tensor."""
-    operator, kernel = registry.operator("ghost_conv2d"), cuda.kernel_of("ghost_conv2d")
-    given = registry.options_of(operator, operator.options(**options))
-    problem = registry.problem(operator, tuple(None if t is None else TensorSpec.of(t) for t in tensors), given, "cpu")
+    operator = registry.operator("ghost_conv2d")
+    kernel, given = operator.kernel("cuda"), operator.signature.bind((), options)[1]
+    problem = registry.problem(operator, registry.specs_of(tensors), given, "cpu")
     x = tensors[0]
     assert x is not None
     out = random_slice(problem.shape, x.dtype, *around).fill_(torch.nan)
     y_stride = problem.shape[1] + sum(around)
-    operands = kernel.operands(tensors, given)
+    operands = kernel.operands(given, *tensors)
     fields = [
         *[0 if t is None else t.data_ptr() for t in (*operands, out)],
-        *kernel.sizes(problem, registry.native_spacings(kernel.layouts, problem), y_stride),
+        *kernel.sizes(problem, {**spacings(kernel, problem), "y": y_stride}),
         *(cuda.data_type(x.dtype), ACTIVATIONS.index(given.activation), configuration),
     ]
     simt.run("ghost_conv2d", operands, fields, seed=seed, order=order, outputs=[out])

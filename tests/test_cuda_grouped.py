@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,8 +16,8 @@ import kernelpress
 from kernelpress import ops
 from kernelpress.kernels import reference
 from kernelpress.kernels.reference import ACTIVATIONS
-from kernelpress.ops import cuda
-from kernelpress.ops.grouping import grouping_of, windowed_weight
+from kernelpress.ops.backends import cuda
+from kernelpress.ops.grouped_windows import grouping_of, windowed_weight
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -95,7 +94,7 @@ def test_the_heuristic_takes_whole_pixels_where_they_occupy_the_device(
     x, weight = channels_last(1, 24, *size).half(), torch.randn(48, 8, 1, 1).half()
     options = {"groups": 3, "shuffle": shuffle}
     emulated_cuda.clear_statistics()
-    with cuda.launching_on(replace(cuda.target(), launch=launch)):
+    with cuda.TARGET.changed(launch=launch):
         out = ops.grouped_conv2d(x, weight, **options, backend="cuda")
     assert_matches("grouped_conv2d", [x, weight, None, None, None], options, out)
     assert emulated_cuda.statistics()["blocks"] == blocks
@@ -192,7 +191,7 @@ def test_the_halves_of_a_wider_tensor_are_shuffled_in_place(start: int) -> None:
 
 def test_pixels_too_wide_for_shared_memory_are_gathered() -> None:
     x = channels_last(1, 42_000, 1, 2)
-    assert x[0, :, 0, 0].nbytes > cuda.target().describe(0).shared_bytes
+    assert x[0, :, 0, 0].nbytes > cuda.TARGET.describe(0).shared_bytes
     assert torch.equal(ops.channel_shuffle(x, groups=7, backend="cuda"), reference.channel_shuffle(x, groups=7))
 
 

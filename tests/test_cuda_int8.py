@@ -14,7 +14,7 @@ from torch import Tensor
 import kernelpress
 from kernelpress import ops
 from kernelpress.kernels import reference
-from kernelpress.ops import cuda
+from kernelpress.ops.backends import cuda
 
 pytestmark = pytest.mark.usefixtures("emulated_cuda")
 
@@ -127,7 +127,13 @@ def two_multiprocessors(simt: Simt) -> Iterator[None]:
     def describe(index: int) -> cuda.CudaDevice:
         return cuda.CudaDevice(**simt.module.device(1))
 
-    with cuda.launching_on(cuda.Target("cpu", lambda index: None, describe, launch, simt.module.configurations)):
+    with cuda.TARGET.changed(
+        device_type="cpu",
+        reason=lambda index: None,
+        describe=describe,
+        launch=launch,
+        configurations=simt.module.configurations,
+    ):
         yield
 
 

@@ -14,7 +14,7 @@ import kernelpress
 from kernelpress import ops
 from kernelpress.kernels import reference
 from kernelpress.kernels.reference import ACTIVATIONS
-from kernelpress.ops.block_csr import BlockCsr
+from kernelpress.ops.sparse_blocks import BlockCsr
 from kernelpress.ops.sparse_schedule import longest_segment, make_schedule
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernelpress as kp
-from kernelpress import native, ops
+from kernelpress import ops
 from kernelpress.emit import EmittedModel
 from kernelpress.emit.direct import Direct
-from kernelpress.ops import bound, prepared, registry
+from kernelpress.ops import registry
+from kernelpress.ops.calls import prepared
+from kernelpress.runtime import native
 from kernelpress.runtime.torch_private import OpOverload, TorchDispatchMode, neg_view
 
 
@@ -266,9 +268,10 @@ def test_clearing_prepared_calls_asks_again(
 ) -> None:
     emitted, _ = pair
     asked: list[Any] = []
-    call = bound.call
-    monkeypatch.setattr(bound, "call", lambda *given: asked.append(given) or call(*given))
+    prepare = prepared.prepare
+    monkeypatch.setattr(prepared, "prepare", lambda *given: asked.append(given) or prepare(*given))
     x = image()
+    prepared.clear()
     emitted(x)
     count = len(asked)
     assert count > 0

@@ -32,7 +32,7 @@ from kernelpress.emit.graph_json import graph_from_json, graph_to_json
 from kernelpress.emit.record import summary_table
 from kernelpress.files.plain import from_plain
 from kernelpress.files.sealed import parse_json, seal, seal_tensors, unseal, unseal_tensors
-from kernelpress.ops import tuned
+from kernelpress.ops.tuning import stored
 from kernelpress.recipe import RecipeError, load_recipe
 from kernelpress.runtime.torch_private import scoped_library
 
@@ -576,7 +576,7 @@ class TestCaches:
     @pytest.fixture(autouse=True)
     def folder(self, tmp_path, monkeypatch) -> Path:
         monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path))
-        tuned.forget()
+        stored.forget()
         return tmp_path
 
     @pytest.mark.parametrize("damage", ["cut", "flipped", "text", "older"])
@@ -611,10 +611,10 @@ class TestCaches:
             assert TimingCache(cpu)._times == {}
 
     def test_a_damaged_cache_of_tiles_is_told(self, folder):
-        file = tuned.path_of("device")
+        file = stored.path_of("device")
         file.write_bytes(seal("tuned configurations", 1, {"device": "device", "configurations": {"a": "b"}})[:-5])
         with pytest.warns(UserWarning, match="what was tuned before is forgotten"):
-            assert tuned._read(file, "device") == {}
+            assert stored._read(file, "device") == {}
 
 
 def growing(form: str) -> str:

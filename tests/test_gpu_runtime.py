@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 import kernelpress as kp
 from kernelpress import ops
-from kernelpress.cuda_graph import Recording, record
 from kernelpress.emit import cuda_plan, evaluate, pipeline, plan
 from kernelpress.emit.cuda_plan import CudaPlan
 from kernelpress.measure import device_clock
-from kernelpress.ops import prepared, triton
+from kernelpress.ops.backends import triton
+from kernelpress.ops.calls import prepared
+from kernelpress.runtime.cuda_graph import Recording, record
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
@@ -552,8 +553,8 @@ def test_without_a_triton_kernel_that_runs_there_is_none_beside_ours(gpu: Any) -
 
 def test_models_leave_triton_out_unless_asked(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     reasons: list[str | None] = []
-    monkeypatch.setattr(gpu.networks, "capture_all", lambda place: reasons.append(triton.target().reason(None)) or 0)
-    before = triton.target().reason(None)
+    monkeypatch.setattr(gpu.networks, "capture_all", lambda place: reasons.append(triton.TARGET.reason(None)) or 0)
+    before = triton.TARGET.reason(None)
     assert gpu.networks.main(["capture", "--dry-run"]) == 0
     assert gpu.networks.main(["capture", "--dry-run", "--triton"]) == 0
     assert reasons == ["left out: gpu.networks --triton", before]

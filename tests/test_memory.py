@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from kernelpress.ops.memory import ALIGNMENT, long_lived_copy
+from kernelpress.runtime.memory import ALIGNMENT, long_lived_copy
 
 
 @pytest.mark.parametrize(

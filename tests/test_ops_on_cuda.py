@@ -59,4 +59,5 @@ def test_the_cases_are_calls_that_the_ops_take(case: OpCase) -> None:
 
 
 def test_every_op_has_a_case() -> None:
-    assert {case.op for case in CASES} == {entry.name for entry in registry.operators()}
+    """But `quantize_rows`, whose three outputs tests/test_cuda_int8.py compares by themselves."""
+    assert {case.op for case in CASES} | {"quantize_rows"} == {entry.name for entry in registry.operators()}

@@ -16,9 +16,11 @@ from support import assert_close, channels_last, expected_output
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernelpress import native, ops
-from kernelpress.ops import packing, prepared, registry
+from kernelpress import ops
+from kernelpress.ops import registry
+from kernelpress.ops.calls import packing, prepared
 from kernelpress.ops.checks import one_floating_dtype
+from kernelpress.runtime import native
 from kernelpress.runtime.torch_private import neg_view
 
 

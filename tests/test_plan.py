@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kernelpress as kp
-from kernelpress import native
 from kernelpress.emit.arena import ALIGNMENT, Lifetime, lay_out
 from kernelpress.measure.memory import peak_memory_bytes
+from kernelpress.runtime import native
 
 HAS_NATIVE = native.cpu() is not None
 needs_native = pytest.mark.skipif(not HAS_NATIVE, reason="no native kernels: build them with `make build`")

@@ -18,9 +18,9 @@ from emitting import FUSED_BACKENDS, emit_fused
 from torch import Tensor, nn
 
 import kernelpress as kp
-from kernelpress import native
 from kernelpress.emit import Candidate, EmittedModel, native_steps, streaming
 from kernelpress.emit.plan import Plan
+from kernelpress.runtime import native
 
 
 class Net(nn.Module):

@@ -14,10 +14,11 @@ from support import assert_close, channels_last, expected_output
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kernelpress import native, ops
-from kernelpress.emit import direct
-from kernelpress.ops import bound, bound_python, prepared, registry
-from kernelpress.ops.snapshot import Snapshot
+from kernelpress import ops
+from kernelpress.ops import registry
+from kernelpress.ops.calls import prepared
+from kernelpress.runtime import native
+from kernelpress.runtime.snapshot import Snapshot
 from kernelpress.runtime.torch_private import TensorBase, TorchDispatchMode, efficient_zero_tensor, neg_view
 
 recalls_natively = pytest.mark.skipif(
@@ -228,17 +229,6 @@ def test_kernels_run_where_torch_publishes_no_exchange() -> None:
         assert module.read_tensors(torch.Tensor, nn.Parameter, torch.is_grad_enabled)
 
 
-@pytest.fixture(params=["native", "python"])
-def bound_types(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Who watches parameters and binds calls."""
-    if request.param == "native" and not native.load().reads_tensors:
-        pytest.skip("no native module, or a torch that publishes no DLPack exchange")
-    types = native.cpu() if request.param == "native" else bound_python
-    monkeypatch.setattr(bound, "_types", types)
-    monkeypatch.setattr(direct, "ParameterWatch", types.ParameterWatch)
-    return types
-
-
 CONV_CHANGES: dict[str, Callable[[nn.Conv2d], object]] = {
     "in place": lambda conv: conv.weight.mul_(2),
     "data": lambda conv: setattr(conv.weight, "data", torch.ones_like(conv.weight)),
@@ -248,63 +238,20 @@ CONV_CHANGES: dict[str, Callable[[nn.Conv2d], object]] = {
 
 
 @pytest.mark.parametrize("change", CONV_CHANGES.values(), ids=CONV_CHANGES.keys())
-def test_bound_calls_notice_changed_parameters(bound_types: Any, change: Callable[[nn.Conv2d], object]) -> None:
+def test_emitted_models_notice_changed_parameters(change: Callable[[nn.Conv2d], object]) -> None:
     model, x = randomize(nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3))), channels_last(1, 6, 5, 5)
     emitted = emit_fused(model, x)
     with torch.no_grad():
         before = emitted(x)
-        assert isinstance(emitted._direct.watch, bound_types.ParameterWatch)
-        epoch = emitted._direct.watch.epoch
         assert torch.equal(emitted(x), before)
-        assert emitted._direct.watch.epoch == epoch
         change(emitted.body.get_submodule("0"))
         change(model[0])
         for _ in range(2):
             assert_close(emitted(x), model.double()(x.double()))
             model.float()
-        assert emitted._direct.watch.epoch != epoch
 
 
-def test_bound_calls_take_what_comes(bound_types: Any) -> None:
-    watch = bound_types.ParameterWatch(())
-    renewed: list[Any] = []
-
-    def renew(*activations: Tensor) -> str:
-        renewed.append(activations)
-        return "renewed"
-
-    x = channels_last(1, 6, 5, 5)
-    call = bound_types.BoundCall("op", watch, renew)
-    assert call.__name__ == "op"
-    assert watch.look()
-    assert call(x) == "renewed"
-    call.remember(watch.epoch, (0,), (x, None), lambda tensors: tensors[0] * 2)
-    assert torch.equal(call(x), x * 2)
-    assert torch.equal(call(x.clone()), x * 2)
-    others = [x.double(), x[:, :5], x.contiguous(), neg_view(x), x.as_subclass(Subclass), x.to("meta")]
-    assert [call(t) for t in others] == ["renewed"] * len(others)
-    prepared.clear()
-    assert watch.look()
-    assert call(x) == "renewed"
-
-
-def test_a_watch_refuses_what_wants_a_gradient_or_is_gone(bound_types: Any) -> None:
-    table = {"weight": nn.Parameter(torch.randn(2))}
-    watch = bound_types.ParameterWatch(((table, "weight"),))
-    assert not watch.look()
-    with torch.no_grad():
-        assert watch.look()
-    table["weight"].requires_grad_(False)
-    assert watch.look()
-    table["weight"] = None
-    assert not watch.look()
-    table["weight"] = torch.randn(2).as_subclass(Subclass)
-    assert not watch.look()
-    del table["weight"]
-    assert not watch.look()
-
-
-def test_a_model_that_its_own_parameter_refers_to_is_collected(bound_types: Any) -> None:
+def test_a_model_that_its_own_parameter_refers_to_is_collected() -> None:
     emitted = emit_fused(randomize(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 6, 6))
     emitted(torch.randn(1, 3, 6, 6))
     next(emitted.parameters()).owner = emitted

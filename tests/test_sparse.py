@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernelpress import ops
 from kernelpress.kernels.reference import ACTIVATIONS, activate
 from kernelpress.layers import BlockSparseConv2d, BlockSparseLinear
-from kernelpress.ops.block_csr import BlockCsr, conv_matrix, conv_weight
+from kernelpress.ops.sparse_blocks import BlockCsr, conv_matrix, conv_weight
 
 
 def random_weight(c_out: int, c_in: int, block: tuple[int, int], density: float = 0.4) -> BlockCsr:

@@ -14,7 +14,7 @@ from kernelpress import ops
 from kernelpress.kernels import reference
 from kernelpress.kernels.triton.grouped import channel_shuffle_configurations, grouped_conv2d
 from kernelpress.kernels.triton.launch import Configuration, launching_with, unit
-from kernelpress.ops.grouping import grouping_of, windowed_weight
+from kernelpress.ops.grouped_windows import grouping_of, windowed_weight
 
 pytestmark = pytest.mark.usefixtures("interpreted_triton")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from kernelpress import ops
 from kernelpress.kernels import reference
 from kernelpress.kernels.reference import ACTIVATIONS
-from kernelpress.kernels.triton import quantize as quantize_kernels
+from kernelpress.kernels.triton import int8_quantize as quantize_kernels
 from kernelpress.kernels.triton.launch import Configuration
 
 pytestmark = [
@@ -262,7 +262,7 @@ def test_quantize_rows(shape: tuple[int, ...], symmetric: bool) -> None:
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_rows_longer_than_a_tile(symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = (Configuration((2, 16), 4, 1),)
-    monkeypatch.setattr(quantize_kernels, "quantize_rows_configurations", lambda device, x: tiles)
+    monkeypatch.setattr(quantize_kernels, "quantize_rows_configurations", lambda *_, **options: tiles)
     x = torch.randn(3, 50) * torch.logspace(-3, 3, 50)
     x[1, 40] = torch.nan
     check_rows(x, symmetric)

@@ -14,8 +14,8 @@ from kernelpress import ops
 from kernelpress.kernels import reference
 from kernelpress.kernels.triton.launch import Configuration
 from kernelpress.kernels.triton.sparse import sparse_matmul_configurations
-from kernelpress.ops.block_csr import BlockCsr
 from kernelpress.ops.checks import TensorSpec
+from kernelpress.ops.sparse_blocks import BlockCsr
 
 pytestmark = pytest.mark.usefixtures("interpreted_triton")
 

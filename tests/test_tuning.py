@@ -23,8 +23,10 @@ import kernelpress as kp
 from kernelpress import ops
 from kernelpress.files.sealed import seal, unseal
 from kernelpress.kernels.triton.launch import Configuration, launching_with
-from kernelpress.ops import prepared, registry, triton, tuned, tuning
-from kernelpress.ops.checks import TensorSpec
+from kernelpress.ops import registry
+from kernelpress.ops.backends import triton
+from kernelpress.ops.calls import prepared
+from kernelpress.ops.tuning import search, stored
 from kernelpress.runtime.torch_private import FakeTensorMode
 
 OutOfResources = pytest.importorskip("triton", reason="pip install triton").OutOfResources
@@ -35,9 +37,9 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache folder, and nothing said about tuning."""
     monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("KERNELPRESS_AUTOTUNE", raising=False)
-    tuned.forget()
+    stored.forget()
     yield tmp_path / "cache"
-    tuned.forget()
+    stored.forget()
 
 
 class Recorder:
@@ -65,7 +67,7 @@ class Recorder:
 @pytest.fixture
 def recorder() -> Iterator[Recorder]:
     recorder = Recorder()
-    with triton.running_on(INTERPRETED), launching_with(recorder):
+    with triton.TARGET.changed(**INTERPRETED), launching_with(recorder):
         yield recorder
 
 
@@ -78,7 +80,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         asked.append(list(calls))
         return {name: 1.0 / (1 + at) for at, name in enumerate(calls)}
 
-    monkeypatch.setattr(tuning, "milliseconds", milliseconds)
+    monkeypatch.setattr(search, "milliseconds", milliseconds)
     return asked
 
 
@@ -95,17 +97,17 @@ def run(batch: int, weight: Tensor = WEIGHT) -> Tensor:
 
 def names(batch: int) -> tuple[str, ...]:
     """The configurations that are tried for a batch."""
-    *_, candidates = tuning._candidates("pointwise_conv2d", (image(batch), WEIGHT), {}, "triton")
+    *_, candidates = search._candidates("pointwise_conv2d", (image(batch), WEIGHT), {}, "triton")
     return candidates.names
 
 
 def heuristic(batch: int) -> str:
-    problem, tensors, _ = tuning._candidates("pointwise_conv2d", (image(batch), WEIGHT), {}, "triton")
-    kernel = triton.kernel_of("pointwise_conv2d")
-    return str(triton.configurations(kernel, problem, kernel.operands(tensors, problem.options))[0])
+    problem, tensors, _ = search._candidates("pointwise_conv2d", (image(batch), WEIGHT), {}, "triton")
+    kernel = registry.operator("pointwise_conv2d").kernel("triton")
+    return str(triton.configurations(kernel, problem, tensors)[0])
 
 
-def tune(batch: int, **options: Any) -> tuning.Tuning:
+def tune(batch: int, **options: Any) -> search.Tuning:
     return ops.tune("pointwise_conv2d", image(batch), WEIGHT, backend="triton", **options)
 
 
@@ -125,14 +127,14 @@ def test_the_fastest_is_kept_and_run_by_every_batch_up_to_the_next_power_of_two(
         run(batch)
         assert recorder.ran[-1] == heuristic(batch), f"batch {batch} is of another class"
     (file,) = cache.iterdir()
-    assert json.loads(file.read_text())["device"] == INTERPRETED.describe(0).name
+    assert json.loads(file.read_text())["device"] == INTERPRETED["describe"](0).name
 
 
 def test_all_of_a_class_choose_from_the_same_configurations() -> None:
-    with triton.running_on(INTERPRETED):
-        kernel = triton.kernel_of("pointwise_conv2d")
-        problem, tensors, _ = tuning._candidates("pointwise_conv2d", (image(3), WEIGHT), {}, "triton")
-        alone = triton.configurations(kernel, problem, kernel.operands(tensors, problem.options))
+    with triton.TARGET.changed(**INTERPRETED):
+        kernel = registry.operator("pointwise_conv2d").kernel("triton")
+        problem, tensors, _ = search._candidates("pointwise_conv2d", (image(3), WEIGHT), {}, "triton")
+        alone = triton.configurations(kernel, problem, tensors)
         assert len(alone) != len(names(3)), "15 rows are fewer than what the class may have"
         assert names(3) == names(4)
 
@@ -153,8 +155,8 @@ def test_all_of_a_class_choose_from_the_same_configurations() -> None:
 )
 def test_only_the_batch_is_rounded(recorder, changed: dict[str, Any], is_alike: bool) -> None:
     def key(**arguments: Any) -> str:
-        problem, _, candidates = tuning._candidates("pointwise_conv2d", (), arguments, "triton")
-        return tuned.problem_key(candidates.kernel, problem)
+        problem, _, candidates = search._candidates("pointwise_conv2d", (), arguments, "triton")
+        return stored.problem_key(candidates.kernel, problem)
 
     arguments: dict[str, Any] = {"x": image(5), "weight": WEIGHT}
     assert (key(**arguments) == key(**arguments | changed)) is is_alike
@@ -167,19 +169,15 @@ def test_float32_in_tf32_and_exact_are_two_classes(recorder, monkeypatch) -> Non
     assert recorder.ran[-1] == heuristic(4)
 
 
-TUNABLE = [
-    case for case in CASES if any(entry.backend == "triton" for entry in registry.operator(case.op).implementations)
-]
+TUNABLE = [case for case in CASES if registry.operator(case.op).on("triton")]
 
 
 @pytest.mark.parametrize("case", TUNABLE, ids=lambda case: case.name)
 def test_configurations_are_chosen_by_shapes_and_dtypes_alone(recorder, case: OpCase) -> None:
     entry = registry.operator(case.op)
     for dtype in case.dtypes:
-        tensors, options, _ = registry.bind(entry, case.tensors(dtype), case.options)
-        specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
-        problem = registry.problem(entry, specs, options, "cpu")
-        implementation = registry.implementation(entry, problem, "triton")
+        tensors, options, _ = entry.signature.bind(case.tensors(dtype), case.options)
+        implementation = registry.implementation(problem := registry.problem_of(entry, tensors, options), "triton")
         assert implementation.candidates is not None
         candidates = implementation.candidates(problem, tensors)
         assert candidates.names
@@ -226,10 +224,10 @@ def test_what_cannot_be_tuned_says_why(recorder) -> None:
 def test_zero_means_heuristics_and_reads_nothing(recorder, monkeypatch) -> None:
     tune(4, measure=recorder.prefers(names(4)[-1]))
     monkeypatch.setenv("KERNELPRESS_AUTOTUNE", "0")
-    monkeypatch.setattr(tuned, "recall", lambda *_: pytest.fail("read what was measured"))
+    monkeypatch.setattr(stored, "recall", lambda *_: pytest.fail("read what was measured"))
     run(4)
     assert recorder.ran[-1] == heuristic(4)
-    assert tuning.best_known("pointwise_conv2d", image(4), WEIGHT, backend="triton") is None
+    assert search.best_known("pointwise_conv2d", image(4), WEIGHT, backend="triton") is None
 
 
 def test_one_means_that_the_first_call_of_a_class_measures_and_says_so(
@@ -247,7 +245,7 @@ def test_one_means_that_the_first_call_of_a_class_measures_and_says_so(
         assert recorder.ran[-1] == names(4)[-1]
     assert len(measured) == 1, "one class"
     prepared.clear()
-    tuned.forget()
+    stored.forget()
     run(3)
     assert len(measured) == 1, "kept on disk"
     assert capsys.readouterr().err == ""
@@ -275,21 +273,21 @@ def test_no_call_measures_while_it_is_captured(recorder, measured, monkeypatch) 
         capturing.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         run(4)
         assert recorder.ran == [heuristic(4)]
-        tuned.remember("triton pointwise_conv2d", *_problem(8), names(8)[-1])
+        stored.remember("triton pointwise_conv2d", *_problem(8), names(8)[-1])
         run(8)
         assert recorder.ran[-1] == names(8)[-1], "what is known already is used"
     assert measured == []
 
 
 def _problem(batch: int) -> tuple[registry.Problem, str]:
-    problem, _, candidates = tuning._candidates("pointwise_conv2d", (image(batch), WEIGHT), {}, "triton")
+    problem, _, candidates = search._candidates("pointwise_conv2d", (image(batch), WEIGHT), {}, "triton")
     return problem, candidates.device
 
 
 def test_no_call_measures_while_it_is_traced_or_watched(recorder, measured, monkeypatch) -> None:
     monkeypatch.setenv("KERNELPRESS_AUTOTUNE", "1")
-    kernel = triton.kernel_of("pointwise_conv2d")
-    problem, tensors, _ = tuning._candidates("pointwise_conv2d", (image(4), WEIGHT), {}, "triton")
+    kernel = registry.operator("pointwise_conv2d").kernel("triton")
+    problem, tensors, _ = search._candidates("pointwise_conv2d", (image(4), WEIGHT), {}, "triton")
     with FlopCounterMode(display=False):
         assert str(triton.configuration_of(kernel, problem, tensors)) == heuristic(4)
     with FakeTensorMode() as mode:
@@ -326,28 +324,28 @@ def test_threads_that_measure_at_once_lose_nothing(recorder, cache) -> None:
 
     def remember(kernel: str) -> None:
         begin.wait()
-        tuned.remember(kernel, *problem, f"best of {kernel}")
+        stored.remember(kernel, *problem, f"best of {kernel}")
 
     threads = [threading.Thread(target=remember, args=(kernel,)) for kernel in kernels]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    tuned.forget()
-    assert [tuned.recall(kernel, *problem) for kernel in kernels] == [f"best of {kernel}" for kernel in kernels]
+    stored.forget()
+    assert [stored.recall(kernel, *problem) for kernel in kernels] == [f"best of {kernel}" for kernel in kernels]
 
 
 def test_what_another_process_wrote_meanwhile_stays(recorder, cache) -> None:
     first, second = _problem(1), _problem(2)
-    tuned.remember("kernel", *first, "mine")
-    assert tuned.recall("kernel", *second) is None
+    stored.remember("kernel", *first, "mine")
+    assert stored.recall("kernel", *second) is None
     (file,) = cache.iterdir()
     content = unseal(file.read_bytes(), "tuned configurations", 1, file.name)
-    content["configurations"][tuned.problem_key("kernel", second[0])] = "theirs"
+    content["configurations"][stored.problem_key("kernel", second[0])] = "theirs"
     file.write_bytes(seal("tuned configurations", 1, content))
-    tuned.remember("kernel", *_problem(4), "mine too")
-    assert tuned.recall("kernel", *second) == "theirs"
-    assert tuned.recall("kernel", *first) == "mine"
+    stored.remember("kernel", *_problem(4), "mine too")
+    assert stored.recall("kernel", *second) == "theirs"
+    assert stored.recall("kernel", *first) == "mine"
 
 
 # Emission
@@ -361,8 +359,8 @@ def model() -> nn.Module:
 def timings(cache: Path) -> dict[str, float]:
     """What emission measured of layers on the backend "triton"."""
     (file,) = cache.glob("timings-*.json")
-    stored = json.loads(file.read_text())["milliseconds"]
-    return {key: time for key, time in stored.items() if "triton" in key}
+    found = json.loads(file.read_text())["milliseconds"]
+    return {key: time for key, time in found.items() if "triton" in key}
 
 
 @pytest.mark.usefixtures("interpreted_triton")

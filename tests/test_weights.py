@@ -19,11 +19,12 @@ from support import assert_close
 from torch import Tensor, nn
 
 import kernelpress as kp
-from kernelpress import layers, native, ops
+from kernelpress import layers, ops
 from kernelpress.emit import EmittedModel
 from kernelpress.layers import folding
-from kernelpress.ops import packing, prepared
-from kernelpress.ops.snapshot import PythonSnapshot, Snapshot
+from kernelpress.ops.calls import packing, prepared
+from kernelpress.runtime import native
+from kernelpress.runtime.snapshot import PythonSnapshot, Snapshot
 
 
 @pytest.fixture(params=["native", "python"])
@@ -447,7 +448,7 @@ def test_a_weight_that_a_plan_hands_out_is_a_copy() -> None:
 
 @torch.no_grad()
 def test_int8_and_sparse_layers_follow_their_buffers_too() -> None:
-    """`quantize_rows`, an op of three outputs, is no bound call and no native step."""
+    """`quantize_rows`, an op of three outputs, is no native step."""
     linear = layers.Int8Linear.from_float(nn.Linear(32, 64).eval())
     sparse = layers.BlockSparseLinear(64, 48, block=(16, 16), density=0.5).eval()
     model, x = nn.Sequential(linear, sparse).eval(), torch.randn(4, 32)

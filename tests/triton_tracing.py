@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import kernelpress  # noqa: F401 - registers the ops
 from kernelpress.kernels.triton.launch import launching_with
 from kernelpress.ops import registry
-from kernelpress.ops import triton as backend
+from kernelpress.ops.backends import triton as backend
 from kernelpress.runtime.torch_private import (
     aot_autograd,
     kernel_side_table,
@@ -145,5 +145,5 @@ def whole() -> dict[str, list[str]]:
 
 if __name__ == "__main__":
     set_driver(Driver())
-    with backend.running_on(INTERPRETED):
+    with backend.TARGET.changed(**INTERPRETED):
         print(json.dumps({"ops": ops, "whole": whole}[sys.argv[1]]()))

@@ -13,7 +13,7 @@ from gpu.place import Call, Place
 from kernelpress.bench import networks
 from kernelpress.bench.layers import BLOCK, SPARSITY, int8_conv2d, int8_matmul, sparse_conv2d, sparse_matmul
 from kernelpress.kernels import reference
-from kernelpress.ops.block_csr import BlockCsr, conv_weight
+from kernelpress.ops.sparse_blocks import BlockCsr, conv_weight
 from kernelpress.runtime.torch_private import int_mm
 
 __all__ = ["int8", "sparse"]

@@ -26,9 +26,9 @@ from gpu import results
 from gpu.contest import BATCHES, Contestant, reason_of, relative_error
 from gpu.place import DRY, Place, on_device
 from gpu.roofline import measure_roofline
-from kernelpress.cuda_graph import record
 from kernelpress.emit import Candidate
-from kernelpress.ops import triton
+from kernelpress.ops.backends import triton
+from kernelpress.runtime.cuda_graph import record
 
 __all__ = ["MODELS", "ModelRow", "build", "main"]
 
@@ -242,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def without_triton() -> contextlib.AbstractContextManager[None]:
     """No op runs on Triton's kernels inside."""
-    return triton.running_on(replace(triton.target(), reason=lambda index: "left out: gpu.networks --triton"))
+    return triton.TARGET.changed(reason=lambda index: "left out: gpu.networks --triton")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from recording import commit, markdown
 from gpu import folder_name
 from gpu.place import Place
 from gpu.roofline import Roofline
-from kernelpress import native
 from kernelpress.files import write_atomically
 from kernelpress.measure.units import ABSENT, ratio_text
+from kernelpress.runtime import native
 
 __all__ = ["save", "write_page"]
 

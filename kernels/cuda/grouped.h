@@ -13,7 +13,7 @@ namespace kernelpress::cuda {
 
 // y = activation(shuffle(conv(x, weight) · scale + bias) + residual); x, weight, residual and y are of `dtype`.
 //
-// `groups` are groups of the convolution, or several of them merged into one with zeros between (pyext/ops/grouping.py does that
+// `groups` are groups of the convolution, or several of them merged into one with zeros between (pyext/ops/grouped_windows.py does that
 // where they are narrow): group g makes the channels group_out · g … of the convolution, up to c_out, and reads `window`
 // channels of x. They begin at its own first one, group_in · g, moved down to a multiple of `window_step` (the elements of 16 bytes,
 // or 1) and to where the window ends inside of x. The shuffle is in `shuffle` groups, 1 for none.

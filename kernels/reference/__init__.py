@@ -11,7 +11,7 @@ from kernelpress.kernels.reference.dense import conv2d, global_avg_pool2d, linea
 from kernelpress.kernels.reference.ghost import ghost_conv2d
 from kernelpress.kernels.reference.grouped import channel_shuffle, grouped_conv2d, shuffle_concat
 from kernelpress.kernels.reference.int8 import int8_conv2d, int8_depthwise_conv2d, int8_matmul
-from kernelpress.kernels.reference.quantization import dequantize, int8_add, int8_epilogue, quantize, quantize_rows
+from kernelpress.kernels.reference.int8_quantize import dequantize, int8_add, int8_epilogue, quantize, quantize_rows
 from kernelpress.kernels.reference.separable import (
     depthwise_conv2d,
     inverted_residual,

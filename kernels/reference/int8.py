@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernelpress.kernels.reference.activation import Pair
-from kernelpress.kernels.reference.quantization import int8_epilogue
+from kernelpress.kernels.reference.int8_quantize import int8_epilogue
 
 __all__ = ["int8_conv2d", "int8_depthwise_conv2d", "int8_matmul"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernelpress.kernels.reference.activation import Pair
 from kernelpress.kernels.reference.dense import conv2d, linear
-from kernelpress.kernels.reference.quantization import int8_epilogue
+from kernelpress.kernels.reference.int8_quantize import int8_epilogue
 
 __all__ = ["block_csr_to_dense", "sparse_conv2d", "sparse_matmul"]
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from kernelpress.bench import networks, ours
 from kernelpress.bench.peers import random_inputs
 from kernelpress.bench.shapes import FAMILIES, FLOAT_BYTES, Case, cases, check_batch
-from kernelpress.ops.block_csr import BlockCsr
 from kernelpress.ops.registry import Tensors
+from kernelpress.ops.sparse_blocks import BlockCsr
 
 __all__ = [
     "ALL_FAMILIES",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kernelpress import native
+from kernelpress.runtime import native
 
 __all__ = ["Machine", "describe_machine"]
 

@@ -15,8 +15,8 @@ from kernelpress import ops
 from kernelpress.bench.peers import LayerInputs
 from kernelpress.bench.shapes import Case, Stage
 from kernelpress.ops import registry
+from kernelpress.ops.calls.steps import native_steps
 from kernelpress.ops.registry import Tensors
-from kernelpress.ops.step import native_steps
 
 __all__ = ["arguments", "backend_of", "fused", "on_backend", "unfused"]
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from kernelpress import native
 from kernelpress.measure.latency import threads_set_to
+from kernelpress.runtime import native
 
 __all__ = ["Roofline", "measure_roofline"]
 

@@ -24,7 +24,7 @@ from kernelpress.trace import TraceError, trace
 __all__ = ["prune_channels"]
 
 _SCOPES = ("local", "global")
-_TARGETS = ("flops", "channels")
+_TARGET = ("flops", "channels")
 
 
 def prune_channels(
@@ -159,7 +159,7 @@ def _check(ratio: float, criterion: str, scope: str, round_to: int, target: str)
     for name, value, allowed in (
         ("criterion", criterion, tuple(CRITERIA)),
         ("scope", scope, _SCOPES),
-        ("target", target, _TARGETS),
+        ("target", target, _TARGET),
     ):
         if value not in allowed:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")

@@ -24,6 +24,23 @@ PyObject* none() {
   return Py_None;
 }
 
+// Runs what was prepared: a KernelCall, or any function of the tuple of tensors.
+PyObject* run_prepared(PyObject* prepared, PyObject* const* tensors, Py_ssize_t count) {
+  if (const KernelCall* call = Callable<KernelCall>::in(prepared)) {
+    const py::object kept = py::reinterpret_borrow<py::object>(prepared);
+    return call->compute(tensors, count);
+  }
+  PyObject* given = PyTuple_New(count);
+  if (!given) return nullptr;
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    Py_INCREF(tensors[i]);
+    PyTuple_SET_ITEM(given, i, tensors[i]);
+  }
+  PyObject* output = PyObject_CallOneArg(prepared, given);
+  Py_DECREF(given);
+  return output;
+}
+
 // Everything prepared for one op. A call is known again by its parameters, unchanged, the form of its activations, its options and the
 // backend it asks for.
 class CallTable {
@@ -278,27 +295,8 @@ int KernelCall::visit(visitproc visit, void* arg) const {
 
 void KernelCall::clear() { held_ = py::object(); }
 
-PyObject* run_prepared(PyObject* prepared, PyObject* const* tensors, Py_ssize_t count) {
-  if (const KernelCall* call = Callable<KernelCall>::in(prepared)) {
-    const py::object kept = py::reinterpret_borrow<py::object>(prepared);
-    return call->compute(tensors, count);
-  }
-  PyObject* given = PyTuple_New(count);
-  if (!given) return nullptr;
-  for (Py_ssize_t i = 0; i < count; ++i) {
-    Py_INCREF(tensors[i]);
-    PyTuple_SET_ITEM(given, i, tensors[i]);
-  }
-  PyObject* output = PyObject_CallOneArg(prepared, given);
-  Py_DECREF(given);
-  return output;
-}
-
-int64_t generation() { return generation_count; }
-
 bool add_call_types(PyObject* module) {
   static PyMethodDef no_methods[] = {{nullptr, nullptr, 0, nullptr}};
-  static PyGetSetDef no_attributes[] = {{nullptr, nullptr, nullptr, nullptr, nullptr}};
   static PyMethodDef table_methods[] = {
       {"remember", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&remember_call)), METH_FASTCALL,
        "(tensors, options, backend, prepared, snapshot) -> a word for `forget`, or None where the call cannot be kept"},
@@ -312,11 +310,9 @@ bool add_call_types(PyObject* module) {
                                      METH_NOARGS, "Declares every call void that was prepared so far."},
                                     {nullptr, nullptr, 0, nullptr}};
   return Callable<KernelCall>::add_to(module, "kernelpress._cpu.KernelCall",
-                                      "KernelCall(name, words, output_word, changing, held, allocate, form): tensors -> output", no_methods,
-                                      no_attributes) &&
+                                      "KernelCall(name, words, output_word, changing, held, allocate, form): tensors -> output", no_methods) &&
          Callable<CallTable>::add_to(module, "kernelpress._cpu.CallTable",
-                                     "CallTable(activations): (tensors, options, backend) -> output or None", table_methods,
-                                     no_attributes) &&
+                                     "CallTable(activations): (tensors, options, backend) -> output or None", table_methods) &&
          PyModule_AddFunctions(module, functions) == 0;
 }
 

@@ -2,11 +2,10 @@
 //
 //   KernelCall   a kernel with its arguments; only the addresses of activations and output are missing
 //   CallTable    what was prepared of one op, found by the arguments of a call
-//   ParameterWatch, BoundCall   an op at its place in a network: the parameters are looked at once per run of the network
 //   AcceptedForms   the calls of a network that were found to be such as it answers
 //
-// Table and bound calls hold anything that maps an op's tensors to its output; a KernelCall they run directly. What they cannot vouch
-// for they leave to Python.
+// A table holds anything that maps an op's tensors to its output; a KernelCall it runs directly. What it cannot vouch for it leaves to
+// Python.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -42,14 +41,7 @@ class KernelCall {
   pybind11::object held_, allocate_, form_;
 };
 
-// Runs what was prepared: a KernelCall, or any function of the tuple of tensors.
-PyObject* run_prepared(PyObject* prepared, PyObject* const* tensors, Py_ssize_t count);
-
-// Counts how often everything prepared was declared void.
-int64_t generation();
-
 bool add_call_types(PyObject* module);
-bool add_bound_types(PyObject* module);
 bool add_forms_type(PyObject* module);
 
 }  // namespace kernelpress

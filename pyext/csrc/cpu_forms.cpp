@@ -62,11 +62,10 @@ bool add_forms_type(PyObject* module) {
   static PyMethodDef methods[] = {{"accept", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&accept)), METH_FASTCALL,
                                    "(inputs): accepts calls like these from now on, if they are plain tensors; forgets the oldest."},
                                   {nullptr, nullptr, 0, nullptr}};
-  static PyGetSetDef attributes[] = {{nullptr, nullptr, nullptr, nullptr, nullptr}};
   return Callable<AcceptedForms>::add_to(module, "kernelpress._cpu.AcceptedForms",
                                          "Calls that were accepted once: (inputs) → whether these are plain tensors, each of the form of an "
                                          "accepted call's.",
-                                         methods, attributes);
+                                         methods);
 }
 
 }  // namespace kernelpress

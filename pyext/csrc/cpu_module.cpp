@@ -175,7 +175,7 @@ PYBIND11_MODULE(_cpu, module) {
   bind_kernel<MaxPool2dArgs, &KernelTable::max_pool2d>(module, plan, "max_pool2d");
 
   PyObject* types = module.ptr();
-  if (!add_snapshot_type(types) || !add_call_types(types) || !add_bound_types(types) || !add_forms_type(types)) throw py::error_already_set();
+  if (!add_snapshot_type(types) || !add_call_types(types) || !add_forms_type(types)) throw py::error_already_set();
   module.def(
       "read_tensors",
       [](const py::object& tensor_type, const py::object& parameter_type, const py::object& is_grad_enabled) {

@@ -29,7 +29,7 @@ class Callable : public CallableHead {
   static T* in(PyObject* object) { return Py_TYPE(object) == type_ ? &of(object) : nullptr; }
 
   // Makes the type and adds it to the module under the last part of its name. Returns false with a Python error set.
-  static bool add_to(PyObject* module, const char* qualified_name, const char* doc, PyMethodDef* methods, PyGetSetDef* attributes) {
+  static bool add_to(PyObject* module, const char* qualified_name, const char* doc, PyMethodDef* methods) {
     static PyMemberDef members[] = {{"__vectorcalloffset__", T_PYSSIZET, offsetof(CallableHead, entry), READONLY, nullptr},
                                     {nullptr, 0, 0, 0, nullptr}};
     PyType_Slot slots[] = {{Py_tp_new, slot(&create)},
@@ -39,7 +39,6 @@ class Callable : public CallableHead {
                            {Py_tp_call, slot(&PyVectorcall_Call)},
                            {Py_tp_members, members},
                            {Py_tp_methods, methods},
-                           {Py_tp_getset, attributes},
                            {Py_tp_doc, const_cast<char*>(doc)},
                            {0, nullptr}};
     constexpr unsigned kFlags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC | Py_TPFLAGS_HAVE_VECTORCALL;

@@ -204,10 +204,8 @@ bool Snapshots::has_dead() const {
 
 bool add_snapshot_type(PyObject* module) {
   static PyMethodDef no_methods[] = {{nullptr, nullptr, 0, nullptr}};
-  static PyGetSetDef no_attributes[] = {{nullptr, nullptr, nullptr, nullptr, nullptr}};
   return Callable<Snapshots>::add_to(module, "kernelpress._cpu.Snapshots",
-                                     "Snapshots(tensors, sampled=True): (tensors) -> whether they are what they were", no_methods,
-                                     no_attributes);
+                                     "Snapshots(tensors, sampled=True): (tensors) -> whether they are what they were", no_methods);
 }
 
 }  // namespace kernelpress

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kernelpress.ops.memory import ALIGNMENT
+from kernelpress.runtime.memory import ALIGNMENT
 
 __all__ = ["ArenaLayout", "Lifetime", "lay_out"]
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 import kernelpress
-from kernelpress import native
 from kernelpress.files import cache_folder, write_atomically
 from kernelpress.files.plain import from_plain
 from kernelpress.files.sealed import seal, unseal
+from kernelpress.runtime import native
 
 __all__ = ["TimingCache", "cache_folder", "device_key"]
 

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from torch.fx import Interpreter, Node
 
-from kernelpress.cuda_graph import record
 from kernelpress.emit.assemble import owned_copy
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.evaluate import Example
 from kernelpress.emit.graph import operator_of
 from kernelpress.emit.recapture import fingerprint, reduced
 from kernelpress.ops import registry
-from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.registry import Run
+from kernelpress.runtime.cuda_graph import record
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace.contract import Contract
 
@@ -150,15 +149,14 @@ class _Layers(Interpreter):
 
     def _run_layer(self, n: Node, entry: registry.Operator) -> Tensor:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
-        tensors, options, backend = registry.bind(entry, args, kwargs)
+        tensors, options, backend = entry.signature.bind(args, kwargs)
         run = self._runs.get(n)
         if run is None:
-            specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
-            problem = registry.problem(entry, specs, options, registry.common_device(entry, tensors))
-            chosen = registry.implementation(entry, problem, registry.requested_backend(backend))
+            problem = registry.problem_of(entry, tensors, options)
+            chosen = registry.implementation(problem, registry.requested_backend(backend))
             run = chosen.prepare(problem, tensors)
             self.steps[n] = _step(entry.name, chosen.backend)
-            sources: list[Any] = registry.bind(entry, n.args, n.kwargs)[0]
+            sources: list[Any] = entry.signature.bind(n.args, n.kwargs)[0]
             parameters = [s for i, s in enumerate(sources) if i not in entry.activations]
             if all(s is None or s.op == "get_attr" for s in parameters):  # others are computed at each run
                 self._runs[n] = run

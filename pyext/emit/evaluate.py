@@ -16,8 +16,8 @@ from kernelpress.emit.candidates import Candidate, constant, original
 from kernelpress.emit.graph import shares_memory_within
 from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.latency import Timing, time_alternately
-from kernelpress.ops import tuning
-from kernelpress.ops.step import native_steps
+from kernelpress.ops.calls.steps import native_steps
+from kernelpress.ops.tuning import search
 from kernelpress.trace.regions import writes
 
 __all__ = [
@@ -267,7 +267,7 @@ def _tuned(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node
     """The tile configuration that a layer runs in, found now if nothing like it was ever tuned; None for the
     heuristic's."""
     op, args, kwargs = _op_call(graph_module, candidate, inputs)
-    return tuning.best_known(op, *args, **kwargs)
+    return search.best_known(op, *args, **kwargs)
 
 
 def _op_call(

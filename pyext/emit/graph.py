@@ -55,8 +55,7 @@ def only_user(node: Node) -> Node | None:
 
 
 def operator_of(node: Node) -> Operator | None:
-    """The op of ours that `node` calls; None for a call of another namespace, and for `quantize_rows`, which is no such
-    op: it has three outputs."""
+    """The op of ours that `node` calls; None for a call of another namespace."""
     target = node.target
     if not isinstance(target, OpOverload) or target.namespace != "kernelpress":
         return None

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 from kernelpress.emit.graph import operator_of
 from kernelpress.ops import registry
-from kernelpress.ops.checks import TensorSpec
+from kernelpress.ops.calls.steps import native_reason
 from kernelpress.runtime.torch_private import OpOverload, pytree
 from kernelpress.trace.regions import is_written, writes
 
@@ -255,13 +255,12 @@ class _Lowering(Interpreter):
     ) -> tuple[PreparedLayer, tuple[Any, ...]] | None:
         """What runs a kernelpress op on oneDNN, on weights packed once, and its arguments; None for anything else."""
         operator = operator_of(node)
-        if operator is None or not any(entry.backend == "onednn" for entry in operator.implementations):
+        if operator is None or operator.on("onednn") is None:
             return None
-        tensors, options, backend = registry.bind(operator, *self.fetch_args_kwargs_from_env(node))
-        given = registry.bind(operator, args, kwargs)[0]
-        specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
-        problem = registry.problem(operator, specs, options, registry.common_device(operator, tensors))
-        chosen = registry.implementation(operator, problem, registry.requested_backend(backend))
+        tensors, options, backend = operator.signature.bind(*self.fetch_args_kwargs_from_env(node))
+        given = operator.signature.bind(args, kwargs)[0]
+        problem = registry.problem_of(operator, tensors, options)
+        chosen = registry.implementation(problem, registry.requested_backend(backend))
         if chosen.backend != "onednn" or not self._has_constant_weights(operator, given):
             return None
         positions = tuple(i for i in operator.activations if tensors[i] is not None)
@@ -278,27 +277,29 @@ class _Lowering(Interpreter):
         operator = operator_of(node)
         if operator is None:
             return None
-        op = operator.name
-        tensors, options, backend = registry.bind(operator, *self.fetch_args_kwargs_from_env(node))
-        if registry.requested_backend(backend) not in ("auto", "cpu") or operator.native is None:
+        entry = operator.on("cpu")
+        tensors, options, backend = operator.signature.bind(*self.fetch_args_kwargs_from_env(node))
+        if registry.requested_backend(backend) not in ("auto", "cpu") or entry is None:
             return None
-        given: list[Any] = list(registry.bind(operator, args, kwargs)[0])
+        given: list[Any] = list(operator.signature.bind(args, kwargs)[0])
         if not self._has_constant_weights(operator, given):
             return None
         copies: list[tuple[int, Tensor]] = []
-        for i, (layout, tensor) in enumerate(zip(operator.native.layouts, tensors, strict=True)):
+        layouts = operator.kernel("cpu").layouts
+        for i, (name, tensor) in enumerate(zip(operator.tensors, tensors, strict=True)):
+            layout = layouts.get(name)
             if layout is not None and tensor is not None and layout.spacing(tensor.shape, tensor.stride()) is None:
                 tensors[i] = copied = layout.copy(tensor)
                 copies.append((i, copied))
         named = options._asdict()
-        if registry.native_reason(op, tensors, named, result) is not None:
+        if native_reason(operator.name, tensors, named, result) is not None:
             return None
         for i, copied in copies:
             view = self._new_view(copied, Place.ARENA)
             copy = TorchStep("copy to the kernel's layout", aten_copy, (given[i],), {}, (view,), into_out=True)
             self.program.steps.append(copy)
             given[i] = view
-        return NativeStep(op, tuple(given), named, self._new_view(result, Place.ARENA))
+        return NativeStep(operator.name, tuple(given), named, self._new_view(result, Place.ARENA))
 
 
 def _share_memory(tensor: Tensor, other: Tensor) -> bool:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelpress import native
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.lower import Buffer, NativeStep, Place, Program, View, views_of
 from kernelpress.emit.streaming import choose_chains, private_bytes
-from kernelpress.ops import registry
+from kernelpress.ops.calls.steps import native_call
+from kernelpress.runtime import native
 
 __all__ = ["Bases", "Chain", "NativeSteps", "tensor_at"]
 
@@ -71,7 +71,7 @@ class NativeSteps:
     def _append(self, step: NativeStep) -> None:
         args = [tensor_at(a, self._stand_ins, self._program) if isinstance(a, View) else a for a in step.args]
         out = tensor_at(step.out, self._stand_ins, self._program)
-        call = registry.native_call(step.op, args, step.kwargs, out)
+        call = native_call(step.op, args, step.kwargs, out)
         getattr(self._plan, call.name)(*call.arguments)
         self._held.append(call.tensors)
 

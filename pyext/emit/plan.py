@@ -17,9 +17,9 @@ from kernelpress.emit.evaluate import Example
 from kernelpress.emit.lower import NativeStep, Place, Program, TorchStep, View, lower, views_of
 from kernelpress.emit.native_steps import Bases, Chain, NativeSteps, tensor_at
 from kernelpress.emit.recapture import fingerprint, reduced
-from kernelpress.ops import packing
-from kernelpress.ops.memory import ALIGNMENT, advise_huge_pages
+from kernelpress.ops.calls import packing
 from kernelpress.preserve import own_tensors
+from kernelpress.runtime.memory import ALIGNMENT, advise_huge_pages
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace.contract import Contract
 

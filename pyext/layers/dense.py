@@ -18,7 +18,7 @@ from kernelpress.layers.common import (
     copy_parameters,
     is_pointwise,
 )
-from kernelpress.ops.schema import IntOrPair
+from kernelpress.ops.signature import IntOrPair
 
 __all__ = ["Conv2d", "Linear", "PointwiseConv2d", "explicit_padding"]
 

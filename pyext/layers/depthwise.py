@@ -17,7 +17,7 @@ from kernelpress.layers.common import (
     copy_parameters,
 )
 from kernelpress.layers.dense import explicit_padding
-from kernelpress.ops.schema import IntOrPair
+from kernelpress.ops.signature import IntOrPair
 
 __all__ = ["DepthwiseConv2d"]
 

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from kernelpress.ops.snapshot import Snapshot
+from kernelpress.runtime.snapshot import Snapshot
 
 __all__ = ["fold", "folded", "is_foldable"]
 

@@ -22,7 +22,7 @@ from kernelpress.layers.dense import explicit_padding
 from kernelpress.layers.depthwise import DepthwiseConv2d
 from kernelpress.layers.folding import folded, is_foldable
 from kernelpress.layers.separable import DepthwiseSeparableConv2d, InvertedResidual
-from kernelpress.ops.schema import IntOrPair
+from kernelpress.ops.signature import IntOrPair
 
 __all__ = ["ChannelShuffle", "GroupedConv2d", "ShuffleUnit", "ShuffleUnitV2"]
 

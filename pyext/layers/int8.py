@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from kernelpress import ops
 from kernelpress.kernels import reference
 from kernelpress.layers.common import check_padding_mode, check_type, checked_activation
-from kernelpress.ops.quantization import check_scale, check_zero_point
-from kernelpress.ops.quantization import output_dtype as dtype_of_output
-from kernelpress.ops.schema import IntOrPair, pair
+from kernelpress.ops.int8_checks import check_scale, check_zero_point
+from kernelpress.ops.int8_checks import output_dtype as dtype_of_output
+from kernelpress.ops.signature import IntOrPair, pair
 
 __all__ = ["Int8Conv2d", "Int8Linear"]
 

@@ -14,7 +14,7 @@ from kernelpress.layers.common import checked_activation, computes_plainly
 from kernelpress.layers.dense import PointwiseConv2d
 from kernelpress.layers.depthwise import DepthwiseConv2d
 from kernelpress.layers.folding import folded, is_foldable
-from kernelpress.ops.schema import IntOrPair
+from kernelpress.ops.signature import IntOrPair
 
 __all__ = ["DepthwiseSeparableConv2d", "InvertedResidual"]
 

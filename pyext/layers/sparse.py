@@ -12,8 +12,15 @@ from kernelpress import ops
 from kernelpress.kernels import reference
 from kernelpress.layers.common import check_padding_mode, check_type, checked_activation, computes_plainly
 from kernelpress.layers.dense import explicit_padding
-from kernelpress.ops.block_csr import BlockCsr, block_grid, check_structure, conv_matrix, conv_weight, largest_blocks
-from kernelpress.ops.schema import IntOrPair, pair
+from kernelpress.ops.signature import IntOrPair, pair
+from kernelpress.ops.sparse_blocks import (
+    BlockCsr,
+    block_grid,
+    check_structure,
+    conv_matrix,
+    conv_weight,
+    largest_blocks,
+)
 
 __all__ = ["BlockSparseConv2d", "BlockSparseLinear"]
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from kernelpress.cuda_graph import record
 from kernelpress.measure.latency import Timing, garbage_collection_paused, timing_of
+from kernelpress.runtime.cuda_graph import record
 from kernelpress.runtime.torch_private import sleep
 
 __all__ = ["time_graphs", "time_on_device"]

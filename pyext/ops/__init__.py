@@ -1,19 +1,18 @@
 """The ops of kernelpress, `torch.ops.kernelpress.*`, as typed functions, and the choice of who runs them."""
 
-from kernelpress.ops.block_csr import BlockCsr
+from kernelpress.ops.calls.steps import NativeCall, native_call
 from kernelpress.ops.dense import conv2d, linear, pointwise_conv2d
 from kernelpress.ops.depthwise import depthwise_conv2d
 from kernelpress.ops.ghost import ghost_conv2d
 from kernelpress.ops.grouped import channel_shuffle, grouped_conv2d, shuffle_concat
 from kernelpress.ops.int8 import int8_conv2d, int8_depthwise_conv2d, int8_matmul
+from kernelpress.ops.int8_quantize import dequantize, int8_add, quantize, quantize_rows
 from kernelpress.ops.pool import global_avg_pool2d, max_pool2d
-from kernelpress.ops.quantize import dequantize, int8_add, quantize
-from kernelpress.ops.quantize_rows import quantize_rows
-from kernelpress.ops.registry import BACKENDS, NativeCall, allocate, availability, native_call, use_backend, why_not
-from kernelpress.ops.separable import inverted_residual, separable_conv2d
-from kernelpress.ops.separable_stem import separable_stem
+from kernelpress.ops.registry import BACKENDS, allocate, availability, use_backend, why_not
+from kernelpress.ops.separable import inverted_residual, separable_conv2d, separable_stem
 from kernelpress.ops.sparse import sparse_conv2d, sparse_matmul
-from kernelpress.ops.tuning import Tuning, tune
+from kernelpress.ops.sparse_blocks import BlockCsr
+from kernelpress.ops.tuning.search import Tuning, tune
 
 __all__ = [
     "BACKENDS",

@@ -14,13 +14,18 @@ from kernelpress.runtime.torch_private import check_value
 __all__ = [
     "TensorSpec",
     "check_activation",
+    "check_depthwise_weight",
     "check_dtype",
+    "check_epilogue",
+    "check_grouped_weight",
+    "check_groups",
     "check_input",
     "check_pair",
     "check_same_shape",
     "check_vector",
     "check_weight",
     "conv_output_size",
+    "convolved",
     "describe",
     "one_floating_dtype",
 ]
@@ -93,6 +98,14 @@ def check_weight(name: str, weight: TensorSpec, form: str, expected: Sequence[in
         raise ValueError(f"{name}: expected {form} with {because}, got {describe(shape)}")
 
 
+def check_depthwise_weight(name: str, weight: TensorSpec, channels: int) -> None:
+    """`[C · multiplier, 1, KH, KW]` for `C` channels. Raises `ValueError`."""
+    because = f"C = {channels} channels of x"
+    check_weight(name, weight, "[C · multiplier, 1, KH, KW]", (None, 1, None, None), because)
+    if weight.shape[0] % channels != 0:
+        raise ValueError(f"{name}: expected [C · multiplier, 1, KH, KW] with {because}, got {describe(weight.shape)}")
+
+
 def check_vector(name: str, vector: TensorSpec | None, size: int) -> None:
     """Absent, or one value per output channel. Raises `ValueError`."""
     if vector is not None and (len(vector.shape) != 1 or vector.shape[0] != size):
@@ -103,6 +116,48 @@ def check_same_shape(name: str, t: TensorSpec | None, shape: Sequence[int]) -> N
     """Absent, or of the output's shape. Raises `ValueError`."""
     if t is not None and (len(t.shape) != len(shape) or any(a != b for a, b in zip(t.shape, shape, strict=True))):
         raise ValueError(f"{name}: expected the shape of the output, {describe(shape)}, got {describe(t.shape)}")
+
+
+def check_groups(name: str, groups: int, channels: int, whose: str) -> None:
+    """A divisor of the channels. Raises `ValueError`."""
+    if not groups >= 1 or channels % groups != 0:
+        raise ValueError(f"{name}: expected a divisor of the {channels} channels of {whose}, got {groups}")
+
+
+def check_grouped_weight(x: TensorSpec, weight: TensorSpec, groups: int) -> None:
+    """`groups` of the channels of x, and `[C_out, C_in / groups, KH, KW]`. Raises `ValueError`."""
+    channels = x.shape[1]
+    check_groups("groups", groups, channels, "x")
+    because = f"{channels} channels of x in {groups} groups"
+    check_weight("weight", weight, "[C_out, C_in / groups, KH, KW]", (None, channels // groups, None, None), because)
+    if weight.shape[0] % groups != 0:
+        raise ValueError(f"weight: expected C_out divisible by groups = {groups}, got {describe(weight.shape)}")
+
+
+def check_epilogue(
+    options: Any,
+    shape: tuple[int, ...],
+    channels: int,
+    bias: TensorSpec | None,
+    scale: TensorSpec | None = None,
+    residual: TensorSpec | None = None,
+) -> tuple[int, ...]:
+    """What ends most ops: a known activation, vectors of `channels`, a residual of the output's `shape`, which it
+    returns. Raises `ValueError`.
+    """
+    check_activation("activation", options.activation)
+    check_vector("bias", bias, channels)
+    check_vector("scale", scale, channels)
+    check_same_shape("residual", residual, shape)
+    return shape
+
+
+def convolved(x: TensorSpec, weight: TensorSpec, options: Any) -> tuple[int, ...]:
+    """The output's shape of a convolution with `stride`, `padding` and `dilation` among its options. Raises as
+    `conv_output_size`.
+    """
+    size = conv_output_size(x, weight.shape[2:], options.stride, options.padding, options.dilation)
+    return (x.shape[0], weight.shape[0], *size)
 
 
 def conv_output_size(

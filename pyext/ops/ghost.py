@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from kernelpress.kernels import reference
-from kernelpress.ops import packing
+from kernelpress.ops.backends.cuda import cuda_implementation
+from kernelpress.ops.backends.kernel import Kernel, activation_index, float_vector, tf32_reason, window
+from kernelpress.ops.backends.triton import triton_implementation
+from kernelpress.ops.calls import packing
+from kernelpress.ops.calls.dispatch import op
 from kernelpress.ops.checks import (
     TensorSpec,
     check_activation,
@@ -20,25 +24,14 @@ from kernelpress.ops.checks import (
     conv_output_size,
     describe,
 )
-from kernelpress.ops.cuda import CudaKernel, cuda_implementation, float_vector, tf32_reason
-from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import PIXELS
-from kernelpress.ops.library import call, publish
-from kernelpress.ops.registry import Operator, Problem, Tensors
-from kernelpress.ops.schema import IntOrPair
-from kernelpress.ops.triton import TritonKernel, triton_implementation
+from kernelpress.ops.registry import Problem
+from kernelpress.ops.signature import IntOrPair
 
 __all__ = ["ghost_conv2d"]
 
-
-class GhostOptions(NamedTuple):
-    """Keyword arguments of `ghost_conv2d`."""
-
-    stride: tuple[int, ...] = (1, 1)
-    padding: tuple[int, ...] = (0, 0)
-    activation: str = "identity"
-    cheap_activation: str = "identity"
-    out_channels: int | None = None
+_LARGEST_IMAGE = 2**15
+_MOST_ELEMENTS = 2**31
 
 
 def _check_cheap_weight(weight: TensorSpec, primary: int) -> None:
@@ -64,11 +57,8 @@ def _kept_channels(out_channels: int | None, primary: int, cheap: int) -> int:
     return out_channels
 
 
-def _shape(tensors: tuple[TensorSpec | None, ...], options: GhostOptions) -> tuple[int, ...]:
+def _shape(options: Any, *tensors: Any) -> tuple[int, ...]:
     x, primary_weight, primary_bias, cheap_weight, cheap_bias, residual = tensors
-    assert x is not None
-    assert primary_weight is not None
-    assert cheap_weight is not None
     check_input(x)
     check_activation("activation", options.activation)
     check_activation("cheap_activation", options.cheap_activation)
@@ -86,22 +76,21 @@ def _shape(tensors: tuple[TensorSpec | None, ...], options: GhostOptions) -> tup
     return shape
 
 
-def _macs(shapes: Sequence[Any], options: GhostOptions, shape: Sequence[int]) -> int:
+def _macs(
+    options: Any, shape: Sequence[int], x: Any, primary_weight: Any, _: Any, cheap_weight: Any, *others: Any
+) -> int:
     batch, c_out, out_h, out_w = shape
-    primary = shapes[1][0]
-    per_pixel = math.prod(shapes[1]) + (c_out - primary) * math.prod(shapes[3][2:])
+    per_pixel = math.prod(primary_weight) + (c_out - primary_weight[0]) * math.prod(cheap_weight[2:])
     return int(batch * out_h * out_w * per_pixel)
 
 
-def _multiplier(tensors: Sequence[Any]) -> int:
-    return int(tensors[3].shape[0] // tensors[1].shape[0])
+def _multiplier(problem: Problem) -> int:
+    return problem["cheap_weight"].shape[0] // problem["primary_weight"].shape[0]
 
 
-def _unsupported(problem: Problem) -> str | None:
-    x, primary_weight, *_ = problem.tensors
-    assert x is not None
-    assert primary_weight is not None
-    kept, multiplier = problem.shape[1] - primary_weight.shape[0], _multiplier(problem.tensors)
+def _reason(problem: Problem) -> str | None:
+    x, multiplier = problem["x"], _multiplier(problem)
+    kept = problem.shape[1] - problem["primary_weight"].shape[0]
     if kept % multiplier != 0:
         return (
             f"out_channels: the kernel keeps all {multiplier} filters of a primary channel or none, got {kept} in all"
@@ -112,10 +101,8 @@ def _unsupported(problem: Problem) -> str | None:
     return tf32_reason(problem)
 
 
-def _operands(tensors: Tensors, options: GhostOptions) -> tuple[Tensor | None, ...]:
+def _operands(options: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
     x, primary_weight, primary_bias, cheap_weight, cheap_bias, residual = tensors
-    assert primary_weight is not None
-    assert cheap_weight is not None
     primary, cheap = primary_weight.shape[0], cheap_weight.shape[0]
     kept = _kept_channels(options.out_channels, primary, cheap) - primary
     return (
@@ -128,72 +115,37 @@ def _operands(tensors: Tensors, options: GhostOptions) -> tuple[Tensor | None, .
     )
 
 
-def _sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
-    x, primary_weight, _, cheap_weight, *_ = problem.tensors
-    assert x is not None
-    assert primary_weight is not None
-    assert cheap_weight is not None
-    options = problem.options
-    batch, c_in, in_h, in_w = x.shape
+def _sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
+    primary_weight, options = problem["primary_weight"], problem.options
+    batch, c_in, in_h, in_w = problem["x"].shape
     _, c_out, out_h, out_w = problem.shape
     primary = primary_weight.shape[0]
     return (
         *(batch, in_h, in_w, c_in, out_h, out_w),
-        *(primary, c_out - primary, _multiplier(problem.tensors)),
-        *(spacings[0], spacings[5], y_spacing),
-        *(*primary_weight.shape[2:], *options.stride, *options.padding, 1, 1),
-        *cheap_weight.shape[2:],
-        reference.ACTIVATIONS.index(options.cheap_activation),
+        *(primary, c_out - primary, _multiplier(problem)),
+        *(spacing["x"], spacing["residual"], spacing["y"]),
+        *window(primary_weight.shape[2:], options),
+        *problem["cheap_weight"].shape[2:],
+        activation_index(options.cheap_activation),
     )
-
-
-_LARGEST_IMAGE = 2**15
-_MOST_ELEMENTS = 2**31
-
-_CUDA = CudaKernel(
-    name="ghost_conv2d",
-    layouts=(PIXELS, None, None, None, None, PIXELS),
-    supports=_unsupported,
-    operands=_operands,
-    sizes=_sizes,
-)
 
 
 def _triton_options(problem: Problem) -> dict[str, Any]:
     options = problem.options._asdict()
     del options["out_channels"]  # the operands tell
-    return {**options, "multiplier": _multiplier(problem.tensors)}
+    return {**options, "multiplier": _multiplier(problem)}
 
 
-_TRITON = TritonKernel(
-    family="ghost", name="ghost_conv2d", layouts=_CUDA.layouts, operands=_operands, options=_triton_options
+_CUDA = Kernel("ghost_conv2d", _operands, _sizes, supports=_reason)
+
+
+@op(
+    out=PIXELS,
+    shape=_shape,
+    reference=reference.ghost_conv2d,
+    macs=_macs,
+    implementations=(cuda_implementation(_CUDA), triton_implementation("ghost", _CUDA, options=_triton_options)),
 )
-
-_GHOST = publish(
-    Operator(
-        name="ghost_conv2d",
-        schema=(
-            "(Tensor x, Tensor primary_weight, Tensor? primary_bias, Tensor cheap_weight, Tensor? cheap_bias=None, "
-            "Tensor? residual=None, *, SymInt[2] stride=[1,1], SymInt[2] padding=[0,0], "
-            'str activation="identity", str cheap_activation="identity", int? out_channels=None, '
-            'str backend="auto") -> Tensor'
-        ),
-        tensors=("x", "primary_weight", "primary_bias", "cheap_weight", "cheap_bias", "residual"),
-        options=GhostOptions,
-        out=PIXELS,
-        shape=_shape,
-        reference=reference.ghost_conv2d,
-        macs=_macs,
-        implementations=(
-            cuda_implementation("ghost_conv2d", _CUDA),
-            triton_implementation("ghost_conv2d", _TRITON),
-            reference_implementation("ghost_conv2d", reference.ghost_conv2d),
-        ),
-        native=None,
-    )
-)
-
-
 def ghost_conv2d(
     x: Tensor,
     primary_weight: Tensor,
@@ -226,6 +178,3 @@ def ghost_conv2d(
 
     Returns: `[N, out_channels, H_out, W_out]`, channels_last. Errors as of `conv2d`.
     """
-    options = (stride, padding, activation, cheap_activation, out_channels)
-    tensors = (x, primary_weight, primary_bias, cheap_weight, cheap_bias, residual)
-    return call(_GHOST, tensors, options, backend)

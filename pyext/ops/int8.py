@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kernelpress.kernels import reference
-from kernelpress.ops import int8_cuda, int8_triton
+from kernelpress.ops.backends.cuda import CudaDevice, cuda_implementation, data_type, device_of
+from kernelpress.ops.backends.kernel import ROWS_OF_CHANNELS, Kernel, float_vector, window
+from kernelpress.ops.backends.triton import triton_implementation
+from kernelpress.ops.calls import packing
+from kernelpress.ops.calls.dispatch import op
 from kernelpress.ops.checks import (
     TensorSpec,
     check_activation,
+    check_depthwise_weight,
     check_dtype,
     check_input,
     check_vector,
     check_weight,
-    conv_output_size,
+    convolved,
     describe,
 )
-from kernelpress.ops.cuda import cuda_implementation
-from kernelpress.ops.depthwise import check_depthwise_weight
-from kernelpress.ops.fallback import reference_implementation
-from kernelpress.ops.layout import PIXELS, ROWS
-from kernelpress.ops.library import call, publish
-from kernelpress.ops.quantization import (
+from kernelpress.ops.dense import split_workspace
+from kernelpress.ops.depthwise import depthwise_sizes
+from kernelpress.ops.int8_checks import (
     check_depth,
     check_output,
     check_residual,
@@ -34,49 +37,15 @@ from kernelpress.ops.quantization import (
     check_zero_point,
     output_dtype,
 )
-from kernelpress.ops.registry import Operator
-from kernelpress.ops.schema import IntOrPair
-from kernelpress.ops.triton import triton_implementation
+from kernelpress.ops.layout import PIXELS, ROWS
+from kernelpress.ops.registry import Problem
+from kernelpress.ops.signature import IntOrPair
 
 __all__ = ["int8_conv2d", "int8_depthwise_conv2d", "int8_matmul"]
 
-Specs = tuple[TensorSpec | None, ...]
-
-_QUANTIZATION = (
-    "float input_scale=1.0, SymInt input_zero_point=0, float residual_scale=1.0, SymInt residual_zero_point=0, "
-    'str activation="identity", float? output_scale=None, SymInt output_zero_point=0, ScalarType? output_dtype=None, '
-    'str backend="auto") -> Tensor'
-)
-
-
-class Int8MatmulOptions(NamedTuple):
-    """Keyword arguments of `int8_matmul`."""
-
-    input_scale: float = 1.0
-    input_zero_point: int = 0
-    residual_scale: float = 1.0
-    residual_zero_point: int = 0
-    activation: str = "identity"
-    output_scale: float | None = None
-    output_zero_point: int = 0
-    output_dtype: torch.dtype | None = None
-
-
-class Int8ConvOptions(NamedTuple):
-    """Keyword arguments of `int8_conv2d` and `int8_depthwise_conv2d`."""
-
-    stride: tuple[int, ...] = (1, 1)
-    padding: tuple[int, ...] = (0, 0)
-    dilation: tuple[int, ...] = (1, 1)
-    input_scale: float = 1.0
-    input_zero_point: int = 0
-    residual_scale: float = 1.0
-    residual_zero_point: int = 0
-    activation: str = "identity"
-    output_scale: float | None = None
-    output_zero_point: int = 0
-    output_dtype: torch.dtype | None = None
-
+_INT8 = (torch.int8,)
+_LARGEST_SIDE = 2**15
+_MOST_PIXELS = 2**31
 
 _ALLOWED = {
     "x": torch.int8,
@@ -95,17 +64,23 @@ def _dtypes(names: Sequence[str], tensors: Sequence[TensorSpec | None], options:
     return out
 
 
-def _check_epilogue(tensors: Specs, options: Any, shape: tuple[int, ...], c_out: int) -> None:
-    _, weight, weight_scale, bias, residual = tensors[:5]
-    assert weight is not None
+def _check_epilogue(
+    options: Any,
+    shape: tuple[int, ...],
+    weight: TensorSpec,
+    weight_scale: TensorSpec,
+    bias: TensorSpec | None,
+    residual: TensorSpec | None,
+) -> tuple[int, ...]:
     check_depth(weight)
-    check_vector("weight_scale", weight_scale, c_out)
-    check_vector("bias", bias, c_out)
+    check_vector("weight_scale", weight_scale, weight.shape[0])
+    check_vector("bias", bias, weight.shape[0])
     check_activation("activation", options.activation)
     check_scale("input_scale", options.input_scale)
     check_zero_point("input_zero_point", options.input_zero_point)
     check_output(options)
     check_residual(residual, shape, options)
+    return shape
 
 
 def _check_rows(name: str, vector: TensorSpec | None, rows: tuple[int, ...]) -> None:
@@ -115,10 +90,8 @@ def _check_rows(name: str, vector: TensorSpec | None, rows: tuple[int, ...]) -> 
         raise ValueError(f"{name}: expected {describe(rows)}, one value per row of x, got {describe(vector.shape)}")
 
 
-def _matmul_shape(tensors: Specs, options: Int8MatmulOptions) -> tuple[int, ...]:
-    x, weight, *_, row_scale, row_zero_point = tensors
-    assert x is not None
-    assert weight is not None
+def _matmul_shape(options: Any, *tensors: Any) -> tuple[int, ...]:
+    x, weight, weight_scale, bias, residual, row_scale, row_zero_point = tensors
     if not x.shape or x.shape[-1] == 0:
         raise ValueError(f"x: expected [..., C_in] with at least one channel, got {describe(x.shape)}")
     channels, rows = x.shape[-1], tuple(x.shape[:-1])
@@ -129,35 +102,141 @@ def _matmul_shape(tensors: Specs, options: Int8MatmulOptions) -> tuple[int, ...]
         raise ValueError(f"input_scale: expected 1.0 beside row_scale, got {options.input_scale}")
     if row_zero_point is not None and options.input_zero_point != 0:
         raise ValueError(f"input_zero_point: expected 0 beside row_zero_point, got {options.input_zero_point}")
-    shape = (*rows, weight.shape[0])
-    _check_epilogue(tensors, options, shape, weight.shape[0])
-    return shape
+    return _check_epilogue(options, (*rows, weight.shape[0]), weight, weight_scale, bias, residual)
 
 
-_MATMUL = publish(
-    Operator(
-        name="int8_matmul",
-        schema=(
-            "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? residual=None, "
-            "Tensor? row_scale=None, Tensor? row_zero_point=None, *, " + _QUANTIZATION
-        ),
-        tensors=("x", "weight", "weight_scale", "bias", "residual", "row_scale", "row_zero_point"),
-        options=Int8MatmulOptions,
-        out=ROWS,
-        shape=_matmul_shape,
-        reference=reference.int8_matmul,
-        macs=lambda shapes, options, shape: math.prod(shape) * int(shapes[1][1]),
-        implementations=(
-            cuda_implementation("int8_matmul", int8_cuda.MATMUL),
-            triton_implementation("int8_matmul", int8_triton.MATMUL),
-            reference_implementation("int8_matmul", reference.int8_matmul),
-        ),
-        native=None,
-        dtypes=_dtypes,
+def _conv_shape(options: Any, x: TensorSpec, weight: TensorSpec, *epilogue: Any) -> tuple[int, ...]:
+    check_input(x)
+    channels = x.shape[1]
+    because = f"C_in = {channels} channels of x"
+    check_weight("weight", weight, "[C_out, C_in, KH, KW]", (None, channels, None, None), because)
+    return _check_epilogue(options, convolved(x, weight, options), weight, *epilogue)
+
+
+def _depthwise_shape(options: Any, x: TensorSpec, weight: TensorSpec, *epilogue: Any) -> tuple[int, ...]:
+    check_input(x)
+    check_depthwise_weight("weight", weight, x.shape[1])
+    return _check_epilogue(options, convolved(x, weight, options), weight, *epilogue)
+
+
+def _depth(weight: TensorSpec) -> int:
+    return math.prod(weight.shape[1:])
+
+
+def _weight_stride(weight: TensorSpec) -> int:
+    return -(-_depth(weight) // 16) * 16
+
+
+def _rows_of_weight(weight: Tensor) -> Tensor:
+    """`[C_out, C_in(, KH, KW)]` → `[C_out, KH · KW · C_in]`, rows padded with zeros to whole vectors of 16."""
+    rows = weight.flatten(1) if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1)
+    return pad(rows, (0, -rows.shape[1] % 16)).contiguous()
+
+
+def _sums(weight: Tensor) -> Tensor:
+    return weight.flatten(1).sum(1, dtype=torch.int64).to(torch.int32)
+
+
+def _scale(weight_scale: Tensor, input_scale: float) -> Tensor:
+    """`weight_scale · input_scale`, rounded to float32 as in the reference."""
+    return packing.packed(
+        weight_scale, None, ("int8 scale", input_scale), lambda scale: (scale * input_scale).contiguous()
     )
+
+
+def _constants(
+    options: Any, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
+    """weight, corrections for the zero point, scale and bias, as the structs begin after x."""
+    zero_point = options.input_zero_point
+    corrections = None
+    if zero_point != 0:
+        corrections = packing.packed(weight, None, ("int8 corrections", zero_point), lambda w: -zero_point * _sums(w))
+    rows = packing.packed(weight, None, "int8 rows", _rows_of_weight)
+    return rows, corrections, _scale(weight_scale, options.input_scale), float_vector(bias)
+
+
+def _scalars(problem: Problem) -> tuple[float, ...]:
+    options = problem.options
+    return (
+        *(1.0 if options.output_scale is None else float(options.output_scale), float(options.output_zero_point)),
+        *(float(options.residual_scale), float(options.residual_zero_point)),
+    )
+
+
+def _workspace(problem: Problem, device: CudaDevice) -> int:
+    weight = problem["weight"]
+    rows = math.prod(problem.shape) // weight.shape[0]
+    return split_workspace(rows, weight.shape[0], _depth(weight), device)
+
+
+def _triton_options(*names: str) -> Any:
+    """Those of an int8 epilogue, and the op's options of these names."""
+    chosen = (*names, "activation", "residual_scale", "residual_zero_point", "output_zero_point")
+
+    def options(problem: Problem) -> dict[str, Any]:
+        scale = problem.options.output_scale
+        named = {name: getattr(problem.options, name) for name in chosen}
+        return {"output_scale": 1.0 if scale is None else scale, **named}
+
+    return options
+
+
+def _is_contiguous(t: TensorSpec) -> bool:
+    step = 1
+    for size, stride in zip(reversed(t.shape), reversed(t.stride), strict=True):
+        if size > 1 and stride != step:
+            return False
+        step *= size
+    return True
+
+
+def _matmul_reason(problem: Problem) -> str | None:
+    for name, t in zip(("row_scale", "row_zero_point"), problem.tensors[5:], strict=True):
+        if t is not None and not _is_contiguous(t):
+            return f"{name}: the kernel reads it contiguous, got strides {list(t.stride)}"
+    return None
+
+
+def _matmul_operands(options: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
+    x, weight, weight_scale, bias, residual, row_scale, row_zero_point = tensors
+    weight_sums = None if row_zero_point is None else packing.packed(weight, None, "int8 sums", _sums)
+    constants = _constants(options, weight, weight_scale, bias)
+    return (x, *constants, residual, row_scale, row_zero_point, weight_sums)
+
+
+def _matmul_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
+    x, weight = problem["x"], problem["weight"]
+    return (
+        *(math.prod(x.shape[:-1]), x.shape[-1], weight.shape[0]),
+        *(_weight_stride(weight), spacing["x"], spacing["residual"], spacing["y"]),
+        *(_workspace(problem, device_of(problem)), data_type(problem.dtype)),
+    )
+
+
+_MATMUL_CUDA = Kernel(
+    "int8_matmul",
+    _matmul_operands,
+    _matmul_sizes,
+    layouts=ROWS_OF_CHANNELS,
+    supports=_matmul_reason,
+    dtypes=_INT8,
+    scalars=_scalars,
+    workspace=_workspace,
 )
 
 
+@op(
+    out=ROWS,
+    shape=_matmul_shape,
+    reference=reference.int8_matmul,
+    macs=lambda options, shape, x, weight, *_: math.prod(shape) * weight[1],
+    dtypes=_dtypes,
+    implementations=(
+        cuda_implementation(_MATMUL_CUDA),
+        triton_implementation("int8", _MATMUL_CUDA, supports=_matmul_reason, options=_triton_options()),
+    ),
+)
 def int8_matmul(
     x: Tensor,
     weight: Tensor,
@@ -194,90 +273,72 @@ def int8_matmul(
         no gradient.
     Raises: `ValueError` or `TypeError` naming a bad argument; `RuntimeError` where the backend asked for cannot run.
     """
-    options = (
-        *(input_scale, input_zero_point, residual_scale, residual_zero_point, activation),
-        *(output_scale, output_zero_point, output_dtype),
+
+
+def _conv_reason(problem: Problem) -> str | None:
+    shape, options = problem["x"].shape, problem.options
+    reach = [
+        size + 2 * padding + abs(step)
+        for size, padding, step in zip(shape[2:], options.padding, options.dilation, strict=True)
+    ]
+    pixels = max(math.prod(shape) // shape[1], math.prod(problem.shape) // problem.shape[1])
+    if max(*reach, *problem.shape[2:]) >= _LARGEST_SIDE or pixels >= _MOST_PIXELS:
+        return f"the kernel takes sides below {_LARGEST_SIDE}, padding included, and less than {_MOST_PIXELS} pixels"
+    return None
+
+
+def _conv_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
+    weight, options = problem["weight"], problem.options
+    batch, c_in, in_h, in_w = problem["x"].shape
+    _, c_out, out_h, out_w = problem.shape
+    return (
+        *(batch, in_h, in_w, c_in, out_h, out_w, c_out),
+        *(_weight_stride(weight), spacing["x"], spacing["residual"], spacing["y"]),
+        *window(weight.shape[2:], options),
+        *(options.input_zero_point, _workspace(problem, device_of(problem)), data_type(problem.dtype)),
     )
-    return call(_MATMUL, (x, weight, weight_scale, bias, residual, row_scale, row_zero_point), options, backend)
 
 
-def _conv_shape(tensors: Specs, options: Int8ConvOptions) -> tuple[int, ...]:
-    x, weight, *_ = tensors
-    assert x is not None
-    assert weight is not None
-    check_input(x)
-    channels = x.shape[1]
-    because = f"C_in = {channels} channels of x"
-    check_weight("weight", weight, "[C_out, C_in, KH, KW]", (None, channels, None, None), because)
-    return _convolved(tensors, options)
-
-
-def _depthwise_shape(tensors: Specs, options: Int8ConvOptions) -> tuple[int, ...]:
-    x, weight, *_ = tensors
-    assert x is not None
-    assert weight is not None
-    check_input(x)
-    check_depthwise_weight("weight", weight, x.shape[1])
-    return _convolved(tensors, options)
-
-
-def _convolved(tensors: Specs, options: Int8ConvOptions) -> tuple[int, ...]:
-    x, weight, *_ = tensors
-    assert x is not None
-    assert weight is not None
-    size = conv_output_size(x, weight.shape[2:], options.stride, options.padding, options.dilation)
-    shape = (x.shape[0], weight.shape[0], *size)
-    _check_epilogue(tensors, options, shape, weight.shape[0])
-    return shape
-
-
-_CONV_SCHEMA = (
-    "(Tensor x, Tensor weight, Tensor weight_scale, Tensor? bias=None, Tensor? residual=None, *, "
-    "SymInt[2] stride=[1,1], SymInt[2] padding=[0,0], SymInt[2] dilation=[1,1], " + _QUANTIZATION
-)
-_CONV_TENSORS = ("x", "weight", "weight_scale", "bias", "residual")
-
-_CONV2D = publish(
-    Operator(
-        name="int8_conv2d",
-        schema=_CONV_SCHEMA,
-        tensors=_CONV_TENSORS,
-        options=Int8ConvOptions,
-        out=PIXELS,
-        shape=_conv_shape,
-        reference=reference.int8_conv2d,
-        macs=lambda shapes, options, shape: math.prod(shape) * math.prod(shapes[1][1:]),
-        implementations=(
-            cuda_implementation("int8_conv2d", int8_cuda.CONV2D),
-            triton_implementation("int8_conv2d", int8_triton.CONV2D),
-            reference_implementation("int8_conv2d", reference.int8_conv2d),
-        ),
-        native=None,
-        dtypes=_dtypes,
-    )
-)
-
-_DEPTHWISE = publish(
-    Operator(
-        name="int8_depthwise_conv2d",
-        schema=_CONV_SCHEMA,
-        tensors=_CONV_TENSORS,
-        options=Int8ConvOptions,
-        out=PIXELS,
-        shape=_depthwise_shape,
-        reference=reference.int8_depthwise_conv2d,
-        macs=lambda shapes, options, shape: math.prod(shape) * math.prod(shapes[1][2:]),
-        implementations=(
-            cuda_implementation("int8_depthwise_conv2d", int8_cuda.DEPTHWISE),
-            triton_implementation("int8_depthwise_conv2d", int8_triton.DEPTHWISE),
-            reference_implementation("int8_depthwise_conv2d", reference.int8_depthwise_conv2d),
-        ),
-        native=None,
-        dtypes=_dtypes,
-    )
+_CONV2D_CUDA = Kernel(
+    "int8_conv2d",
+    lambda options, x, weight, weight_scale, bias, residual: (
+        *(x, *_constants(options, weight, weight_scale, bias), residual),
+    ),
+    _conv_sizes,
+    supports=_conv_reason,
+    dtypes=_INT8,
+    scalars=_scalars,
+    workspace=_workspace,
 )
 
 
+def _padded_operands(options: Any, x: Tensor | None, weight: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+    """With the values of padding, as the Triton kernel reads them."""
+    zero_point = options.input_zero_point
+
+    def padding(weight: Tensor) -> Tensor:
+        return weight.new_full((weight.shape[3] * weight.shape[1],), zero_point)
+
+    _, rows, *rest = _CONV2D_CUDA.operands(options, x, weight, *others)
+    return (x, rows, packing.packed(weight, None, ("int8 padding", zero_point), padding), *rest)
+
+
+def _windowed_options(problem: Problem) -> dict[str, Any]:
+    kernel = {"kernel": tuple(problem["weight"].shape[2:])}
+    return {**kernel, **_triton_options("stride", "padding", "dilation")(problem)}
+
+
+@op(
+    out=PIXELS,
+    shape=_conv_shape,
+    reference=reference.int8_conv2d,
+    macs=lambda options, shape, x, weight, *_: math.prod(shape) * math.prod(weight[1:]),
+    dtypes=_dtypes,
+    implementations=(
+        cuda_implementation(_CONV2D_CUDA),
+        triton_implementation("int8", _CONV2D_CUDA, operands=_padded_operands, options=_windowed_options),
+    ),
+)
 def int8_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -309,13 +370,37 @@ def int8_conv2d(
 
     Returns: `[N, C_out, H_out, W_out]`, channels_last. Other options and errors as of `int8_matmul`.
     """
-    options = (
-        *(stride, padding, dilation, input_scale, input_zero_point, residual_scale, residual_zero_point, activation),
-        *(output_scale, output_zero_point, output_dtype),
-    )
-    return call(_CONV2D, (x, weight, weight_scale, bias, residual), options, backend)
 
 
+_DEPTHWISE_CUDA = Kernel(
+    "int8_depthwise_conv2d",
+    lambda options, x, weight, weight_scale, bias, residual: (
+        *(x, packing.depthwise(weight, None), _scale(weight_scale, options.input_scale), float_vector(bias), residual),
+    ),
+    lambda problem, spacing: (
+        *depthwise_sizes(problem, spacing),
+        *(problem.options.input_zero_point, data_type(problem.dtype)),
+    ),
+    dtypes=_INT8,
+    scalars=_scalars,
+)
+
+
+@op(
+    out=PIXELS,
+    shape=_depthwise_shape,
+    reference=reference.int8_depthwise_conv2d,
+    macs=lambda options, shape, x, weight, *_: math.prod(shape) * math.prod(weight[2:]),
+    dtypes=_dtypes,
+    implementations=(
+        cuda_implementation(_DEPTHWISE_CUDA),
+        triton_implementation(
+            "int8_depthwise",
+            _DEPTHWISE_CUDA,
+            options=_triton_options("stride", "padding", "dilation", "input_zero_point"),
+        ),
+    ),
+)
 def int8_depthwise_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -345,8 +430,3 @@ def int8_depthwise_conv2d(
 
     Returns: `[N, C · multiplier, H_out, W_out]`, channels_last. Other arguments and errors as of `int8_conv2d`.
     """
-    options = (
-        *(stride, padding, dilation, input_scale, input_zero_point, residual_scale, residual_zero_point, activation),
-        *(output_scale, output_zero_point, output_dtype),
-    )
-    return call(_DEPTHWISE, (x, weight, weight_scale, bias, residual), options, backend)

@@ -17,9 +17,10 @@ def _channels_last_stride(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
-    strides = [1]
-    for size in reversed(shape[1:]):
-        strides.append(strides[-1] * size)
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= size
     return tuple(reversed(strides))
 
 

@@ -2,87 +2,50 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
+from kernelpress.ops.backends.cpu import cpu_implementation
+from kernelpress.ops.backends.kernel import Kernel
+from kernelpress.ops.calls.dispatch import op
 from kernelpress.ops.checks import TensorSpec, check_input, check_pair, conv_output_size, describe
-from kernelpress.ops.cpu import cpu_implementation
-from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import DENSE, PIXELS
-from kernelpress.ops.library import call, publish
-from kernelpress.ops.registry import NativeKernel, Operator, Problem
-from kernelpress.ops.schema import IntOrPair
+from kernelpress.ops.registry import Problem
+from kernelpress.ops.signature import IntOrPair
 
 __all__ = ["global_avg_pool2d", "max_pool2d"]
 
-Specs = tuple[TensorSpec | None, ...]
 
-
-class GlobalPoolOptions(NamedTuple):
-    """Keyword arguments of `global_avg_pool2d`: none."""
-
-
-class MaxPoolOptions(NamedTuple):
-    """Keyword arguments of `max_pool2d`."""
-
-    kernel_size: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[int, ...] = (0, 0)
-
-
-def _global_shape(tensors: Specs, options: GlobalPoolOptions) -> tuple[int, ...]:
-    x = tensors[0]
-    assert x is not None
+def _global_shape(options: Any, x: TensorSpec) -> tuple[int, ...]:
     check_input(x)
     if any(isinstance(size, int) and size == 0 for size in x.shape[2:]):
         raise ValueError(f"x: expected at least one position, got {describe(x.shape)}")
     return (x.shape[0], x.shape[1])
 
 
-def _global_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
-    x = problem.tensors[0]
-    assert x is not None
-    batch, channels, height, width = x.shape
-    return (batch, height * width, channels, spacings[0])
+def _global_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
+    batch, channels, height, width = problem["x"].shape
+    return (batch, height * width, channels, spacing["x"])
 
 
-_GLOBAL_KERNEL = NativeKernel(
-    name="global_avg_pool2d",
-    layouts=(PIXELS,),
-    supports=lambda problem: None,
-    operands=lambda tensors, options: (tensors[0],),
-    sizes=_global_sizes,
+_GLOBAL_CPU = Kernel("global_avg_pool2d", lambda options, x: (x,), _global_sizes, dtypes=(torch.float32,))
+
+
+@op(
+    out=DENSE,
+    shape=_global_shape,
+    reference=reference.global_avg_pool2d,
+    implementations=(cpu_implementation(_GLOBAL_CPU),),
 )
-
-_GLOBAL = publish(
-    Operator(
-        name="global_avg_pool2d",
-        schema='(Tensor x, *, str backend="auto") -> Tensor',
-        tensors=("x",),
-        options=GlobalPoolOptions,
-        out=DENSE,
-        shape=_global_shape,
-        reference=reference.global_avg_pool2d,
-        macs=lambda shapes, options, shape: 0,
-        implementations=(
-            cpu_implementation("global_avg_pool2d", _GLOBAL_KERNEL),
-            reference_implementation("global_avg_pool2d", reference.global_avg_pool2d),
-        ),
-        native=_GLOBAL_KERNEL,
-    )
-)
-
-
 def global_avg_pool2d(x: Tensor, *, backend: str = "auto") -> Tensor:
     """Mean over the positions of every channel: `x: [N, C, H, W]` → `[N, C]`. Errors as of `conv2d`."""
-    return call(_GLOBAL, (x,), (), backend)
 
 
-def _max_shape(tensors: Specs, options: MaxPoolOptions) -> tuple[int, ...]:
-    x = tensors[0]
-    assert x is not None
+def _max_shape(options: Any, x: TensorSpec) -> tuple[int, ...]:
     check_input(x)
     kernel, padding = options.kernel_size, options.padding
     check_pair("kernel_size", kernel, 1)
@@ -92,47 +55,23 @@ def _max_shape(tensors: Specs, options: MaxPoolOptions) -> tuple[int, ...]:
     return (x.shape[0], x.shape[1], *size)
 
 
-def _max_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
-    x = problem.tensors[0]
-    assert x is not None
+def _max_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
+    batch, channels, in_h, in_w = problem["x"].shape
     options = problem.options
-    batch, channels, in_h, in_w = x.shape
     return (
-        *(batch, in_h, in_w, channels, *problem.shape[2:], spacings[0], y_spacing),
-        *options.kernel_size,
-        *options.stride,
-        *options.padding,
+        *(batch, in_h, in_w, channels, *problem.shape[2:], spacing["x"], spacing["y"]),
+        *(*options.kernel_size, *options.stride, *options.padding),
     )
 
 
-_MAX_KERNEL = NativeKernel(
-    name="max_pool2d",
-    layouts=(PIXELS,),
-    supports=lambda problem: None,
-    operands=lambda tensors, options: (tensors[0],),
-    sizes=_max_sizes,
-)
+_MAX_CPU = Kernel("max_pool2d", lambda options, x: (x,), _max_sizes, dtypes=(torch.float32,))
 
-_MAX = publish(
-    Operator(
-        name="max_pool2d",
-        schema=(
-            "(Tensor x, *, SymInt[2] kernel_size, SymInt[2] stride, SymInt[2] padding=[0,0], "
-            'str backend="auto") -> Tensor'
-        ),
-        tensors=("x",),
-        options=MaxPoolOptions,
-        out=PIXELS,
-        shape=_max_shape,
-        reference=reference.max_pool2d,
-        macs=lambda shapes, options, shape: 0,
-        implementations=(
-            cpu_implementation("max_pool2d", _MAX_KERNEL),
-            reference_implementation("max_pool2d", reference.max_pool2d),
-        ),
-        native=_MAX_KERNEL,
-    )
-)
+
+@op(out=PIXELS, shape=_max_shape, reference=reference.max_pool2d, implementations=(cpu_implementation(_MAX_CPU),))
+def _max_pool2d(
+    x: Tensor, *, kernel_size: IntOrPair, stride: IntOrPair, padding: IntOrPair = 0, backend: str = "auto"
+) -> Tensor:
+    """`max_pool2d` with the stride that it has."""
 
 
 def max_pool2d(
@@ -153,4 +92,4 @@ def max_pool2d(
     Returns: `[N, C, H_out, W_out]`, channels_last. Errors as of `conv2d`.
     """
     step = kernel_size if stride is None else stride
-    return call(_MAX, (x,), (kernel_size, step, padding), backend)
+    return _max_pool2d(x, kernel_size=kernel_size, stride=step, padding=padding, backend=backend)

@@ -1,4 +1,4 @@
-"""Depthwise-separable blocks in one call: `separable_conv2d` and `inverted_residual`.
+"""Depthwise-separable blocks in one call: `separable_conv2d`, `inverted_residual`, `separable_stem`.
 
 The depthwise result stays in cache; it never reaches main memory.
 """
@@ -6,13 +6,19 @@ The depthwise result stays in cache; it never reaches main memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
-from kernelpress.ops import packing
+from kernelpress.ops.backends.cpu import cpu_implementation
+from kernelpress.ops.backends.cuda import CudaDevice, cuda_implementation
+from kernelpress.ops.backends.kernel import Kernel, activation_index, float_vector, tf32_reason, window
+from kernelpress.ops.backends.triton import triton_implementation
+from kernelpress.ops.calls import packing
+from kernelpress.ops.calls.dispatch import op
 from kernelpress.ops.checks import (
     TensorSpec,
     check_activation,
@@ -22,57 +28,31 @@ from kernelpress.ops.checks import (
     check_weight,
     conv_output_size,
 )
-from kernelpress.ops.cpu import cpu_implementation
-from kernelpress.ops.cuda import CudaDevice, CudaKernel, cuda_implementation, float_vector, tf32_reason
-from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import PIXELS
-from kernelpress.ops.library import call, publish
-from kernelpress.ops.registry import NativeKernel, Operator, Problem, Tensors
-from kernelpress.ops.schema import IntOrPair
-from kernelpress.ops.triton import TritonKernel, triton_implementation
+from kernelpress.ops.registry import Problem
+from kernelpress.ops.signature import IntOrPair
 
-__all__ = ["inverted_residual", "separable_conv2d"]
-
-Specs = tuple[TensorSpec | None, ...]
+__all__ = ["inverted_residual", "separable_conv2d", "separable_stem"]
 
 
-class SeparableOptions(NamedTuple):
-    """Keyword arguments of `separable_conv2d`."""
-
-    stride: tuple[int, ...] = (1, 1)
-    padding: tuple[int, ...] = (0, 0)
-    dilation: tuple[int, ...] = (1, 1)
-    depthwise_activation: str = "identity"
-    activation: str = "identity"
+def _check_activations(options: Any) -> None:
+    for name in options._fields:
+        if name.endswith("activation"):
+            check_activation(name, getattr(options, name))
 
 
-class InvertedResidualOptions(NamedTuple):
-    """Keyword arguments of `inverted_residual`."""
-
-    stride: tuple[int, ...] = (1, 1)
-    padding: tuple[int, ...] = (0, 0)
-    dilation: tuple[int, ...] = (1, 1)
-    expand_activation: str = "identity"
-    depthwise_activation: str = "identity"
-    activation: str = "identity"
+def _check_depthwise(weight: TensorSpec, bias: TensorSpec | None, channels: int, of: str) -> None:
+    because = f"C = {channels} channels of {of}"
+    check_weight("depthwise_weight", weight, "[C, 1, KH, KW]", (channels, 1, None, None), because)
+    check_vector("depthwise_bias", bias, channels)
 
 
-def _check_depthwise(weight: TensorSpec, channels: int, of: str) -> None:
-    form, because = "[C, 1, KH, KW]", f"C = {channels} channels of {of}"
-    check_weight("depthwise_weight", weight, form, (channels, 1, None, None), because)
-
-
-def _separable_shape(tensors: Specs, options: SeparableOptions) -> tuple[int, ...]:
+def _separable_shape(options: Any, *tensors: Any) -> tuple[int, ...]:
     x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual = tensors
-    assert x is not None
-    assert depthwise_weight is not None
-    assert pointwise_weight is not None
     check_input(x)
-    check_activation("depthwise_activation", options.depthwise_activation)
-    check_activation("activation", options.activation)
+    _check_activations(options)
     channels = x.shape[1]
-    _check_depthwise(depthwise_weight, channels, "x")
-    check_vector("depthwise_bias", depthwise_bias, channels)
+    _check_depthwise(depthwise_weight, depthwise_bias, channels, "x")
     because = f"C = {channels} depthwise channels"
     check_weight("pointwise_weight", pointwise_weight, "[C_out, C, 1, 1]", (None, channels, 1, 1), because)
     c_out = pointwise_weight.shape[0]
@@ -83,31 +63,18 @@ def _separable_shape(tensors: Specs, options: SeparableOptions) -> tuple[int, ..
     return shape
 
 
-def _separable_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...]:
-    x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual = tensors
-    assert depthwise_weight is not None
-    assert pointwise_weight is not None
-    return (
-        x,
-        packing.depthwise(depthwise_weight, None),
-        packing.vector(depthwise_bias),
-        packing.panels(pointwise_weight, None),
-        packing.vector(pointwise_bias),
-        residual,
-    )
+def _activations(options: Any, *names: str) -> tuple[int, ...]:
+    return tuple(activation_index(getattr(options, name)) for name in names)
 
 
-def _separable_cuda_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...]:
-    x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual = tensors
-    assert depthwise_weight is not None
-    assert pointwise_weight is not None
+def _separable_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
+    batch, channels, in_h, in_w = problem["x"].shape
+    _, c_out, out_h, out_w = problem.shape
     return (
-        x,
-        packing.depthwise(depthwise_weight, None),
-        float_vector(depthwise_bias),
-        packing.contiguous(pointwise_weight),
-        float_vector(pointwise_bias),
-        residual,
+        *(batch, in_h, in_w, channels, out_h, out_w, c_out),
+        *(spacing["x"], spacing["residual"], spacing["y"]),
+        *window(problem["depthwise_weight"].shape[2:], problem.options),
+        *_activations(problem.options, "depthwise_activation"),
     )
 
 
@@ -118,91 +85,52 @@ def _in_vectors(*elements: int, size: int) -> int:
 
 def _separable_workspace(problem: Problem, device: CudaDevice) -> int:
     """The depthwise result, for where the kernels run one after the other."""
-    x, *_ = problem.tensors
-    assert x is not None
+    x = problem["x"]
     return _in_vectors(problem.shape[0], x.shape[1], *problem.shape[2:], size=x.dtype.itemsize)
 
 
-def _separable_geometry(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
-    x, depthwise_weight, *_ = problem.tensors
-    assert x is not None
-    assert depthwise_weight is not None
-    options = problem.options
-    batch, channels, in_h, in_w = x.shape
-    _, c_out, out_h, out_w = problem.shape
-    return (
-        *(batch, in_h, in_w, channels, out_h, out_w, c_out),
-        *(spacings[0], spacings[5], y_spacing),
-        *depthwise_weight.shape[2:],
-        *options.stride,
-        *options.padding,
-        *options.dilation,
-        reference.ACTIVATIONS.index(options.depthwise_activation),
-    )
-
-
-def _separable_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
-    activation = reference.ACTIVATIONS.index(problem.options.activation)
-    return (*_separable_geometry(problem, spacings, y_spacing), activation)
-
-
-def _separable_macs(shapes: Sequence[Any], options: Any, shape: Sequence[int]) -> int:
+def _separable_macs(options: Any, shape: Sequence[int], x: Any, depthwise_weight: Any, *_: Any) -> int:
     batch, c_out, out_h, out_w = shape
-    channels = shapes[1][0]
-    return int(batch * out_h * out_w * channels * (math.prod(shapes[1][2:]) + c_out))
+    return int(batch * out_h * out_w * depthwise_weight[0] * (math.prod(depthwise_weight[2:]) + c_out))
 
 
-_SEPARABLE_KERNEL = NativeKernel(
-    name="separable_conv2d",
-    layouts=(PIXELS, None, None, None, None, PIXELS),
-    supports=lambda problem: None,
-    operands=_separable_operands,
-    sizes=_separable_sizes,
+_SEPARABLE_CPU = Kernel(
+    "separable_conv2d",
+    lambda options, x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual: (
+        x,
+        *(packing.depthwise(depthwise_weight, None), packing.vector(depthwise_bias)),
+        *(packing.panels(pointwise_weight, None), packing.vector(pointwise_bias)),
+        residual,
+    ),
+    _separable_sizes,
+    dtypes=(torch.float32,),
 )
 
-_SEPARABLE_CUDA = CudaKernel(
-    name="separable_conv2d",
-    layouts=(PIXELS, None, None, None, None, PIXELS),
+_SEPARABLE_CUDA = Kernel(
+    "separable_conv2d",
+    lambda options, x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual: (
+        x,
+        *(packing.depthwise(depthwise_weight, None), float_vector(depthwise_bias)),
+        *(packing.contiguous(pointwise_weight), float_vector(pointwise_bias)),
+        residual,
+    ),
+    _separable_sizes,
     supports=tf32_reason,
-    operands=_separable_cuda_operands,
-    sizes=_separable_geometry,
     workspace=_separable_workspace,
-    has_workspace=True,
-)
-
-_SEPARABLE_TRITON = TritonKernel(
-    family="separable",
-    name="separable_conv2d",
-    layouts=_SEPARABLE_CUDA.layouts,
-    operands=_separable_cuda_operands,
-)
-
-_SEPARABLE = publish(
-    Operator(
-        name="separable_conv2d",
-        schema=(
-            "(Tensor x, Tensor depthwise_weight, Tensor? depthwise_bias, Tensor pointwise_weight, "
-            "Tensor? pointwise_bias=None, Tensor? residual=None, *, "
-            "SymInt[2] stride=[1,1], SymInt[2] padding=[0,0], SymInt[2] dilation=[1,1], "
-            'str depthwise_activation="identity", str activation="identity", str backend="auto") -> Tensor'
-        ),
-        tensors=("x", "depthwise_weight", "depthwise_bias", "pointwise_weight", "pointwise_bias", "residual"),
-        options=SeparableOptions,
-        out=PIXELS,
-        shape=_separable_shape,
-        reference=reference.separable_conv2d,
-        macs=_separable_macs,
-        implementations=(
-            cuda_implementation("separable_conv2d", _SEPARABLE_CUDA),
-            triton_implementation("separable_conv2d", _SEPARABLE_TRITON),
-            cpu_implementation("separable_conv2d", _SEPARABLE_KERNEL),
-            reference_implementation("separable_conv2d", reference.separable_conv2d),
-        ),
-        native=_SEPARABLE_KERNEL,
-    )
 )
 
 
+@op(
+    out=PIXELS,
+    shape=_separable_shape,
+    reference=reference.separable_conv2d,
+    macs=_separable_macs,
+    implementations=(
+        cuda_implementation(_SEPARABLE_CUDA),
+        triton_implementation("separable", _SEPARABLE_CUDA),
+        cpu_implementation(_SEPARABLE_CPU),
+    ),
+)
 def separable_conv2d(
     x: Tensor,
     depthwise_weight: Tensor,
@@ -229,28 +157,18 @@ def separable_conv2d(
 
     Returns: `[N, C_out, H_out, W_out]`, channels_last. Other options and errors as of `conv2d`.
     """
-    options = (stride, padding, dilation, depthwise_activation, activation)
-    tensors = (x, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias, residual)
-    return call(_SEPARABLE, tensors, options, backend)
 
 
-def _inverted_shape(tensors: Specs, options: InvertedResidualOptions) -> tuple[int, ...]:
+def _inverted_shape(options: Any, *tensors: Any) -> tuple[int, ...]:
     x, expand_weight, expand_bias, depthwise_weight, depthwise_bias, project_weight, project_bias, residual = tensors
-    assert x is not None
-    assert expand_weight is not None
-    assert depthwise_weight is not None
-    assert project_weight is not None
     check_input(x)
-    check_activation("expand_activation", options.expand_activation)
-    check_activation("depthwise_activation", options.depthwise_activation)
-    check_activation("activation", options.activation)
+    _check_activations(options)
     channels = x.shape[1]
     because = f"C_in = {channels} channels of x"
     check_weight("expand_weight", expand_weight, "[C_hidden, C_in, 1, 1]", (None, channels, 1, 1), because)
     hidden = expand_weight.shape[0]
     check_vector("expand_bias", expand_bias, hidden)
-    _check_depthwise(depthwise_weight, hidden, "expand_weight")
-    check_vector("depthwise_bias", depthwise_bias, hidden)
+    _check_depthwise(depthwise_weight, depthwise_bias, hidden, "expand_weight")
     because = f"C_hidden = {hidden} channels of expand_weight"
     check_weight("project_weight", project_weight, "[C_out, C_hidden, 1, 1]", (None, hidden, 1, 1), because)
     c_out = project_weight.shape[0]
@@ -261,122 +179,64 @@ def _inverted_shape(tensors: Specs, options: InvertedResidualOptions) -> tuple[i
     return shape
 
 
-def _inverted_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...]:
-    x, expand_weight, expand_bias, *rest = tensors
-    assert expand_weight is not None
-    _, *others = _separable_operands((None, *rest), options)
-    return (x, packing.panels(expand_weight, None), packing.vector(expand_bias), *others)
-
-
-def _inverted_cuda_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...]:
-    x, expand_weight, expand_bias, *rest = tensors
-    assert expand_weight is not None
-    _, *others = _separable_cuda_operands((None, *rest), options)
-    return (x, packing.contiguous(expand_weight), float_vector(expand_bias), *others)
+def _inverted_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
+    batch, c_in, in_h, in_w = problem["x"].shape
+    _, c_out, out_h, out_w = problem.shape
+    return (
+        *(batch, in_h, in_w, c_in, problem["expand_weight"].shape[0], out_h, out_w, c_out),
+        *(spacing["x"], spacing["residual"], spacing["y"]),
+        *window(problem["depthwise_weight"].shape[2:], problem.options),
+        *_activations(problem.options, "expand_activation", "depthwise_activation"),
+    )
 
 
 def _inverted_workspace(problem: Problem, device: CudaDevice) -> int:
     """The expanded map and the depthwise result, for where the kernels run one after the other."""
-    x, expand_weight, *_ = problem.tensors
-    assert x is not None
-    assert expand_weight is not None
-    batch, hidden, size = x.shape[0], expand_weight.shape[0], x.dtype.itemsize
+    x = problem["x"]
+    batch, hidden, size = x.shape[0], problem["expand_weight"].shape[0], x.dtype.itemsize
     return sum(_in_vectors(batch, hidden, *pixels, size=size) for pixels in (x.shape[2:], problem.shape[2:]))
 
 
-def _inverted_geometry(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
-    x, expand_weight, _, depthwise_weight, *_ = problem.tensors
-    assert x is not None
-    assert expand_weight is not None
-    assert depthwise_weight is not None
-    options = problem.options
-    batch, c_in, in_h, in_w = x.shape
-    _, c_out, out_h, out_w = problem.shape
-    return (
-        *(batch, in_h, in_w, c_in, expand_weight.shape[0], out_h, out_w, c_out),
-        *(spacings[0], spacings[7], y_spacing),
-        *depthwise_weight.shape[2:],
-        *options.stride,
-        *options.padding,
-        *options.dilation,
-        reference.ACTIVATIONS.index(options.expand_activation),
-        reference.ACTIVATIONS.index(options.depthwise_activation),
-    )
+def _inverted_macs(
+    options: Any, shape: Sequence[int], x: Any, expand_weight: Any, _: Any, depthwise_weight: Any, *others: Any
+) -> int:
+    expand = x[0] * x[2] * x[3] * math.prod(expand_weight)
+    return int(expand + _separable_macs(options, shape, x, depthwise_weight))
 
 
-def _inverted_sizes(problem: Problem, spacings: tuple[int, ...], y_spacing: int) -> tuple[int, ...]:
-    activation = reference.ACTIVATIONS.index(problem.options.activation)
-    return (*_inverted_geometry(problem, spacings, y_spacing), activation)
-
-
-def _inverted_macs(shapes: Sequence[Any], options: Any, shape: Sequence[int]) -> int:
-    batch, c_in, in_h, in_w = shapes[0]
-    hidden = shapes[1][0]
-    expand = batch * in_h * in_w * c_in * hidden
-    return int(expand + _separable_macs((None, shapes[3]), options, shape))
-
-
-_INVERTED_KERNEL = NativeKernel(
-    name="inverted_residual",
-    layouts=(PIXELS, None, None, None, None, None, None, PIXELS),
-    supports=lambda problem: None,
-    operands=_inverted_operands,
-    sizes=_inverted_sizes,
+_INVERTED_CPU = Kernel(
+    "inverted_residual",
+    lambda options, x, weight, bias, *separable: (
+        *(x, packing.panels(weight, None), packing.vector(bias)),
+        *_SEPARABLE_CPU.operands(options, None, *separable)[1:],
+    ),
+    _inverted_sizes,
+    dtypes=(torch.float32,),
 )
 
-_INVERTED_CUDA = CudaKernel(
-    name="inverted_residual",
-    layouts=(PIXELS, None, None, None, None, None, None, PIXELS),
+_INVERTED_CUDA = Kernel(
+    "inverted_residual",
+    lambda options, x, weight, bias, *separable: (
+        *(x, packing.contiguous(weight), float_vector(bias)),
+        *_SEPARABLE_CUDA.operands(options, None, *separable)[1:],
+    ),
+    _inverted_sizes,
     supports=tf32_reason,
-    operands=_inverted_cuda_operands,
-    sizes=_inverted_geometry,
     workspace=_inverted_workspace,
-    has_workspace=True,
-)
-
-_INVERTED_TRITON = TritonKernel(
-    family="separable",
-    name="inverted_residual",
-    layouts=_INVERTED_CUDA.layouts,
-    operands=_inverted_cuda_operands,
-)
-
-_INVERTED = publish(
-    Operator(
-        name="inverted_residual",
-        schema=(
-            "(Tensor x, Tensor expand_weight, Tensor? expand_bias, Tensor depthwise_weight, Tensor? depthwise_bias, "
-            "Tensor project_weight, Tensor? project_bias=None, Tensor? residual=None, *, "
-            "SymInt[2] stride=[1,1], SymInt[2] padding=[0,0], SymInt[2] dilation=[1,1], "
-            'str expand_activation="identity", str depthwise_activation="identity", str activation="identity", '
-            'str backend="auto") -> Tensor'
-        ),
-        tensors=(
-            "x",
-            "expand_weight",
-            "expand_bias",
-            "depthwise_weight",
-            "depthwise_bias",
-            "project_weight",
-            "project_bias",
-            "residual",
-        ),
-        options=InvertedResidualOptions,
-        out=PIXELS,
-        shape=_inverted_shape,
-        reference=reference.inverted_residual,
-        macs=_inverted_macs,
-        implementations=(
-            cuda_implementation("inverted_residual", _INVERTED_CUDA),
-            triton_implementation("inverted_residual", _INVERTED_TRITON),
-            cpu_implementation("inverted_residual", _INVERTED_KERNEL),
-            reference_implementation("inverted_residual", reference.inverted_residual),
-        ),
-        native=_INVERTED_KERNEL,
-    )
 )
 
 
+@op(
+    out=PIXELS,
+    shape=_inverted_shape,
+    reference=reference.inverted_residual,
+    macs=_inverted_macs,
+    implementations=(
+        cuda_implementation(_INVERTED_CUDA),
+        triton_implementation("separable", _INVERTED_CUDA),
+        cpu_implementation(_INVERTED_CPU),
+    ),
+)
 def inverted_residual(
     x: Tensor,
     expand_weight: Tensor,
@@ -407,9 +267,102 @@ def inverted_residual(
 
     Returns: `[N, C_out, H_out, W_out]`, channels_last. Other options and errors as of `conv2d`.
     """
-    options = (stride, padding, dilation, expand_activation, depthwise_activation, activation)
-    tensors = (
-        *(x, expand_weight, expand_bias, depthwise_weight, depthwise_bias),
-        *(project_weight, project_bias, residual),
+
+
+def _hidden_size(x: Any, stem_weight: Any, options: Any) -> tuple[int, int]:
+    size = zip(x[2:], stem_weight[2:], options.stem_stride, options.stem_padding, strict=True)
+    height, width = ((n + 2 * padding - kernel) // stride + 1 for n, kernel, stride, padding in size)
+    return height, width
+
+
+def _stem_shape(options: Any, *tensors: Any) -> tuple[int, ...]:
+    x, stem_weight, stem_bias, depthwise_weight, depthwise_bias, pointwise_weight, pointwise_bias = tensors
+    check_input(x)
+    _check_activations(options)
+    channels = x.shape[1]
+    because = f"C_in = {channels} channels of x"
+    check_weight("stem_weight", stem_weight, "[C, C_in, KH, KW]", (None, channels, None, None), because)
+    hidden = stem_weight.shape[0]
+    check_vector("stem_bias", stem_bias, hidden)
+    _check_depthwise(depthwise_weight, depthwise_bias, hidden, "stem_weight")
+    because = f"C = {hidden} channels of stem_weight"
+    check_weight("pointwise_weight", pointwise_weight, "[C_out, C, 1, 1]", (None, hidden, 1, 1), because)
+    c_out = pointwise_weight.shape[0]
+    check_vector("pointwise_bias", pointwise_bias, c_out)
+    size = conv_output_size(x, stem_weight.shape[2:], options.stem_stride, options.stem_padding, (1, 1))
+    between = TensorSpec((x.shape[0], hidden, *size), x.stride, x.dtype)
+    size = conv_output_size(between, depthwise_weight.shape[2:], options.stride, options.padding, (1, 1))
+    return (x.shape[0], c_out, *size)
+
+
+def _stem_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
+    x, stem_weight, options = problem["x"], problem["stem_weight"], problem.options
+    batch, c_in, in_h, in_w = x.shape
+    _, c_out, out_h, out_w = problem.shape
+    return (
+        *(batch, in_h, in_w, c_in),
+        *_hidden_size(x.shape, stem_weight.shape, options),
+        *(stem_weight.shape[0], out_h, out_w, c_out),
+        *(*x.stride, spacing["y"]),
+        *(*stem_weight.shape[2:], *options.stem_stride, *options.stem_padding, 1, 1),
+        *window(problem["depthwise_weight"].shape[2:], options),
+        *_activations(options, "stem_activation", "depthwise_activation"),
     )
-    return call(_INVERTED, tensors, options, backend)
+
+
+def _stem_macs(
+    options: Any, shape: Sequence[int], x: Any, stem_weight: Any, _: Any, depthwise_weight: Any, *others: Any
+) -> int:
+    stem = x[0] * math.prod(_hidden_size(x, stem_weight, options)) * math.prod(stem_weight)
+    return int(stem + _separable_macs(options, shape, x, depthwise_weight))
+
+
+_STEM_CPU = Kernel(
+    "separable_stem",
+    lambda options, x, weight, bias, *separable: (
+        *(x, packing.panels(weight, None), packing.vector(bias)),
+        *_SEPARABLE_CPU.operands(options, None, *separable, None)[1:-1],
+    ),
+    _stem_sizes,
+    layouts={},
+    dtypes=(torch.float32,),
+)
+
+
+@op(
+    out=PIXELS,
+    shape=_stem_shape,
+    reference=reference.separable_stem,
+    macs=_stem_macs,
+    implementations=(cpu_implementation(_STEM_CPU),),
+)
+def separable_stem(
+    x: Tensor,
+    stem_weight: Tensor,
+    stem_bias: Tensor | None,
+    depthwise_weight: Tensor,
+    depthwise_bias: Tensor | None,
+    pointwise_weight: Tensor,
+    pointwise_bias: Tensor | None = None,
+    *,
+    stem_stride: IntOrPair = 1,
+    stem_padding: IntOrPair = 0,
+    stride: IntOrPair = 1,
+    padding: IntOrPair = 0,
+    stem_activation: str = "identity",
+    depthwise_activation: str = "identity",
+    activation: str = "identity",
+    backend: str = "auto",
+) -> Tensor:
+    """Dense convolution, depthwise convolution, 1×1 convolution, each with bias and activation (MobileNet,
+    arXiv:1704.04861, the first three layers of its Table 1).
+
+    Args:
+        x: `[N, C_in, H, W]`, any memory format.
+        stem_weight: `[C, C_in, KH, KW]`; `stem_bias: [C]`; `stem_stride` and `stem_padding` are its own.
+        depthwise_weight: `[C, 1, KH, KW]`; `depthwise_bias: [C]`.
+        pointwise_weight: `[C_out, C, 1, 1]`; `pointwise_bias: [C_out]`.
+        stride, padding: of the depthwise convolution.
+
+    Returns: `[N, C_out, H_out, W_out]`, channels_last. Other options and errors as of `conv2d`.
+    """

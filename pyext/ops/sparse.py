@@ -3,67 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
-from kernelpress.ops import packing
-from kernelpress.ops.block_csr import check_structure
+from kernelpress.ops.backends.cuda import cuda_implementation, data_type
+from kernelpress.ops.backends.kernel import (
+    FLOATING,
+    ROWS_OF_CHANNELS,
+    Kernel,
+    Likes,
+    float_vector,
+    tf32_reason,
+    window,
+)
+from kernelpress.ops.backends.triton import triton_implementation
+from kernelpress.ops.calls import packing
+from kernelpress.ops.calls.dispatch import op
 from kernelpress.ops.checks import (
     TensorSpec,
-    check_activation,
     check_dtype,
+    check_epilogue,
     check_input,
     check_pair,
-    check_same_shape,
-    check_vector,
     conv_output_size,
     describe,
     one_floating_dtype,
 )
-from kernelpress.ops.cuda import FLOATING, cuda_implementation, float_vector
-from kernelpress.ops.fallback import reference_implementation
 from kernelpress.ops.layout import PIXELS, ROWS
-from kernelpress.ops.library import call, publish
-from kernelpress.ops.registry import Implementation, Operator, Problem, Run, Tensors
-from kernelpress.ops.schema import IntOrPair
-from kernelpress.ops.sparse_cuda import block_reason, sparse_cuda_kernel
-from kernelpress.ops.triton import TritonKernel, triton_implementation
+from kernelpress.ops.registry import Problem, Tensors
+from kernelpress.ops.signature import IntOrPair
+from kernelpress.ops.sparse_blocks import check_structure
+from kernelpress.ops.sparse_schedule import longest_segment, make_schedule
 
 __all__ = ["sparse_conv2d", "sparse_matmul"]
 
-Specs = tuple[TensorSpec | None, ...]
-
-_FLOAT_OUTPUTS = (torch.float32, torch.float16, torch.bfloat16)
-_NAMES = ("x", "row_offsets", "columns", "blocks", "bias", "scale", "residual")
-_TENSORS = (
-    "Tensor x, Tensor row_offsets, Tensor columns, Tensor blocks, Tensor? bias=None, Tensor? scale=None, "
-    "Tensor? residual=None"
-)
-
-
-class MatmulOptions(NamedTuple):
-    """Keyword arguments of `sparse_matmul`."""
-
-    out_features: int | None = None
-    activation: str = "identity"
-    output_dtype: torch.dtype | None = None
-
-
-class ConvOptions(NamedTuple):
-    """Keyword arguments of `sparse_conv2d`."""
-
-    kernel_size: tuple[int, ...] = (1, 1)
-    stride: tuple[int, ...] = (1, 1)
-    padding: tuple[int, ...] = (0, 0)
-    dilation: tuple[int, ...] = (1, 1)
-    out_channels: int | None = None
-    activation: str = "identity"
-    output_dtype: torch.dtype | None = None
+_BLOCK_SIZES = (16, 32, 64)
+_SMALL, _LARGE = 2**15, 2**31
 
 
 def _dtypes(names: Sequence[str], tensors: Sequence[TensorSpec | None], options: Any) -> torch.dtype:
@@ -81,8 +61,8 @@ def _dtypes(names: Sequence[str], tensors: Sequence[TensorSpec | None], options:
     if scale is None:
         raise ValueError("scale: expected [C_out], input scale times weight scale, for int8 x, got None")
     output = torch.float32 if chosen is None else chosen
-    if output not in _FLOAT_OUTPUTS:
-        raise TypeError(f"output_dtype: expected {' or '.join(map(str, _FLOAT_OUTPUTS))}, got {output}")
+    if output not in FLOATING:
+        raise TypeError(f"output_dtype: expected {' or '.join(map(str, FLOATING))}, got {output}")
     check_dtype("blocks", blocks, (torch.int8,))
     check_dtype("bias", bias, (torch.float32,))
     check_dtype("scale", scale, (torch.float32,))
@@ -90,11 +70,7 @@ def _dtypes(names: Sequence[str], tensors: Sequence[TensorSpec | None], options:
     return output
 
 
-def _check_forms(tensors: Specs) -> None:
-    _, row_offsets, columns, blocks, *_ = tensors
-    assert row_offsets is not None
-    assert columns is not None
-    assert blocks is not None
+def _check_forms(row_offsets: TensorSpec, columns: TensorSpec, blocks: TensorSpec) -> None:
     if len(blocks.shape) != 3 or blocks.shape[1] == 0 or blocks.shape[2] == 0:
         raise ValueError(f"blocks: expected [nnz, r, c] with r, c ≥ 1, got {describe(blocks.shape)}")
     if len(columns.shape) != 1 or columns.shape[0] != blocks.shape[0]:
@@ -104,11 +80,8 @@ def _check_forms(tensors: Specs) -> None:
         raise ValueError(f"row_offsets: expected [rows + 1] with at least one row, got {describe(row_offsets.shape)}")
 
 
-def _outputs(name: str, wanted: Any, tensors: Specs) -> int:
+def _outputs(name: str, wanted: Any, row_offsets: TensorSpec, blocks: TensorSpec) -> int:
     """C_out: all rows, or the `wanted` ones of them, which end in the last block row."""
-    row_offsets, blocks = tensors[1], tensors[3]
-    assert row_offsets is not None
-    assert blocks is not None
     rows, r = row_offsets.shape[0] - 1, blocks.shape[1]
     if wanted is None:
         return rows * r
@@ -121,43 +94,27 @@ def _outputs(name: str, wanted: Any, tensors: Specs) -> int:
     return wanted
 
 
-def _check_epilogue(tensors: Specs, c_out: int, shape: tuple[int, ...], activation: str) -> tuple[int, ...]:
-    *_, bias, scale, residual = tensors
-    check_activation("activation", activation)
-    check_vector("bias", bias, c_out)
-    check_vector("scale", scale, c_out)
-    check_same_shape("residual", residual, shape)
-    return shape
-
-
-def _matmul_shape(tensors: Specs, options: MatmulOptions) -> tuple[int, ...]:
-    x = tensors[0]
-    assert x is not None
+def _matmul_shape(options: Any, *tensors: Any) -> tuple[int, ...]:
+    x, row_offsets, columns, blocks, *epilogue = tensors
     if not x.shape or x.shape[-1] == 0:
         raise ValueError(f"x: expected [..., C_in] with at least one channel, got {describe(x.shape)}")
-    _check_forms(tensors)
-    c_out = _outputs("out_features", options.out_features, tensors)
-    return _check_epilogue(tensors, c_out, (*x.shape[:-1], c_out), options.activation)
+    _check_forms(row_offsets, columns, blocks)
+    c_out = _outputs("out_features", options.out_features, row_offsets, blocks)
+    return check_epilogue(options, (*x.shape[:-1], c_out), c_out, *epilogue)
 
 
-def _conv_shape(tensors: Specs, options: ConvOptions) -> tuple[int, ...]:
-    x = tensors[0]
-    assert x is not None
+def _conv_shape(options: Any, *tensors: Any) -> tuple[int, ...]:
+    x, row_offsets, columns, blocks, *epilogue = tensors
     check_input(x)
-    _check_forms(tensors)
+    _check_forms(row_offsets, columns, blocks)
     check_pair("kernel_size", options.kernel_size, 1)
-    c_out = _outputs("out_channels", options.out_channels, tensors)
+    c_out = _outputs("out_channels", options.out_channels, row_offsets, blocks)
     size = conv_output_size(x, options.kernel_size, options.stride, options.padding, options.dilation)
-    return _check_epilogue(tensors, c_out, (x.shape[0], c_out, *size), options.activation)
+    return check_epilogue(options, (x.shape[0], c_out, *size), c_out, *epilogue)
 
 
-def _block_columns(problem: Problem) -> int:
-    x, _, _, blocks, *_ = problem.tensors
-    assert x is not None
-    assert blocks is not None
-    if problem.op == "sparse_matmul":
-        return -(-x.shape[-1] // blocks.shape[2])
-    return math.prod(problem.options.kernel_size) * -(-x.shape[1] // blocks.shape[2])
+def _is_matmul(problem: Problem) -> bool:
+    return problem.layout is ROWS
 
 
 def _check_indices(problem: Problem, tensors: Tensors) -> None:
@@ -166,85 +123,118 @@ def _check_indices(problem: Problem, tensors: Tensors) -> None:
     assert row_offsets is not None
     assert columns is not None
     assert blocks is not None
-    check_structure(row_offsets, columns, len(blocks), len(row_offsets) - 1, _block_columns(problem))
+    channels = -(-problem["x"].shape[problem.layout.channels] // blocks.shape[2])
+    block_columns = channels if _is_matmul(problem) else math.prod(problem.options.kernel_size) * channels
+    check_structure(row_offsets, columns, len(blocks), len(row_offsets) - 1, block_columns)
 
 
-def _checked(plain: Implementation) -> Implementation:
-    """That implementation, which looks at the values of the indices before it runs on them first."""
-
-    def prepare(problem: Problem, tensors: Tensors) -> Run:
-        _check_indices(problem, tensors)
-        return plain.prepare(problem, tensors)
-
-    return replace(plain, prepare=prepare)
+def _images(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Input and output size of an image, and the window; a matrix product has one pixel per row of x."""
+    if _is_matmul(problem):
+        return (1, 1), (1, 1), (1, 1, 1, 1, 0, 0, 1, 1)
+    options = problem.options
+    return tuple(problem["x"].shape[2:]), tuple(problem.shape[2:]), window(options.kernel_size, options)
 
 
-def _triton_operands(tensors: Tensors, options: Any) -> tuple[Tensor | None, ...]:
-    x, row_offsets, columns, blocks, bias, scale, residual = tensors
-    parts = (packing.contiguous(part) for part in (row_offsets, columns, blocks) if part is not None)
-    return (x, *parts, float_vector(bias), float_vector(scale), residual)
+def _pixels(problem: Problem) -> int:
+    """Rows of the product."""
+    return math.prod(problem.shape) // problem.shape[problem.layout.channels]
 
 
-def _triton_kernel(op: str) -> TritonKernel:
-    layout = ROWS if op == "sparse_matmul" else PIXELS
-    return TritonKernel(
-        family="sparse",
-        name=op,
-        layouts=(layout, None, None, None, None, None, layout),
-        operands=_triton_operands,
-        supports=block_reason,
-        dtypes=(*FLOATING, torch.int8),
+def _block_reason(problem: Problem) -> str | None:
+    r, c = problem["blocks"].shape[1:]
+    if r not in _BLOCK_SIZES or c not in _BLOCK_SIZES:
+        return f"the kernel takes blocks of 16, 32 or 64 rows and columns, got {r}×{c}"
+    return None
+
+
+def _cuda_reason(problem: Problem) -> str | None:
+    reason = _block_reason(problem)
+    if reason is not None:
+        return reason
+    image, _, (kernel_h, kernel_w, *stride, pad_h, pad_w, dilation_h, dilation_w) = _images(problem)
+    reach = (dilation_h * (kernel_h - 1) + 1 + pad_h, dilation_w * (kernel_w - 1) + 1 + pad_w)
+    if max(*image, *reach, *stride) >= _SMALL:
+        return "the kernel takes heights, widths, strides and reaches of the window below 2¹⁵"
+    pixels, most = _pixels(problem), problem["row_offsets"].shape[0] + problem["blocks"].shape[0]
+    if max(pixels, problem["x"].shape[0] * math.prod(image)) >= _LARGE or -(-pixels // 64) * most >= _LARGE:
+        return "the kernel takes fewer than 2³¹ pixels and tiles of the output"
+    return tf32_reason(problem)
+
+
+def _contiguous(t: Tensor) -> Tensor:
+    t = t.detach().contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
+def _scheduled(kernel: Kernel, problem: Problem, tensors: Tensors, device: Any) -> Kernel:
+    """The kernel with the schedule of this weight."""
+    _, row_offsets, _, blocks, *_ = tensors
+    assert row_offsets is not None
+    assert blocks is not None
+    (count, r, c), pixels = blocks.shape, _pixels(problem)
+    longest = longest_segment(count, c * blocks.element_size(), pixels, device.multiprocessors)
+    schedule = make_schedule(row_offsets, longest)
+    items, splits = schedule.items.to(blocks.device), schedule.splits.to(blocks.device)
+
+    def sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
+        (image, out, of_window), channels = _images(problem), problem.layout.channels
+        return (
+            *(pixels // math.prod(out), *image, problem["x"].shape[channels], *out, problem.shape[channels]),
+            *(r, c, len(items), len(splits)),
+            *(spacing["x"], spacing["residual"], spacing["y"]),
+            *(*of_window, data_type(problem.dtype)),
+        )
+
+    return replace(
+        kernel,
+        operands=lambda options, x, _, columns, blocks, bias, scale, residual: (
+            *(x, _contiguous(columns), _contiguous(blocks)),
+            *(float_vector(bias), float_vector(scale), residual, items, splits),
+        ),
+        sizes=sizes,
+        workspace=lambda problem, device: 4 * schedule.slots * pixels * r,
     )
 
 
-_MATMUL = publish(
-    Operator(
-        name="sparse_matmul",
-        schema=(
-            f'({_TENSORS}, *, int? out_features=None, str activation="identity", ScalarType? output_dtype=None, '
-            'str backend="auto") -> Tensor'
-        ),
-        tensors=_NAMES,
-        options=MatmulOptions,
-        out=ROWS,
-        shape=_matmul_shape,
-        reference=reference.sparse_matmul,
-        macs=lambda shapes, options, shape: math.prod(shape[:-1]) * math.prod(shapes[3]),
-        implementations=(
-            _checked(cuda_implementation("sparse_matmul", sparse_cuda_kernel("sparse_matmul"))),
-            _checked(triton_implementation("sparse_matmul", _triton_kernel("sparse_matmul"))),
-            _checked(reference_implementation("sparse_matmul", reference.sparse_matmul)),
-        ),
-        native=None,
-        dtypes=_dtypes,
-    )
+def _unscheduled(*_: Any) -> Any:
+    raise AssertionError("a schedule comes first: see specialise")
+
+
+_CONV2D_CUDA = Kernel(
+    "sparse_conv2d",
+    _unscheduled,
+    _unscheduled,
+    supports=_cuda_reason,
+    dtypes=(*FLOATING, torch.int8),
+    workspace=_unscheduled,
+    specialise=_scheduled,
+    likes=Likes(blocks=((64, 64), (32, 32), (16, 16)), density=0.5),
 )
 
-_CONV2D = publish(
-    Operator(
-        name="sparse_conv2d",
-        schema=(
-            f"({_TENSORS}, *, SymInt[2] kernel_size=[1,1], SymInt[2] stride=[1,1], SymInt[2] padding=[0,0], "
-            'SymInt[2] dilation=[1,1], int? out_channels=None, str activation="identity", '
-            'ScalarType? output_dtype=None, str backend="auto") -> Tensor'
-        ),
-        tensors=_NAMES,
-        options=ConvOptions,
-        out=PIXELS,
-        shape=_conv_shape,
-        reference=reference.sparse_conv2d,
-        macs=lambda shapes, options, shape: shape[0] * math.prod(shape[2:]) * math.prod(shapes[3]),
-        implementations=(
-            _checked(cuda_implementation("sparse_conv2d", sparse_cuda_kernel("sparse_conv2d"))),
-            _checked(triton_implementation("sparse_conv2d", _triton_kernel("sparse_conv2d"))),
-            _checked(reference_implementation("sparse_conv2d", reference.sparse_conv2d)),
-        ),
-        native=None,
-        dtypes=_dtypes,
-    )
+_CONV2D_TRITON = replace(
+    _CONV2D_CUDA,
+    operands=lambda options, x, row_offsets, columns, blocks, bias, scale, residual: (
+        *(x, packing.contiguous(row_offsets), packing.contiguous(columns), packing.contiguous(blocks)),
+        *(float_vector(bias), float_vector(scale), residual),
+    ),
 )
 
 
+@op(
+    out=ROWS,
+    shape=_matmul_shape,
+    reference=reference.sparse_matmul,
+    macs=lambda options, shape, x, row_offsets, columns, blocks, *_: math.prod(shape[:-1]) * math.prod(blocks),
+    dtypes=_dtypes,
+    check_values=_check_indices,
+    implementations=(
+        cuda_implementation(replace(_CONV2D_CUDA, layouts=ROWS_OF_CHANNELS)),
+        triton_implementation(
+            "sparse", _CONV2D_TRITON, name="sparse_matmul", layouts=ROWS_OF_CHANNELS, supports=_block_reason
+        ),
+    ),
+)
 def sparse_matmul(
     x: Tensor,
     row_offsets: Tensor,
@@ -273,10 +263,22 @@ def sparse_matmul(
 
     Returns: `[..., C_out]`, contiguous. Other options and errors as of `conv2d`.
     """
-    options = (out_features, activation, output_dtype)
-    return call(_MATMUL, (x, row_offsets, columns, blocks, bias, scale, residual), options, backend)
 
 
+@op(
+    out=PIXELS,
+    shape=_conv_shape,
+    reference=reference.sparse_conv2d,
+    macs=lambda options, shape, x, row_offsets, columns, blocks, *_: (
+        shape[0] * math.prod(shape[2:]) * math.prod(blocks)
+    ),
+    dtypes=_dtypes,
+    check_values=_check_indices,
+    implementations=(
+        cuda_implementation(_CONV2D_CUDA),
+        triton_implementation("sparse", _CONV2D_TRITON, supports=_block_reason),
+    ),
+)
 def sparse_conv2d(
     x: Tensor,
     row_offsets: Tensor,
@@ -309,5 +311,3 @@ def sparse_conv2d(
 
     Returns: `[N, C_out, H_out, W_out]`, channels_last. Other options and errors as of `conv2d`.
     """
-    options = (kernel_size, stride, padding, dilation, out_channels, activation, output_dtype)
-    return call(_CONV2D, (x, row_offsets, columns, blocks, bias, scale, residual), options, backend)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from kernelpress import native
+from kernelpress.runtime import native
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace.guards import Expression, check_expression, evaluate, spell, symbols_in
 

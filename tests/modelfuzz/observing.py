@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from kernelpress import native
+from kernelpress.runtime import native
 from kernelpress.runtime.torch_private import DisableTorchFunction, pytree
 from modelfuzz.program import Call
 

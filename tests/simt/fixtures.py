@@ -10,7 +10,7 @@ import torch
 from simt.build import load, readable
 from torch import Tensor
 
-from kernelpress.ops import cuda
+from kernelpress.ops.backends import cuda
 
 __all__ = ["ORDERS", "Simt", "emulated_cuda", "simt"]
 
@@ -139,5 +139,11 @@ def emulated_cuda(simt: Simt) -> Iterator[Simt]:
     def describe(index: int) -> cuda.CudaDevice:
         return cuda.CudaDevice(**simt.module.device(index))
 
-    with cuda.launching_on(cuda.Target("cpu", lambda index: None, describe, launch, simt.module.configurations)):
+    with cuda.TARGET.changed(
+        device_type="cpu",
+        reason=lambda index: None,
+        describe=describe,
+        launch=launch,
+        configurations=simt.module.configurations,
+    ):
         yield simt

@@ -6,7 +6,7 @@
 
 namespace kernelpress::cuda {
 
-// In the order of DATA_TYPES in pyext/ops/cuda.py.
+// In the order of DATA_TYPES in pyext/ops/backends/cuda.py.
 enum class DataType : int64_t { float32, float16, bfloat16, int8, int32 };
 
 // In the order of ACTIVATIONS in kernels/reference/activation.py.

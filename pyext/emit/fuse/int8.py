@@ -15,7 +15,7 @@ from kernelpress.emit.fuse.match import Match
 from kernelpress.emit.fuse.stages import Stage
 from kernelpress.emit.graph import arguments, constant_node, constant_tensor, only_user, shape, value
 from kernelpress.emit.quantized import Affine, affine_of, dequantized, is_dequantize, is_quantize, quantized_weight
-from kernelpress.ops.quantization import FLOATS
+from kernelpress.ops.int8_checks import FLOATS
 
 __all__ = ["int8_layers", "int8_sums", "quantizers"]
 

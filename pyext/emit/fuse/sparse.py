@@ -11,15 +11,10 @@ from torch.fx import GraphModule, Node
 from kernelpress.emit.fuse.match import Match
 from kernelpress.emit.fuse.stages import Stage
 from kernelpress.emit.graph import attribute, constant_node, shape
-from kernelpress.ops.block_csr import BlockCsr, conv_matrix
+from kernelpress.ops import registry
+from kernelpress.ops.sparse_blocks import BlockCsr, conv_matrix
 
-__all__ = ["BLOCKS", "LARGEST_DENSITY", "sparse_layers"]
-
-BLOCKS = (64, 32, 16)
-"""Rows and columns of the blocks that a kernel takes, best first."""
-
-LARGEST_DENSITY = 0.5
-"""Fraction of blocks that are not all zero, above which skipping the others has never paid."""
+__all__ = ["sparse_layers"]
 
 
 def sparse_layers(graph_module: GraphModule, stages: list[Stage]) -> Iterator[Match]:
@@ -46,15 +41,16 @@ def sparse_layers(graph_module: GraphModule, stages: list[Stage]) -> Iterator[Ma
 def _block_weights(graph_module: GraphModule, stage: Stage) -> Iterator[dict[str, Any]]:
     """The arguments of the op that are the weight, as constants of the graph."""
     weight: torch.Tensor = attribute(graph_module, str(stage.weight.target)).detach()
-    if int(weight.count_nonzero()) > LARGEST_DENSITY * weight.numel():
+    likes = registry.operator("sparse_conv2d").kernel("cuda").likes
+    if int(weight.count_nonzero()) > likes.density * weight.numel():
         return
-    for block in BLOCKS:
-        matrix = weight if weight.dim() == 2 else conv_matrix(weight, block)
+    for block in likes.blocks:
+        matrix = weight if weight.dim() == 2 else conv_matrix(weight, block[1])
         blocks = BlockCsr.from_dense(matrix, block)
-        if blocks.density > LARGEST_DENSITY:
+        if blocks.density > likes.density:
             continue
         parts = {"row_offsets": blocks.row_offsets, "columns": blocks.columns, "blocks": blocks.blocks}
         yield {
-            name: constant_node(graph_module, f"{stage.weight.target}_{name}_{block}", part, stage.weight)
+            name: constant_node(graph_module, f"{stage.weight.target}_{name}_{block[0]}", part, stage.weight)
             for name, part in parts.items()
         }

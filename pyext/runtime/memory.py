@@ -8,7 +8,7 @@ import threading
 import torch
 from torch import Tensor
 
-from kernelpress import native
+from kernelpress.runtime import native
 
 __all__ = ["advise_huge_pages", "long_lived_copy"]
 

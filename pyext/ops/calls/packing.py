@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kernelpress import native
-from kernelpress.ops.memory import long_lived_copy
-from kernelpress.ops.snapshot import Snapshot
+from kernelpress.runtime import native
+from kernelpress.runtime.memory import long_lived_copy
+from kernelpress.runtime.snapshot import Snapshot
 
 __all__ = ["contiguous", "depthwise", "forget", "packed", "panels", "renewed", "traced", "vector"]
 

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernelpress.ops import packing
+from kernelpress.ops.calls import packing
 from kernelpress.ops.registry import Implementation, Problem, Run, Tensors
 
-__all__ = ["onednn_implementation"]
+__all__ = ["ONEDNN"]
 
 _INT32_LIMIT = 2**31
 
@@ -45,11 +45,10 @@ class _Geometry(NamedTuple):
 
 def _geometry(problem: Problem) -> _Geometry:
     options = problem.options
-    x = problem.tensors[0]
-    assert x is not None
-    if problem.op == "pointwise_conv2d":
+    x = problem.first
+    if problem.operator.name == "pointwise_conv2d":
         return _Geometry((1, 1), (0, 0), (1, 1), 1)
-    groups = x.shape[1] if problem.op == "depthwise_conv2d" else options.groups
+    groups = x.shape[1] if problem.operator.name == "depthwise_conv2d" else options.groups
     return _Geometry(options.stride, options.padding, options.dilation, groups)
 
 
@@ -81,8 +80,7 @@ def _supports(problem: Problem) -> str | None:
 
 
 def _prepare(problem: Problem, tensors: Tensors) -> Run:
-    x = problem.tensors[0]
-    assert x is not None
+    x = problem.first
     shape, stride = problem.shape, problem.stride
     if 0 in shape:
         return lambda tensors: torch.empty_strided(shape, stride, dtype=torch.float32)
@@ -125,6 +123,5 @@ def _prepare(problem: Problem, tensors: Tensors) -> Run:
     return compute
 
 
-def onednn_implementation(op: str) -> Implementation:
-    """The entry of a convolution: `conv2d`, `pointwise_conv2d` or `depthwise_conv2d`."""
-    return Implementation(op, "onednn", _available, _supports, _prepare)
+ONEDNN = Implementation("onednn", _available, _supports, _prepare)
+"""The entry of a convolution: `conv2d`, `pointwise_conv2d`, `depthwise_conv2d`, `grouped_conv2d`."""

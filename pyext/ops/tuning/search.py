@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelpress.ops import prepared, registry, tuned
-from kernelpress.ops.checks import TensorSpec, describe
-from kernelpress.ops.interception import is_intercepted, is_plain
+from kernelpress.ops import registry
+from kernelpress.ops.calls import prepared
+from kernelpress.ops.checks import describe
 from kernelpress.ops.registry import Candidates, Problem, Tensors
+from kernelpress.ops.tuning import stored
+from kernelpress.runtime.interception import is_intercepted, is_plain
 
 __all__ = ["Tuning", "autotune", "best_known", "chosen", "milliseconds", "tune"]
 
@@ -74,7 +76,7 @@ def tune(
     """
     problem, tensors, candidates = _candidates(op, args, kwargs, backend)
     found = _measured(candidates, problem, tensors, measure, seconds)
-    tuned.remember(candidates.kernel, problem, candidates.device, found.best)
+    stored.remember(candidates.kernel, problem, candidates.device, found.best)
     prepared.clear()
     return found
 
@@ -89,14 +91,14 @@ def best_known(op: str, *args: Any, backend: str, **kwargs: Any) -> str | None:
         return None
     try:
         problem, tensors, candidates = _candidates(op, args, kwargs, backend)
-        known = tuned.recall(candidates.kernel, problem, candidates.device)
+        known = stored.recall(candidates.kernel, problem, candidates.device)
         if known in candidates.names or len(candidates.names) < 2:
             return known
         found = _measured(candidates, problem, tensors).best
     except (RuntimeError, ValueError, TypeError):
         return None
     with contextlib.suppress(OSError):
-        tuned.remember(candidates.kernel, problem, candidates.device, found)
+        stored.remember(candidates.kernel, problem, candidates.device, found)
     prepared.clear()
     return found
 
@@ -110,13 +112,12 @@ def chosen(candidates: Candidates, problem: Problem, tensors: Tensors) -> str | 
     mode = autotune()
     if mode == "0" or 0 in problem.shape:
         return None
-    known = tuned.recall(candidates.kernel, problem, candidates.device)
+    known = stored.recall(candidates.kernel, problem, candidates.device)
     if known in candidates.names:
         return known
     if mode != "1" or len(candidates.names) < 2 or _is_watched(tensors):
         return None
-    x = problem.tensors[0]
-    assert x is not None
+    x = problem.first
     print(
         f"kernelpress: tuning {candidates.kernel} for x {describe(x.shape)} of {x.dtype} on {candidates.device}: "
         f"{len(candidates.names)} configurations (KERNELPRESS_AUTOTUNE=1)",
@@ -125,7 +126,7 @@ def chosen(candidates: Candidates, problem: Problem, tensors: Tensors) -> str | 
     )
     best = _measured(candidates, problem, tensors).best
     with contextlib.suppress(OSError):
-        tuned.remember(candidates.kernel, problem, candidates.device, best)
+        stored.remember(candidates.kernel, problem, candidates.device, best)
     return best
 
 
@@ -139,13 +140,12 @@ def _candidates(
     op: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], backend: str
 ) -> tuple[Problem, Tensors, Candidates]:
     operator = registry.operator(op)
-    entry = next((entry for entry in operator.implementations if entry.backend == backend), None)
+    entry = operator.on(backend)
     if entry is None or entry.candidates is None:
         raise ValueError(f"op: expected one that can be tuned on {backend} ({_tunable(backend)}), got {op!r}")
-    tensors, options, _ = registry.bind(operator, args, kwargs)
-    specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
-    problem = registry.problem(operator, specs, options, registry.common_device(operator, tensors))
-    registry.implementation(operator, problem, backend)
+    tensors, options, _ = operator.signature.bind(args, kwargs)
+    problem = registry.problem_of(operator, tensors, options)
+    registry.implementation(problem, backend)
     if 0 in problem.shape:
         raise ValueError(f"{op}: expected a call with something to compute, its output is {describe(problem.shape)}")
     candidates = entry.candidates(problem, tensors)
@@ -158,7 +158,7 @@ def _tunable(backend: str) -> str:
     names = [
         operator.name
         for operator in registry.operators()
-        if any(entry.backend == backend and entry.candidates is not None for entry in operator.implementations)
+        if (entry := operator.on(backend)) is not None and entry.candidates is not None
     ]
     return ", ".join(names) or "none"
 
@@ -185,7 +185,9 @@ def _measured(
                 continue
             calls[name] = functools.partial(run, tensors)
         if not calls:
-            raise RuntimeError(f"{problem.op}: no configuration of {candidates.kernel} runs this call: {refusal}")
+            raise RuntimeError(
+                f"{problem.operator.name}: no configuration of {candidates.kernel} runs this call: {refusal}"
+            )
         device = torch.device(problem.device)
         times = milliseconds(calls, device) if measure is None else {name: measure(run) for name, run in calls.items()}
     return Tuning(candidates.kernel, candidates.device, times, min(times, key=times.__getitem__))

@@ -1,18 +1,18 @@
 // int8 depthwise convolution, channels_last.    y[n,p,q,c] = epilogue(Σ_rs w[r,s,c] · (x[n, p·S-P+r·D, q·S-P+s·D, c/m] − zero_point))
 //
 //   k 3, 5, 7, stride 1, 2, int8 y   the ring of rows of depthwise.cu, the zero point beyond the borders; four taps in one dp4a:
-//                                    depthwise_int8.cuh
+//                                    int8_depthwise.cuh
 //   any other window, floating y     one thread: 4 neighbouring outputs of a row × 16 channels, straight from global memory
 //
 // Sums are exact: Σ w · x from start −zero_point · Σ w. An output is 2 bytes of traffic: 3×3 is bound by the issue of instructions (the
 // epilogue's conversions and requantisation are half of them) at two thirds of copy bandwidth, 5×5 and 7×7 by dp4a.
-#include "depthwise_int8.h"
+#include "int8_depthwise.h"
 
 #include "common/epilogue.cuh"
 #include "common/numeric.cuh"
 #include "common/ptx.cuh"
 #include "common/simt.cuh"
-#include "depthwise_int8.cuh"
+#include "int8_depthwise.cuh"
 
 namespace kernelpress::cuda {
 namespace {
@@ -20,7 +20,7 @@ namespace {
 constexpr int kThreads = 128, kColumns = 4;
 
 template <class Out, int kVector>
-__global__ void __launch_bounds__(kThreads, 3) depthwise_int8(const Int8DepthwiseConv2dArgs a, const Epilogue<Out> epilogue) {
+__global__ void __launch_bounds__(kThreads, 3) int8_depthwise(const Int8DepthwiseConv2dArgs a, const Epilogue<Out> epilogue) {
   using Group = Vector<int8_t, kVector>;
   const Window& w = a.window;
   const int zero_point = static_cast<int>(a.input_zero_point);
@@ -68,7 +68,7 @@ int launch_any(const Int8DepthwiseConv2dArgs& a, const Epilogue<Out>& epilogue, 
   const bool aligned = a.multiplier == 1 && a.channels % kVector == 0 && is_aligned(a.x) && is_aligned(a.weight) && a.x_stride % kVector == 0;
   const int64_t items = a.channels * a.multiplier / (aligned ? kVector : 1) * ((a.out_w + kColumns - 1) / kColumns) * a.out_h * a.batch;
   const Grid grid{dim3(static_cast<unsigned>((items + kThreads - 1) / kThreads)), dim3(kThreads), 0, stream};
-  return aligned ? launch(depthwise_int8<Out, kVector>, grid, a, epilogue) : launch(depthwise_int8<Out, 1>, grid, a, epilogue);
+  return aligned ? launch(int8_depthwise<Out, kVector>, grid, a, epilogue) : launch(int8_depthwise<Out, 1>, grid, a, epilogue);
 }
 
 template <class Out>

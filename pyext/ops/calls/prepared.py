@@ -10,21 +10,20 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kernelpress import native
-from kernelpress.ops.checks import TensorSpec
 from kernelpress.ops.registry import (
     Operator,
     Run,
     Tensors,
     allows_tf32,
     common_device,
-    options_of,
     requested_backend,
     resolve,
+    specs_of,
 )
-from kernelpress.ops.snapshot import Snapshot, is_in_memory
+from kernelpress.runtime import native
+from kernelpress.runtime.snapshot import Snapshot, is_in_memory
 
-__all__ = ["Prepared", "attempt", "clear", "generation", "panel_width", "prepare", "recall", "run"]
+__all__ = ["Prepared", "attempt", "clear", "panel_width", "prepare", "recall", "run"]
 
 _LIMIT = 8192
 _NO_GPU = -1
@@ -42,15 +41,9 @@ class Prepared(NamedTuple):
 _Key = tuple[Any, ...]
 _calls: dict[_Key, Prepared] = {}
 _lock = threading.Lock()
-_generation = 0
 _cpu, _reads_tensors = native.cpu(), native.load().reads_tensors
 panel_width: Callable[[], int] = _cpu.panel_width if _cpu else int
 """What weights are packed for: it follows the instruction set in use."""
-
-
-def generation() -> int:
-    """Changes whenever `clear` is called: what was prepared before is then no longer to be used."""
-    return _generation
 
 
 def _key(operator: Operator, tensors: Tensors, options: tuple[Any, ...], requested: str) -> _Key:
@@ -74,7 +67,7 @@ def _table(operator: Operator) -> Any:
     return _cpu.CallTable(operator.activations)
 
 
-def _attempt(operator: Operator, tensors: tuple[Tensor | None, ...], options: Any, backend: str) -> Tensor | None:
+def _attempt(operator: Operator, tensors: tuple[Tensor | None, ...], options: Any, backend: str) -> Any:
     """Run a call on the CPU natively, if it was prepared, holds still, and wants no gradient; else None.
 
     It may be called only while nothing is intercepted (`interception.is_intercepted`).
@@ -115,10 +108,8 @@ def prepare(operator: Operator, tensors: Tensors, options: tuple[Any, ...], back
         `RuntimeError` where the backend asked for cannot run.
     """
     device = common_device(operator, tensors)
-    specs = tuple([None if t is None else TensorSpec.of(t) for t in tensors])
-    requested = requested_backend(backend)
-    checked = options_of(operator, options)
-    problem, implementation = resolve(operator, specs, checked, device, allows_tf32(), requested)
+    requested, checked = requested_backend(backend), operator.signature.options_of(options)
+    problem, implementation = resolve(operator, specs_of(tensors), checked, device, allows_tf32(), requested)
     if device.partition(":")[0] not in _CACHED_DEVICES:
         return implementation.prepare(problem, tensors)
     parameters = _parameters(operator, tensors)
@@ -144,7 +135,7 @@ def prepare(operator: Operator, tensors: Tensors, options: tuple[Any, ...], back
     return run
 
 
-def run(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Tensor:
+def run(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend: str) -> Any:
     """Run an op on real tensors, without the dispatcher."""
     y = attempt(operator, tuple(tensors), options, backend)
     if y is not None:
@@ -155,8 +146,6 @@ def run(operator: Operator, tensors: Tensors, options: tuple[Any, ...], backend:
 
 def clear() -> None:
     """Forget every prepared call, so that the next one asks again which backend can run it."""
-    global _generation
-    _generation += 1
     _calls.clear()
     if _cpu:
         _cpu.forget_calls()

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from kernelpress.kernels import reference
 from kernelpress.ops.checks import describe
-from kernelpress.ops.schema import pair
+from kernelpress.ops.signature import pair
 
 __all__ = ["BlockCsr", "block_grid", "check_structure", "conv_matrix", "conv_weight", "largest_blocks"]
 

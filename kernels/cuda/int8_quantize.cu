@@ -5,7 +5,7 @@
 //                   written; what exceeds the registers is read again, from the cache
 //
 // All are bound by memory traffic: x once, y once.
-#include "quantize.h"
+#include "int8_quantize.h"
 
 #include "common/epilogue.cuh"
 

@@ -6,7 +6,7 @@
 //   ring row h + 3 x x x x …       of a patch: 3×3 at stride 1 has one group and 3 dp4a an output, 5×5 10, 7×7 14.
 #pragma once
 
-#include "depthwise_int8.h"
+#include "int8_depthwise.h"
 #include "depthwise_ring.cuh"
 
 namespace kernelpress::cuda {
@@ -113,7 +113,7 @@ __device__ __forceinline__ void add_groups(int32_t (&sums)[kPatchRows][kPatchCol
 }
 
 template <int kKernel, int kStride>
-__global__ void __launch_bounds__(kDepthwiseMaxThreads, kKernel == 3 ? 4 : kKernel == 7 && kStride == 1 ? 2 : 3) depthwise_int8_ring(
+__global__ void __launch_bounds__(kDepthwiseMaxThreads, kKernel == 3 ? 4 : kKernel == 7 && kStride == 1 ? 2 : 3) int8_depthwise_ring(
     const Int8DepthwiseConv2dArgs a, const DepthwisePlan plan, const Epilogue<int8_t> epilogue) {
   using Taps = Int8Taps<kKernel, kStride>;
   constexpr int kColumns = kPatchColumns<kKernel, kStride>, kVector = Element<int8_t>::kPer16Bytes;
@@ -163,12 +163,12 @@ inline int launch_int8_ring(const Int8DepthwiseConv2dArgs& a, const DepthwisePla
   const Grid grid{dim3(static_cast<unsigned>(plan.blocks)), dim3(static_cast<unsigned>(plan.threads)),
                   static_cast<size_t>(plan.shared_bytes), stream};
   switch (a.window.kernel_h * 10 + a.window.stride_h) {
-    case 31: return launch(depthwise_int8_ring<3, 1>, grid, a, plan, epilogue);
-    case 32: return launch(depthwise_int8_ring<3, 2>, grid, a, plan, epilogue);
-    case 51: return launch(depthwise_int8_ring<5, 1>, grid, a, plan, epilogue);
-    case 52: return launch(depthwise_int8_ring<5, 2>, grid, a, plan, epilogue);
-    case 71: return launch(depthwise_int8_ring<7, 1>, grid, a, plan, epilogue);
-    default: return launch(depthwise_int8_ring<7, 2>, grid, a, plan, epilogue);
+    case 31: return launch(int8_depthwise_ring<3, 1>, grid, a, plan, epilogue);
+    case 32: return launch(int8_depthwise_ring<3, 2>, grid, a, plan, epilogue);
+    case 51: return launch(int8_depthwise_ring<5, 1>, grid, a, plan, epilogue);
+    case 52: return launch(int8_depthwise_ring<5, 2>, grid, a, plan, epilogue);
+    case 71: return launch(int8_depthwise_ring<7, 1>, grid, a, plan, epilogue);
+    default: return launch(int8_depthwise_ring<7, 2>, grid, a, plan, epilogue);
   }
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernelpress import native
+from kernelpress.runtime import native
 
 __all__ = ["PythonSnapshot", "Snapshot", "is_in_memory"]
 

@@ -211,7 +211,14 @@ def _elementwise(
 
 
 def quantize_rows(
-    values: Tensor, scale: Tensor, zero_point: Tensor, x: Tensor, *, symmetric: bool, configuration: Configuration
+    values: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    x: Tensor,
+    *,
+    symmetric: bool,
+    allow_tf32: bool,
+    configuration: Configuration,
 ) -> None:
     """Runs `reference.quantize_rows` into its three outputs, all contiguous."""
     rows, channels = scale.numel(), values.shape[-1]
@@ -255,6 +262,6 @@ def int8_add_configurations(device: Device, y: Any, *others: Any, **options: Any
     return (_configuration(_rows_and_channels(y.shape)[1], _TILE),)
 
 
-def quantize_rows_configurations(device: Device, x: Any) -> tuple[Configuration, ...]:
+def quantize_rows_configurations(device: Device, y: Any, *others: Any, **options: Any) -> tuple[Configuration, ...]:
     """What `quantize_rows` runs in."""
-    return (_configuration(x.shape[-1], _LONGEST_HELD),)
+    return (_configuration(y.shape[-1], _LONGEST_HELD),)

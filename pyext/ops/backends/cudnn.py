@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernelpress.ops import packing
+from kernelpress.ops.calls import packing
 from kernelpress.ops.registry import Implementation, Problem, Run, Tensors
 
-__all__ = ["cudnn_implementation"]
+__all__ = ["CUDNN"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -37,8 +37,7 @@ def _available() -> str | None:
 
 
 def _supports(problem: Problem) -> str | None:
-    x = problem.tensors[0]
-    assert x is not None
+    x = problem.first
     if torch.device(problem.device).type != "cuda":
         return f"x is on {problem.device}"
     if x.dtype not in _DTYPES:
@@ -93,6 +92,5 @@ def _to_channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
 
-def cudnn_implementation(op: str) -> Implementation:
-    """The entry of `conv2d`; `scale` is multiplied into the weights."""
-    return Implementation(op, "cudnn", _available, _supports, _prepare)
+CUDNN = Implementation("cudnn", _available, _supports, _prepare)
+"""The entry of `conv2d`; `scale` is multiplied into the weights."""

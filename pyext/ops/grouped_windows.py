@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernelpress.ops import packing
+from kernelpress.ops.calls import packing
 
 __all__ = ["Grouping", "grouping_of", "windowed_weight"]
 

@@ -1,4 +1,4 @@
-"""Measured tile configurations on disk, one JSON file a device: what `tuning.tune` found overrides the heuristics.
+"""Measured tile configurations on disk, one JSON file a device: what `search.tune` found overrides the heuristics.
 
 They are filed by shape class: two problems are of one class if they differ in the batch alone, and both batches have
 the same next power of two.
@@ -47,11 +47,9 @@ def path_of(device: str) -> Path:
 def shape_class(problem: Problem) -> Problem:
     """The largest problem of the class: the batch, which is every activation's first dimension, is the next power of
     two; all else stays as it is."""
-    operator = registry.operator(problem.op)
-    tensors = tuple(
-        _rounded(t) if t is not None and at in operator.activations else t for at, t in enumerate(problem.tensors)
-    )
-    return registry.problem(operator, tensors, problem.options, problem.device, problem.allow_tf32)
+    activations = problem.operator.activations
+    tensors = tuple(_rounded(t) if t is not None and at in activations else t for at, t in enumerate(problem.tensors))
+    return registry.problem(problem.operator, tensors, problem.options, problem.device, problem.allow_tf32)
 
 
 def _rounded(t: TensorSpec) -> TensorSpec:

@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 from torch.library import Library, register_torch_dispatch, wrap_triton
 
-from kernelpress.ops import packing, registry, triton
+from kernelpress.ops import registry
+from kernelpress.ops.backends import triton
+from kernelpress.ops.backends.kernel import laid_out, new_outputs
+from kernelpress.ops.calls import packing
 from kernelpress.ops.checks import TensorSpec
-from kernelpress.ops.registry import Operator, Problem
+from kernelpress.ops.registry import Operator, Problem, Tensors
 from kernelpress.runtime.torch_private import (
     FakeTensor,
     FunctionalTensor,
@@ -36,12 +39,11 @@ def see_through(operator: Operator, library: Library) -> None:
 
         if custom_triton_ops_decomposition_disabled() or not all(issubclass(t, _TRACED_TYPES) for t in types):
             return mode.__torch_dispatch__(op, types, args, kwargs)
-        tensors, options, requested = registry.bind(operator, args, kwargs)
-        device = registry.common_device(operator, tensors)
-        specs = tuple(None if t is None else TensorSpec.of(t) for t in tensors)
+        tensors, options, requested = operator.signature.bind(args, kwargs)
+        device, specs = registry.common_device(operator, tensors), registry.specs_of(tensors)
         hinted = tuple(None if spec is None else _hinted(spec) for spec in specs)
         problem = registry.problem(operator, hinted, options, device)
-        chosen = registry.implementation(operator, problem, registry.requested_backend(requested))
+        chosen = registry.implementation(problem, registry.requested_backend(requested))
         if chosen.backend != "triton":
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode:
@@ -59,22 +61,22 @@ def _numbers(sizes: Any) -> tuple[int, ...]:
     return tuple(optimization_hint(size) for size in sizes)
 
 
-def _launched(symbolic: Problem, problem: Problem, tensors: list[Tensor | None]) -> Tensor:
+def _launched(symbolic: Problem, problem: Problem, tensors: list[Tensor | None]) -> Any:
     """The op's launches on tensors that may have symbolic sizes; `problem` is the same call with numbers for them."""
     from kernelpress.kernels.triton.launch import launching_with
 
-    kernel = triton.kernel_of(problem.op)
+    kernel = problem.operator.kernel("triton")
     with packing.traced(), disable_current_modes():
         without_values = [None if spec is None else _meta(spec) for spec in problem.tensors]
         configuration = triton.configuration_of(kernel, problem, without_values)
-    for at, (layout, spec) in enumerate(zip(kernel.layouts, problem.tensors, strict=True)):
-        t = tensors[at]
-        if t is not None and spec is not None and layout is not None and layout.spacing(*spec[:2]) is None:
-            tensors[at] = layout.copy(t)
-    y = torch.empty_strided(symbolic.shape, symbolic.stride, dtype=symbolic.dtype, device=symbolic.device)
-    with packing.traced(), launching_with(_wrapped):
-        triton.launch_into(kernel, problem, tensors, y, configuration)
-    return y
+
+    def launch(tensors: Tensors) -> Any:
+        made = new_outputs(symbolic)()
+        with packing.traced(), launching_with(_wrapped):
+            triton.launch_into(kernel, problem, tensors, made, configuration)
+        return made
+
+    return laid_out(kernel, problem, launch)(tensors)
 
 
 def _meta(spec: TensorSpec) -> Tensor:

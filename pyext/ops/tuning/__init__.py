@@ -1,0 +1,1 @@
+"""The fastest tile configuration of a kernel: searched by measuring, stored by device and shape class."""
