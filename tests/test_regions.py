@@ -18,6 +18,8 @@ from kernelpress.emit.evaluate import relative_error
 from kernelpress.runtime.torch_private import associative_scan, map_rows, pytree, scan, while_loop
 from kernelpress.trace import trace
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 Pair = collections.namedtuple("Pair", "first second")
 
 
@@ -38,11 +40,6 @@ def bump(x: Tensor) -> None:
 @bump.register_fake
 def _(x: Tensor) -> None:
     pass
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path / "cache"))
 
 
 class Net(nn.Module):

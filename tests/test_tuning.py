@@ -31,12 +31,11 @@ OutOfResources = pytest.importorskip("triton", reason="pip install triton").OutO
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def cache(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> Iterator[Path]:
     """An empty cache folder, and nothing said about tuning."""
-    monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("KERNELPRESS_AUTOTUNE", raising=False)
     tuned.forget()
-    yield tmp_path / "cache"
+    yield own_cache
     tuned.forget()
 
 
