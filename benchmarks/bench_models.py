@@ -10,12 +10,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from peers.contest import OURS, RUNTIMES, ModelResult, compare
+from peers.contest import RUNTIMES, ModelResult, compare
 from recording import RESULTS, save
 from rich.console import Console
 from rich.table import Table
 
 from kernelpress import models
+from kernelpress.bench.contest import OURS
 from kernelpress.measure.units import ABSENT, latency_text, ratio_text
 
 __all__ = ["DEFAULT_MODELS", "main", "positive", "table"]

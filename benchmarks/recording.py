@@ -5,21 +5,20 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from kernelpress.bench import FAMILIES, describe_machine
+from kernelpress.bench.contest import OURS, fraction_text
 from kernelpress.files import write_atomically
 from kernelpress.measure.units import ABSENT, ratio_text
 
-__all__ = ["RESULTS", "commit", "markdown", "save", "write_page"]
+__all__ = ["RESULTS", "load_all", "markdown", "save", "when", "write", "write_markdown", "write_page"]
 
 RESULTS = Path(__file__).resolve().parent / "results"
-
-OURS = "kernelpress"
 
 
 def save(name: str, results: Sequence[Any], folder: Path = RESULTS, **context: Any) -> Path:
@@ -28,9 +27,17 @@ def save(name: str, results: Sequence[Any], folder: Path = RESULTS, **context: A
     `context` is noted beside them, as are machine, versions, commit and date.
     """
     machine = describe_machine()
-    revision, modified = commit()
-    payload = {
-        "machine": asdict(machine),
+    path = folder / machine.slug / f"{name}.json"
+    write(path, {"machine": asdict(machine)}, results, **context)
+    write_page(folder)
+    return path
+
+
+def write(path: Path, about: Mapping[str, object], results: Sequence[Any], **context: Any) -> None:
+    """Writes `results` (dataclasses) as JSON, with commit and date, behind what they are about and before `context`."""
+    revision, modified = _commit()
+    content = {
+        **about,
         "commit": revision,
         "modified_since_commit": modified,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -40,11 +47,25 @@ def save(name: str, results: Sequence[Any], folder: Path = RESULTS, **context: A
         },
         "results": [asdict(result) for result in results],
     }
-    path = folder / machine.slug / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(payload, indent=1, ensure_ascii=False) + "\n").encode())
-    write_page(folder)
-    return path
+    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_markdown(page: Path, lines: Sequence[str]) -> None:
+    """Writes a page of these lines."""
+    write_atomically(page, ("\n".join(lines).rstrip() + "\n").encode())
+
+
+def load_all(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """The result files of these names that are there."""
+    files = {name: folder / f"{name}.json" for name in names}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.exists()}
+
+
+def when(content: Mapping[str, Any]) -> str:
+    """Date and commit of a result file."""
+    changes = " with uncommitted changes" if content["modified_since_commit"] else ""
+    return f"{content['date']}; commit {content['commit'] or 'unknown'}{changes}"
 
 
 def write_page(folder: Path = RESULTS) -> Path:
@@ -58,8 +79,7 @@ def write_page(folder: Path = RESULTS) -> Path:
         "",
     ]
     for machine_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
-        files = {name: machine_folder / f"{name}.json" for name in ("models", *FAMILIES, "overhead")}
-        loaded = {name: json.loads(p.read_text(encoding="utf-8")) for name, p in files.items() if p.exists()}
+        loaded = load_all(machine_folder, ("models", *FAMILIES, "overhead"))
         loaded = {name: payload for name, payload in loaded.items() if "machine" in payload}
         if not loaded:
             continue
@@ -70,7 +90,7 @@ def write_page(folder: Path = RESULTS) -> Path:
             render = {"models": _model_tables, "overhead": _overhead_table}.get(name, _kernel_table)
             lines += [*render(payload), ""]
     page = folder / "README.md"
-    write_atomically(page, ("\n".join(lines).rstrip() + "\n").encode())
+    write_markdown(page, lines)
     return page
 
 
@@ -86,11 +106,8 @@ _TITLES: Mapping[str, str] = {
 def _provenance(payload: Mapping[str, Any]) -> str:
     machine = payload["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"])
-    revision = payload["commit"] or "unknown"
-    if payload["modified_since_commit"]:
-        revision += " with uncommitted changes"
     system = f"{machine['system']}, Python {machine['python']}, kernels for {machine['kernel_variant']}"
-    return f"{payload['date']}; commit {revision}; {system}; {versions}."
+    return f"{when(payload)}; {system}; {versions}."
 
 
 def _model_tables(payload: Mapping[str, Any]) -> list[str]:
@@ -144,7 +161,7 @@ def _kernel_table(payload: Mapping[str, Any]) -> list[str]:
             f"{row['spread']:.0%}",
             f"{row['flops'] / row['ms'] * 1e-6:.1f}",
             f"{row['traffic_bytes'] / row['ms'] * 1e-6:.1f}",
-            ABSENT if row["roofline_fraction"] is None else f"{row['roofline_fraction']:.0%} {row['limited_by']}",
+            fraction_text(row["roofline_fraction"], row["limited_by"]),
             ratio_text(row["unfused_ratio"]),
             ratio_text(row["ratio"]),
             row["best_peer"] or ABSENT,
@@ -176,7 +193,7 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequenc
     return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, rule, *rows]]
 
 
-def commit() -> tuple[str | None, bool]:
+def _commit() -> tuple[str | None, bool]:
     """The commit checked out, and whether anything but results has changed since."""
 
     def git(*arguments: str) -> str:

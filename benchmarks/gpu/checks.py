@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from gpu.contest import reason_of
 from gpu.plain_pytest import Outcome, provide_pytest, run_file
+from kernelpress.bench.contest import reason_of
 
 __all__ = ["main"]
 

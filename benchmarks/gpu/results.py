@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from recording import commit, markdown
+from recording import load_all, markdown, when, write, write_markdown
 
 from gpu import folder_name
 from gpu.place import Place
 from gpu.roofline import Roofline
 from kernelpress import native
-from kernelpress.files import write_atomically
+from kernelpress.bench.contest import OURS, fraction_text
 from kernelpress.measure.units import ABSENT, ratio_text
 
 __all__ = ["save", "write_page"]
@@ -38,19 +35,8 @@ def save(
 ) -> Path:
     """Writes `results` (dataclasses) as `<folder>/<device>/<name>.json`; returns the path. `left_out`: what there was
     no time for."""
-    revision, modified = commit()
-    content = {
-        "device": _device(place),
-        "commit": revision,
-        "modified_since_commit": modified,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "roofline": asdict(roofline),
-        "left_out": list(left_out),
-        "results": [asdict(result) for result in results],
-    }
     path = folder / folder_name(place.name) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write(path, {"device": _device(place)}, results, roofline=roofline, left_out=list(left_out))
     write_page(path.parent)
     return path
 
@@ -74,8 +60,7 @@ def _device(place: Place) -> dict[str, Any]:
 
 def write_page(folder: Path) -> Path:
     """Writes `README.md` from the JSON files that lie beside it."""
-    files = {name: folder / f"{name}.json" for name in TITLES}
-    loaded = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.exists()}
+    loaded = load_all(folder, TITLES)
     device = next(iter(loaded.values()))["device"] if loaded else {"name": folder.name}
     lines = [
         f"# {device['name']}",
@@ -92,15 +77,14 @@ def write_page(folder: Path) -> Path:
         if content["left_out"]:
             lines += [f"No time was left for: {', '.join(content['left_out'])}.", ""]
     page = folder / "README.md"
-    write_atomically(page, ("\n".join(lines).rstrip() + "\n").encode())
+    write_markdown(page, lines)
     return page
 
 
 def _provenance(content: Mapping[str, Any]) -> str:
     device, roofline = content["device"], content["roofline"]
-    revision = (content["commit"] or "unknown") + (" with changes" if content["modified_since_commit"] else "")
     return (
-        f"{content['date']}; commit {revision}; torch {device['torch']}. Measured ceilings: copy "
+        f"{when(content)}; torch {device['torch']}. Measured ceilings: copy "
         f"{roofline['copy_gbs']:.0f} GB/s, bfloat16 {roofline['bf16_tflops']:.0f} TFLOP/s, int8 "
         f"{roofline['int8_tops']:.0f} TOP/s."
     )
@@ -117,10 +101,7 @@ def _layer_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _layer_cells(row: Mapping[str, Any]) -> list[str]:
-    fraction = row["roofline_fraction"]
-    why = "; ".join(
-        entry["reason"] for entry in row["contestants"] if entry["name"] == "kernelpress" and entry["reason"]
-    )
+    why = "; ".join(entry["reason"] for entry in row["contestants"] if entry["name"] == OURS and entry["reason"])
     return [
         row["network"],
         f"{row['op']} {row['layer']}",
@@ -129,7 +110,7 @@ def _layer_cells(row: Mapping[str, Any]) -> list[str]:
         _number(row["ms"], ".4f"),
         _number(row["tflops"], ".1f"),
         _number(row["gbs"], ".0f"),
-        ABSENT if fraction is None else f"{fraction:.0%} {row['limited_by']}",
+        fraction_text(row["roofline_fraction"], row["limited_by"]),
         ratio_text(row["unfused_ratio"]),
         ratio_text(row.get("triton_ratio")),
         ratio_text(row["ratio"]),
