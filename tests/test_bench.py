@@ -116,6 +116,7 @@ def test_all_contestants_agree_with_double_precision(small: Case) -> None:
     assert max(errors.values()) < 1e-5, errors
 
 
+@pytest.mark.slow
 def test_the_compiled_peer_agrees_with_eager() -> None:
     case = SMALL["pointwise_with_residual"]
     tensors = drawn(case)

@@ -69,6 +69,7 @@ def test_prepared_weights_are_the_same_in_every_process_and_values_keep_their_si
     assert any(float(norm.bias.detach().std()) > 0 for norm in network.modules() if isinstance(norm, nn.BatchNorm2d))
 
 
+@pytest.mark.slow
 def test_runtimes_answer_in_turn_agree_and_are_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     from peers import contest
 

@@ -34,6 +34,7 @@ def emitted(request: pytest.FixtureRequest) -> Emitted:
     )
 
 
+@pytest.mark.slow
 def test_every_model_of_ours_emits_exactly_at_any_batch_size(emitted: Emitted) -> None:
     assert emitted.model.dynamic_batch
     assert not any("batch_norm" in op or "relu" in op or "hardtanh" in op for op in ops_of(emitted.model))
@@ -42,6 +43,7 @@ def test_every_model_of_ours_emits_exactly_at_any_batch_size(emitted: Emitted) -
     emitted.channels_last.check(emitted.model)
 
 
+@pytest.mark.slow
 def test_every_model_of_ours_is_exact_on_every_instruction_set(cpu_variant: str, emitted: Emitted) -> None:
     for case in (emitted.one, emitted.three):
         plan = kp.capture(emitted.model, *case.inputs)
@@ -50,6 +52,7 @@ def test_every_model_of_ours_is_exact_on_every_instruction_set(cpu_variant: str,
         case.check(emitted.model)
 
 
+@pytest.mark.slow
 def test_a_model_emits_exactly_onto_the_reference_backend() -> None:
     model = with_random_norms(kp.models.create("mobilenet_v2"))
     emitted = emit_fused(model, torch.randn(1, 3, 32, 32), "reference")
@@ -57,6 +60,7 @@ def test_a_model_emits_exactly_onto_the_reference_backend() -> None:
         assert_as_exact_as(emitted, model, torch.randn(batch, 3, 32, 32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ResNet", "MobileNetV2"])
 def test_models_of_transformers_emit_exactly(name: str) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")

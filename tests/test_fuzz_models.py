@@ -21,6 +21,7 @@ FIRST = random.SystemRandom().randrange(1 << 30) if GIVEN is None else int(GIVEN
 """Without a seed in the environment, every run tries other models."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bundle", range(BUNDLES))
 def test_random_models_are_right_or_refused(bundle: int) -> None:
     for seed in range(FIRST + bundle * MODELS, FIRST + (bundle + 1) * MODELS):
@@ -84,6 +85,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLANTED)
 def test_planted_faults_are_found_and_shrunk(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     emit = kp.emit

@@ -599,7 +599,7 @@ def test_models_are_captured_and_timed_in_a_dry_run(gpu: Any, tmp_path: Path, mo
     assert "resnet20" in (tmp_path / "dry-run" / "README.md").read_text()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_driver_runs_a_family_from_end_to_end(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gpu", "--dry-run", "--family", "ghost", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS), "OMP_NUM_THREADS": "1"}

@@ -61,6 +61,7 @@ class TestMutations:
         assert (found := harm_of_content(kind, b"bad")) is not None
         assert any(part in found for part in harm.replace("\\", "").split("|"))
 
+    @pytest.mark.slow
     def test_the_script_goes_on_where_it_stopped_and_prints_the_smallest_mutation(self, tmp_path):
         script, state = Path(__file__).with_name("fuzz_files.py"), tmp_path / "state.json"
         program = f"""

@@ -304,6 +304,7 @@ def _assert_channels_are_multiples(pruned: nn.Module, of: int) -> None:
 MODELS = {"resnet20": 0.5, "resnet50": 0.4, "mobilenet_v1": 0.5, "mobilenet_v2": 0.3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network_of_ours_loses_its_flops_in_multiples_of_eight_and_trains(name: str) -> None:
     from kernelpress import models
@@ -330,6 +331,7 @@ def test_every_network_of_ours_loses_its_flops_in_multiples_of_eight_and_trains(
     assert torch.isfinite(pruned(x)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ResNet", "MobileNetV2"])
 def test_transformers_models_keep_their_class_and_output(name: str) -> None:
     transformers = pytest.importorskip("transformers", reason="pip install transformers runs this test")

@@ -249,6 +249,7 @@ def test_inputs_may_lie_in_memory_as_they_like(x):
     assert relative_error(emitted(x.contiguous()), emitted(x)) < 1e-5
 
 
+@pytest.mark.slow
 def test_measured_emission_takes_expanded_inputs_and_intermediates():
     def tokens(m, x):
         y = m.stem(x).flatten(2).transpose(1, 2)
@@ -406,6 +407,7 @@ def test_written_buffers_are_the_emitted_models_own_and_go_on_from_call_to_call(
     check_written_buffers(function, cost=prefer("reference"))
 
 
+@pytest.mark.slow
 def test_timing_leaves_written_buffers_as_they_were():
     check_written_buffers(average_of_all_calls, cost=None)
 
@@ -535,6 +537,7 @@ def contracted(m, x):
 FUNCTIONS = [attention, sampled_by_itself, chosen_and_written_by_index, padded, resized, unfolded, contracted]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [

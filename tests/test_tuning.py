@@ -364,6 +364,7 @@ def timings(cache: Path) -> dict[str, float]:
     return {key: time for key, time in stored.items() if "triton" in key}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted_triton")
 class TestEmission:
     def test_kernels_are_tuned_before_they_are_timed_and_again_when_that_changes(self, model, measured, cache) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernelpress.bench.shapes import Call, Case
+from kernelpress.bench.shapes import Call, Case, Stage
 from kernelpress.ops.registry import Tensors
 
 __all__ = ["contiguous", "eager", "inductor", "onednn_prepacked", "peers"]
@@ -56,22 +56,22 @@ def eager(case: Case, tensors: Sequence[Tensor | None]) -> Call:
 def onednn_prepacked(case: Case, tensors: Sequence[Tensor | None]) -> Call:
     """oneDNN's own primitives, one a stage, with weights packed beforehand and bias, residual and activation fused."""
     x, layers, residual = case.split(tensors)
-    mkldnn = torch.ops.mkldnn
     if case.op == "linear":
-        packed = mkldnn._reorder_linear_weight(layers[0][1], case.batch)
-        return lambda: mkldnn._linear_pointwise(x, packed, layers[0][2], "none", [], "")
+        packed = torch.ops.mkldnn._reorder_linear_weight(layers[0][1], case.batch)
+        return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, layers[0][2], "none", [], "")
 
-    steps: list[Callable[[Tensor], Tensor]] = []
-    for (stage, weight, bias), size in zip(layers, case.sizes, strict=False):
+    def step(stage: Stage, weight: Tensor, bias: Tensor, size: int, added: Tensor | None) -> Callable[[Tensor], Tensor]:
         geometry = ([stage.padding] * 2, [stage.stride] * 2, [1, 1], stage.groups)
-        packed = mkldnn._reorder_convolution_weight(weight, *geometry, [case.batch, stage.c_in, size, size])
+        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, [case.batch, stage.c_in, size, size])
         name, scalars = _ONEDNN_ACTIVATIONS[stage.activation]
-        operands = (packed, bias, *geometry)
-        if residual is None or len(steps) < len(layers) - 1:
-            steps.append(lambda y, o=operands, a=(name, scalars): mkldnn._convolution_pointwise(y, *o, *a, ""))  # type: ignore[misc]
-        else:
-            tail = ("add", 1.0, None if name == "none" else name, scalars, "")
-            steps.append(lambda y, o=operands, a=tail: mkldnn._convolution_pointwise.binary(y, residual, *o, *a))  # type: ignore[misc]
+        if added is None:
+            end = (name, scalars, "")
+            return lambda y: torch.ops.mkldnn._convolution_pointwise(y, packed, bias, *geometry, *end)
+        sum_end = ("add", 1.0, None if name == "none" else name, scalars, "")
+        return lambda y: torch.ops.mkldnn._convolution_pointwise.binary(y, added, packed, bias, *geometry, *sum_end)
+
+    added = [*[None] * (len(layers) - 1), residual]
+    steps = [step(*layer, *rest) for layer, *rest in zip(layers, case.sizes, added, strict=False)]
 
     def call() -> Tensor:
         y = x
