@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md and docs/architecture.md: the files they name exist, and what a kernel takes was done for every one."""
+"""CONTRIBUTING.md and docs/architecture.md name files that exist; every kernel took the steps that a new one takes."""
 
 from __future__ import annotations
 

@@ -70,13 +70,15 @@ def onednn_prepacked(case: Case, tensors: Sequence[Tensor | None]) -> Call:
         sum_end = ("add", 1.0, None if name == "none" else name, scalars, "")
         return lambda y: torch.ops.mkldnn._convolution_pointwise.binary(y, added, packed, bias, *geometry, *sum_end)
 
-    added = [*[None] * (len(layers) - 1), residual]
-    steps = [step(*layer, *rest) for layer, *rest in zip(layers, case.sizes, added, strict=False)]
+    steps = [
+        step(*layer, size, residual if index == len(layers) - 1 else None)
+        for index, (layer, size) in enumerate(zip(layers, case.sizes, strict=False))
+    ]
 
     def call() -> Tensor:
         y = x
-        for step in steps:
-            y = step(y)
+        for run in steps:
+            y = run(y)
         return y
 
     return call
