@@ -638,39 +638,22 @@ def test_a_stage_that_fails_or_hangs_stops_no_other(gpu: Any, tmp_path: Path) ->
     assert results[2].last_lines == "begun"
 
 
-class TestPlainPytest:
-    def test_it_runs_the_golden_vectors_as_pytest_does(self, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        from gpu.plain_pytest import run_file
-        from test_cuda_golden import on_emulator
+def test_golden_vectors_are_checked_and_a_wrong_one_is_told(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cuda_golden
+    from gpu import checks
 
-        outcomes = list(run_file("test_cuda_golden", {"run": on_emulator}))
-        assert len(outcomes) >= 30
-        assert [outcome for outcome in outcomes if outcome.result != "passed"] == []
-
-    def test_where_there_is_no_pytest_a_stand_in_is_enough_to_import_and_run(self, tmp_path: Path) -> None:
-        (tmp_path / "test_some.py").write_text(
-            "import pytest\n"
-            "@pytest.fixture(scope='module', params=[1])\n"
-            "def run(request: pytest.FixtureRequest): return None\n"
-            "@pytest.mark.parametrize('a', [1, 2])\n"
-            "@pytest.mark.parametrize(('b', 'c'), [(1, 2), pytest.param(3, 4, id='x')])\n"
-            "def test_sum(run, a, b, c): assert run + a + b + c < 109\n"
-            "def test_skip(): pytest.skip('why')\n"
-        )
-        code = (
-            "import importlib.util as u; real = u.find_spec; "
-            "u.find_spec = lambda name, *a: None if name == 'pytest' else real(name, *a); "
-            "from gpu.plain_pytest import provide_pytest, run_file; assert provide_pytest(); "
-            "print([(o.name, o.result) for o in run_file('test_some', {'run': 100})])"
-        )
-        paths = os.pathsep.join([str(BENCHMARKS), str(tmp_path)])
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("'passed'") == 3
-        assert "('test_sum[3, 4, 2]', 'failed')" in done.stdout
-        assert "('test_skip', 'skipped')" in done.stdout
+    monkeypatch.setattr(cuda_golden, "compile_for_device", lambda folder: folder)
+    monkeypatch.setattr(cuda_golden, "on_gpu", lambda library: cuda_golden.on_emulator)
+    outcomes = list(checks.golden(torch.device("cuda"), None))
+    assert len(outcomes) >= 30
+    assert [outcome for outcome in outcomes if outcome.result != "passed"] == []
+    right = cuda_golden.on_emulator
+    monkeypatch.setattr(cuda_golden, "on_gpu", lambda library: lambda *given: ~right(*given))
+    outcomes = list(checks.golden(torch.device("cuda"), None))
+    assert {outcome.result for outcome in outcomes} == {"failed"}
+    assert "AssertionError (dp4a_multiplies_signed_bytes, line" in next(
+        outcome.reason for outcome in outcomes if outcome.name == "dp4a_multiplies_signed_bytes"
+    )
 
 
 class TestPlainBuild:
