@@ -11,12 +11,24 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from kernelpress.bench import FAMILIES, describe_machine
-from kernelpress.bench.contest import OURS, fraction_text
+from kernelpress.bench import FAMILIES, Roofline, describe_machine
+from kernelpress.bench.contest import OURS
+from kernelpress.bench.tables import Cells, layer_cells, markdown, number_text
 from kernelpress.files import write_atomically
 from kernelpress.measure.units import ABSENT, ratio_text
 
-__all__ = ["RESULTS", "load_all", "markdown", "save", "when", "write", "write_markdown", "write_page"]
+__all__ = [
+    "RESULTS",
+    "load_all",
+    "model_cells",
+    "save",
+    "title_of",
+    "verdict_on",
+    "when",
+    "write",
+    "write_markdown",
+    "write_page",
+]
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -113,70 +125,48 @@ def _provenance(payload: Mapping[str, Any]) -> str:
 def _model_tables(payload: Mapping[str, Any]) -> list[str]:
     lines: list[str] = []
     for result in payload["results"]:
-        lines += [
-            f"**{result['model']}**, batch {result['batch']}, {result['size']}×{result['size']}, "
-            f"{result['threads']} threads, {result['iterations']} calls a round",
-            "",
-        ]
-        timed = {r["runtime"]: r["rounds_ms"] for r in result["runtimes"] if r["rounds_ms"]}
-        best = {name: min(rounds) for name, rounds in timed.items()}
-        ours = best.get(OURS)
-        rows = []
-        for runtime in result["runtimes"]:
-            name = runtime["runtime"]
-            if name not in timed:
-                rows.append([name, *[ABSENT] * 6, f"skipped: {runtime['skipped']}"])
-                continue
-            rounds = sorted(timed[name])
-            rows.append(
-                [
-                    name,
-                    f"{rounds[0]:.2f}",
-                    f"{statistics.median(rounds):.2f}",
-                    f"{rounds[-1]:.2f}",
-                    ABSENT if ours is None or name == OURS else f"{best[name] / ours:.2f}×",
-                    f"{runtime['relative_error']:.0e}",
-                    ABSENT if runtime["idle_cpu_share"] is None else f"{runtime['idle_cpu_share']:.1%}",
-                    runtime["settings"],
-                ]
-            )
-        header = ["runtime", "best ms", "median", "worst", "time ÷ ours", "error", "CPU while idle", "settings"]
-        lines += [*markdown(header, rows, text=(0, 7)), ""]
-        peers = {name: value for name, value in best.items() if name != OURS}
-        if ours is not None and peers:
-            fastest = min(peers, key=lambda name: peers[name])
-            lines += [f"Best peer: {fastest}; ours takes {ours / peers[fastest]:.2f} of its time.", ""]
+        lines += [f"**{result['model']}**, {title_of(result)}", "", *markdown(model_cells(result)), ""]
+        lines += [f"{verdict_on(result)}.", ""] if verdict_on(result) else []
     return lines[:-1]
 
 
-def _kernel_table(payload: Mapping[str, Any]) -> list[str]:
-    roofline = payload["roofline"]
-    fma = roofline["fma_gflops"]
-    rows = [
-        [
-            row["network"],
-            row["layer"],
-            row["backend"],
-            f"{row['ms']:.4f}",
-            f"{row['spread']:.0%}",
-            f"{row['flops'] / row['ms'] * 1e-6:.1f}",
-            f"{row['traffic_bytes'] / row['ms'] * 1e-6:.1f}",
-            fraction_text(row["roofline_fraction"], row["limited_by"]),
-            ratio_text(row["unfused_ratio"]),
-            ratio_text(row["ratio"]),
-            row["best_peer"] or ABSENT,
-        ]
-        for row in payload["results"]
-    ]
-    header = ["network", "layer", "backend", "best ms", "spread", "GFLOP/s", "GB/s"]
-    header += ["of roofline", "unfused ÷ ours", "best peer ÷ ours", "best peer"]
-    fma_text = "unknown" if fma is None else f"{fma:.0f} GFLOP/s"
-    peaks = (
-        f"{roofline['threads']} threads. Measured peaks: FMA {fma_text}, copy "
-        f"{roofline['l2_gbs']:.0f} GB/s in L2, {roofline['llc_gbs']:.0f} in the last-level cache, "
-        f"{roofline['memory_gbs']:.0f} in memory (read + written)."
+def title_of(result: Mapping[str, Any]) -> str:
+    """What a model was timed at."""
+    return (
+        f"batch {result['batch']}, {result['size']}×{result['size']}, {result['threads']} threads, "
+        f"{result['iterations']} calls a round"
     )
-    return [peaks, "", *markdown(header, rows, text=(0, 1, 2, 10))]
+
+
+def model_cells(result: Mapping[str, Any]) -> Cells:
+    """The runtimes of a model as result files have them."""
+    header = ["runtime", "best ms", "median", "worst", "time ÷ ours", "error", "CPU while idle", "settings"]
+    best, rows = _best_rounds(result), []
+    for runtime in result["runtimes"]:
+        name, rounds = runtime["runtime"], sorted(runtime["rounds_ms"])
+        if not rounds:
+            rows.append([name, *[ABSENT] * 6, f"skipped: {runtime['skipped']}"])
+            continue
+        times = [f"{ms:.2f}" for ms in (rounds[0], statistics.median(rounds), rounds[-1])]
+        ratio = ratio_text(None if name == OURS or OURS not in best else best[name] / best[OURS])
+        numbers = [number_text(runtime["relative_error"], ".0e"), number_text(runtime["idle_cpu_share"], ".1%")]
+        rows.append([name, *times, ratio, *numbers, runtime["settings"]])
+    return header, rows
+
+
+def verdict_on(result: Mapping[str, Any]) -> str:
+    """Who is the best peer, by its best round, and how much of its time ours takes; nothing without both."""
+    best = _best_rounds(result)
+    ours, peer = best.pop(OURS, None), min(best, key=best.__getitem__, default=None)
+    return "" if ours is None or peer is None else f"Best peer: {peer}; ours takes {ours / best[peer]:.2f} of its time"
+
+
+def _best_rounds(result: Mapping[str, Any]) -> dict[str, float]:
+    return {row["runtime"]: min(row["rounds_ms"]) for row in result["runtimes"] if row["rounds_ms"]}
+
+
+def _kernel_table(payload: Mapping[str, Any]) -> list[str]:
+    return [Roofline(**payload["roofline"]).told(), "", *markdown(layer_cells(payload["results"]))]
 
 
 def _overhead_table(payload: Mapping[str, Any]) -> list[str]:
@@ -184,13 +174,7 @@ def _overhead_table(payload: Mapping[str, Any]) -> list[str]:
         [row["path"], *(f"{row[key]:.1f}" for key in ("best_us", "median_us", "overhead_us"))]
         for row in payload["results"]
     ]
-    return markdown(["path", "best µs", "median µs", "over the kernel"], rows, text=(0,))
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text: Sequence[int]) -> list[str]:
-    """A Markdown table; the columns in `text` are aligned to the left, numbers to the right."""
-    rule = [":--" if index in text else "--:" for index in range(len(header))]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [header, rule, *rows]]
+    return markdown((["path", "best µs", "median µs", "over the kernel"], rows))
 
 
 def _commit() -> tuple[str | None, bool]:

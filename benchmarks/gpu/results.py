@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recording import load_all, markdown, when, write, write_markdown
+from recording import load_all, when, write, write_markdown
 
 from gpu import folder_name
 from gpu.place import Place
 from gpu.roofline import Roofline
 from kernelpress import native
-from kernelpress.bench.contest import OURS, fraction_text
+from kernelpress.bench.tables import Cells, layer_cells, markdown, number_text
 from kernelpress.measure.units import ABSENT, ratio_text
 
 __all__ = ["save", "write_page"]
@@ -72,8 +72,9 @@ def write_page(folder: Path) -> Path:
         "",
     ]
     for name, content in loaded.items():
-        render = _model_table if name == "models" else _layer_table
-        lines += [f"## {TITLES[name]}", "", _provenance(content), "", *render(content["results"]), ""]
+        rows = content["results"]
+        cells = _model_cells(rows) if name == "models" else layer_cells(rows, "TFLOP/s")
+        lines += [f"## {TITLES[name]}", "", _provenance(content), "", *markdown(cells), ""]
         if content["left_out"]:
             lines += [f"No time was left for: {', '.join(content['left_out'])}.", ""]
     page = folder / "README.md"
@@ -90,47 +91,19 @@ def _provenance(content: Mapping[str, Any]) -> str:
     )
 
 
-def _number(value: float | None, form: str) -> str:
-    return ABSENT if value is None else format(value, form)
-
-
-def _layer_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    header = ["network", "layer", "batch", "backend", "ms", "TFLOP/s", "GB/s", "of roofline"]
-    header += ["parts ÷ ours", "Triton ÷ ours", "best peer ÷ ours", "best peer"]
-    return markdown(header, [_layer_cells(row) for row in rows], text=(0, 1, 3, 11))
-
-
-def _layer_cells(row: Mapping[str, Any]) -> list[str]:
-    why = "; ".join(entry["reason"] for entry in row["contestants"] if entry["name"] == OURS and entry["reason"])
-    return [
-        row["network"],
-        f"{row['op']} {row['layer']}",
-        str(row["batch"]),
-        row["backend"] if row["ms"] is not None else f"failed: {why}",
-        _number(row["ms"], ".4f"),
-        _number(row["tflops"], ".1f"),
-        _number(row["gbs"], ".0f"),
-        fraction_text(row["roofline_fraction"], row["limited_by"]),
-        ratio_text(row["unfused_ratio"]),
-        ratio_text(row.get("triton_ratio")),
-        ratio_text(row["ratio"]),
-        row["best_peer"] or ABSENT,
-    ]
-
-
-def _model_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _model_cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
     header = ["model", "batch", "ms", "images/s", "native steps", *("best peer ÷ ours", "best peer", "all peers, ms")]
     cells = [
         [
             row["model"],
             str(row["batch"]),
-            _number(row["ms"], ".3f"),
-            _number(None if row["ms"] is None else row["batch"] / row["ms"] * 1e3, ".0f"),
+            number_text(row["ms"], ".3f"),
+            number_text(None if row["ms"] is None else row["batch"] / row["ms"] * 1e3, ".0f"),
             f"{row['native_steps']} of {row['steps']}",
             ratio_text(row["ratio"]),
             row["best_peer"] or ABSENT,
-            ", ".join(f"{peer['name']} {_number(peer['ms'], '.3f')}" for peer in row["contestants"]),
+            ", ".join(f"{peer['name']} {number_text(peer['ms'], '.3f')}" for peer in row["contestants"]),
         ]
         for row in rows
     ]
-    return markdown(header, cells, text=(0, 6, 7))
+    return header, cells

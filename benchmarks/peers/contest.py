@@ -83,16 +83,6 @@ class ModelResult:
     iterations: int
     runtimes: tuple[RuntimeResult, ...]
 
-    def best_peer(self) -> RuntimeResult | None:
-        """The fastest runtime that is not ours, by its best round."""
-        timed = [result for result in self.runtimes if result.rounds_ms and result.runtime != OURS]
-        return min(timed, key=lambda result: min(result.rounds_ms), default=None)
-
-    def ratio(self, runtime: str) -> float | None:
-        """Best round of the best peer ÷ best round of `runtime`: above 1 `runtime` is faster."""
-        peer, mine = self.best_peer(), next(result for result in self.runtimes if result.runtime == runtime)
-        return None if peer is None or mine.best_ms is None else min(peer.rounds_ms) / mine.best_ms
-
 
 def compare(
     model: str,

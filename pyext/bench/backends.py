@@ -13,6 +13,7 @@ from kernelpress.bench import ours
 from kernelpress.bench.contest import KINDS, TF32_TOLERANCE, TOLERANCE, Contestant, hold, kind_of, refuse_any
 from kernelpress.bench.layers import Layer, layers
 from kernelpress.bench.shapes import Call
+from kernelpress.bench.tables import console_table, number_text
 from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.latency import Timing, threads_set_to, time_alternately
 from kernelpress.measure.units import ABSENT, latency_text, ratio_text
@@ -168,27 +169,21 @@ def backend_table(rows: Sequence[BackendRow]) -> Table:
 
     Raises `ValueError` for no rows.
     """
-    from rich.table import Table
-
     if not rows:
         raise ValueError("rows: expected at least one row, got none")
-    backends = [entry.name for entry in rows[0].entries]
-    units = list(dict.fromkeys(row.unit for row in rows))
-    view = Table(title=f"{rows[0].family} on {rows[0].device}, {rows[0].dtype}", caption=_caption(rows))
-    view.add_column("network")
-    view.add_column("layer", no_wrap=True)
-    for at, name in enumerate(backends):
-        for column in (name, " or ".join(units), *([f"vs {backends[0]}"] if at else [])):
-            view.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        cells = [row.network, row.layer]
-        for at, entry in enumerate(row.entries):
-            rate = row.rate(entry)
-            told = f"{rate:.1f}" + (f" {row.unit}" if len(units) > 1 else "") if rate is not None else ABSENT
-            cells += [ABSENT if entry.ms is None else latency_text(entry.ms), told]
-            cells += [ratio_text(row.ratio(entry))] if at else []
-        view.add_row(*cells)
-    return view
+    units, first = list(dict.fromkeys(row.unit for row in rows)), rows[0]
+    header, cells = ["network", "layer"], [[row.network, row.layer] for row in rows]
+    for at, backend in enumerate(entry.name for entry in first.entries):
+        header += [backend, " or ".join(units), *([f"vs {first.entries[0].name}"] if at else [])]
+        for row, of_row in zip(rows, cells, strict=True):
+            entry = row.entries[at]
+            unit = f" {row.unit}" if len(units) > 1 and entry.ms is not None else ""
+            of_row += [
+                ABSENT if entry.ms is None else latency_text(entry.ms),
+                number_text(row.rate(entry), ".1f") + unit,
+            ]
+            of_row += [ratio_text(row.ratio(entry))] if at else []
+    return console_table(f"{first.family} on {first.device}, {first.dtype}", (header, cells), _caption(rows))
 
 
 def _caption(rows: Sequence[BackendRow]) -> str:

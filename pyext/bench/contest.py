@@ -12,7 +12,6 @@ from kernelpress.bench.layers import Layer
 from kernelpress.bench.roofline import Ceilings
 from kernelpress.bench.shapes import Call
 from kernelpress.measure.latency import Timing
-from kernelpress.measure.units import ABSENT
 
 __all__ = [
     "KINDS",
@@ -24,7 +23,6 @@ __all__ = [
     "UNFUSED",
     "Contestant",
     "Row",
-    "fraction_text",
     "hold",
     "judged",
     "kind_of",
@@ -185,11 +183,6 @@ def refuse_any(contestants: Iterable[Contestant], layer: str) -> None:
     for contestant in contestants:
         if contestant.reason is not None:
             raise RuntimeError(f"{layer}: {contestant.name}: {contestant.reason}")
-
-
-def fraction_text(fraction: float | None, limited_by: str | None) -> str:
-    """`83% compute`, or a dash."""
-    return ABSENT if fraction is None else f"{fraction:.0%} {limited_by}"
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:

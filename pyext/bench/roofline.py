@@ -73,6 +73,14 @@ class Roofline(Ceilings):
             memory_gbs=max(self.memory_gbs, other.memory_gbs),
         )
 
+    def told(self) -> str:
+        """In one sentence."""
+        fma = "unknown" if self.fma_gflops is None else f"{self.fma_gflops:.0f} GFLOP/s"
+        return (
+            f"{self.threads} threads. Measured peaks: FMA {fma}, copy {self.l2_gbs:.0f} GB/s in L2, "
+            f"{self.llc_gbs:.0f} in the last-level cache, {self.memory_gbs:.0f} in memory (read + written)."
+        )
+
     def peak_gflops(self, kind: str) -> float | None:
         return self.fma_gflops if kind == "fp32" else None
 

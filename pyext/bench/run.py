@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 import torch
 
 from kernelpress.bench import ours
-from kernelpress.bench.contest import OURS, TOLERANCE, UNFUSED, Row, fraction_text, hold, judged, refuse_any, row_of
+from kernelpress.bench.contest import OURS, TOLERANCE, UNFUSED, Row, hold, judged, refuse_any, row_of
 from kernelpress.bench.layers import layer_of_case
 from kernelpress.bench.peers import contiguous, eager
 from kernelpress.bench.peers import peers as peer_calls
 from kernelpress.bench.roofline import Roofline, measure_roofline
 from kernelpress.bench.shapes import Case, cases
+from kernelpress.bench.tables import console_table, layer_cells
 from kernelpress.measure.latency import threads_set_to, time_alternately
-from kernelpress.measure.units import ABSENT, latency_text, ratio_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -103,42 +103,18 @@ def table(rows: Sequence[Row], roofline: Roofline | None = None) -> Table:
 
     Raises `ValueError` for no rows.
     """
-    from rich.table import Table
-
     if not rows:
         raise ValueError("rows: expected at least one row, got none")
-    with_unfused = any(row.unfused_ratio is not None for row in rows)
-    with_peers = any(row.ratio is not None for row in rows)
-    view = Table(title=f"{rows[0].family}, {rows[0].threads} threads, fp32", caption=_caption(rows, roofline))
-    view.add_column("network")
-    view.add_column("layer", no_wrap=True)
-    numbers = ["time", "spread", "GFLOP/s", "GB/s", "of roofline"]
-    numbers += ["vs unfused"] if with_unfused else []
-    numbers += ["vs best peer"] if with_peers else []
-    for name in numbers:
-        view.add_column(name, justify="right", no_wrap=True)
-    if with_peers:
-        view.add_column("best peer")
-    for row in rows:
-        ms = row.ms or math.nan
-        cells = [row.network, row.layer, latency_text(ms), f"{row.spread:.0%}", f"{row.flops / ms * 1e-6:.1f}"]
-        cells += [f"{row.traffic_bytes / ms * 1e-6:.1f}", fraction_text(row.roofline_fraction, row.limited_by)]
-        cells += [ratio_text(row.unfused_ratio)] if with_unfused else []
-        cells += [ratio_text(row.ratio), row.best_peer or ABSENT] if with_peers else []
-        view.add_row(*cells)
-    return view
+    title = f"{rows[0].family}, {rows[0].threads} threads, fp32"
+    return console_table(title, layer_cells([asdict(row) for row in rows]), _caption(rows, roofline))
 
 
 def _caption(rows: Sequence[Row], roofline: Roofline | None) -> str:
-    lines = ["time: median of the best round; spread: worst round over best"]
+    lines = ["best ms: median of the best round; spread: worst round over best"]
     if any(row.ratio is not None or row.unfused_ratio is not None for row in rows):
-        lines.append("vs: the other's time over ours, above 1× ours is faster")
-    backends = sorted({row.backend for row in rows})
-    lines.append(f"backend: {', '.join(backends)}")
+        lines.append("÷ ours: the other's time over ours, above 1× ours is faster")
     if roofline is not None:
-        fma = "FMA peak unknown" if roofline.fma_gflops is None else f"FMA {roofline.fma_gflops:.0f} GFLOP/s"
-        copies = f"{roofline.l2_gbs:.0f} / {roofline.llc_gbs:.0f} / {roofline.memory_gbs:.0f} GB/s"
-        lines.append(f"measured peaks: {fma}; copy in L2 / last-level cache / memory {copies}")
+        lines.append(roofline.told())
         if roofline.fma_absent_because:
             lines.append(f"no native kernels: {roofline.fma_absent_because}")
     return "\n".join(lines)
