@@ -6,17 +6,17 @@ python benchmarks/bench_models.py --models mobilenet_v1 mobilenet_v2 --threads 2
 from __future__ import annotations
 
 import argparse
-import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
-from peers.contest import OURS, RUNTIMES, ModelResult, compare
-from recording import RESULTS, save
+from peers.contest import RUNTIMES, ModelResult, compare
+from recording import RESULTS, model_cells, save, title_of, verdict_on
 from rich.console import Console
 from rich.table import Table
 
 from kernelpress import models
-from kernelpress.measure.units import ABSENT, latency_text, ratio_text
+from kernelpress.bench.tables import console_table
 
 __all__ = ["DEFAULT_MODELS", "main", "positive", "table"]
 
@@ -25,33 +25,8 @@ TABLE_WIDTH = 130
 
 def table(result: ModelResult) -> Table:
     """One network's runtimes as a rich table."""
-    title = f"{result.model}, batch {result.batch}, {result.size}×{result.size}, {result.threads} threads, fp32"
-    view = Table(title=title, caption=_verdict(result))
-    view.add_column("runtime", no_wrap=True)
-    for name in ("best", "median", "worst", "vs best peer", "error", "CPU while idle"):
-        view.add_column(name, justify="right", no_wrap=True)
-    view.add_column("settings")
-    for runtime in result.runtimes:
-        if not runtime.rounds_ms:
-            view.add_row(runtime.runtime, *[ABSENT] * 6, f"skipped: {runtime.skipped}")
-            continue
-        rounds = runtime.rounds_ms
-        view.add_row(
-            runtime.runtime,
-            *[latency_text(ms) for ms in (min(rounds), statistics.median(rounds), max(rounds))],
-            ratio_text(result.ratio(runtime.runtime)),
-            f"{runtime.relative_error:.0e}",
-            ABSENT if runtime.idle_cpu_share is None else f"{runtime.idle_cpu_share:.1%}",
-            runtime.settings,
-        )
-    return view
-
-
-def _verdict(result: ModelResult) -> str:
-    peer, ours = result.best_peer(), next((r for r in result.runtimes if r.runtime == OURS), None)
-    if peer is None or ours is None or ours.best_ms is None:
-        return "best, median, worst of the rounds' medians"
-    return f"best peer: {peer.runtime}; ours takes {ours.best_ms / min(peer.rounds_ms):.2f} of its time (best rounds)"
+    told = asdict(result)
+    return console_table(f"{result.model}, {title_of(told)}, fp32", model_cells(told), verdict_on(told))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -14,9 +14,10 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
 
 from kernelpress.bench import Case, Roofline, Row, cases, measure_roofline, table
+from kernelpress.bench.contest import judged
 from kernelpress.bench.ours import fused
-from kernelpress.bench.peers import random_inputs
-from kernelpress.bench.run import judged, measure_case
+from kernelpress.bench.run import measure_case
+from kernelpress.measure.latency import threads_set_to
 
 TABLE_WIDTH = 160
 
@@ -63,25 +64,12 @@ def bench(benchmark: BenchmarkFixture, roofline: Roofline, pytestconfig: pytest.
             budget_seconds=pytestconfig.getoption("budget"),
         )
         benchmark.group = f"{case.network} {case.op} {case.label}"
-        benchmark.extra_info.update(
-            {
-                "GFLOP/s": row.gflops,
-                "GB/s": row.gbs,
-                "roofline_fraction": row.roofline_fraction,
-                "limited_by": row.limited_by,
-                "best_peer": row.best_peer,
-                "ratio": row.ratio,
-                "unfused_ratio": row.unfused_ratio,
-                "spread": row.spread,
-            }
-        )
-        threads = torch.get_num_threads()
-        torch.set_num_threads(roofline.threads)
-        try:
-            with torch.no_grad():
-                benchmark(fused(case, random_inputs(case)))
-        finally:
-            torch.set_num_threads(threads)
+        names = ("roofline_fraction", "limited_by", "best_peer", "ratio", "unfused_ratio", "spread")
+        rates = {"GFLOP/s": None if row.tflops is None else row.tflops * 1e3, "GB/s": row.gbs}
+        benchmark.extra_info.update({**rates, **{name: getattr(row, name) for name in names}})
+        with threads_set_to(roofline.threads), torch.no_grad():
+            tensors = case.make(torch.device("cpu"), torch.float32)
+            benchmark(fused(case.op, tensors, case.options))
         pytestconfig.stash[_rows].setdefault(case.family, []).append(row)
         return row
 
@@ -96,7 +84,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     roofline = measure_roofline(config.getoption("threads"), again=True)
     for family, rows in stashed.items():
-        stashed[family] = judged(rows, roofline)
+        stashed[family] = [judged(row, roofline) for row in rows]
         complete = len(rows) == len(cases(family, batch=config.getoption("batch")))
         if config.getoption("record") and complete:
             recording.save(family, stashed[family], roofline=roofline)

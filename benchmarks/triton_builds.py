@@ -32,6 +32,7 @@ import torch
 from triton_layers import DEMANDING, DEVICE, FORMS, Call, usual_layers
 
 from kernelpress.files import write_atomically
+from kernelpress.files.sealed import seal, unseal
 from kernelpress.kernels.triton.launch import Configuration, Device, launching_with
 from kernelpress.ops import registry
 from kernelpress.ops.backends import triton
@@ -50,6 +51,7 @@ __all__ = [
     "launches",
     "launches_of",
     "ops",
+    "remembered",
     "sample",
 ]
 
@@ -424,13 +426,25 @@ def build(
     return found
 
 
+_SEAL = ("builds of Triton kernels", 1)
+
+
+def remembered(path: Path) -> dict[str, Any]:
+    """What a file remembers of builds; nothing where it is absent or damaged."""
+    try:
+        content: dict[str, Any] = unseal(path.read_bytes(), *_SEAL, path.name)
+    except (OSError, ValueError):
+        return {}
+    return content
+
+
 def _main() -> None:
     parser = argparse.ArgumentParser(description="Compiles the Triton kernels of a family; a line of JSON for each.")
     parser.add_argument("family", choices=families())
     parser.add_argument("--part", choices=PARTS, default="all")
     parser.add_argument("--known", type=Path, help="a file that remembers builds")
     options = parser.parse_args()
-    known = json.loads(options.known.read_text()) if options.known and options.known.exists() else {}
+    known = remembered(options.known) if options.known else {}
     used: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for target in TARGETS:
@@ -443,7 +457,7 @@ def _main() -> None:
                 print(json.dumps(asdict(made)), flush=True)
     if options.known and used.keys() != known.keys():
         options.known.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(options.known, json.dumps(used).encode())
+        write_atomically(options.known, seal(*_SEAL, used))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import os
 import random
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -76,7 +78,7 @@ def _seed(who: str) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +100,37 @@ def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KERNELPRESS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nor does this test see what others timed; the folder, empty."""
+    monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def every_match_is_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer that computes something else is refused by emission, and so would pass unnoticed."""
+    from kernelpress.emit import pipeline
+    from kernelpress.emit.evaluate import evaluate
+
+    def checked(*arguments: Any) -> Any:
+        evaluations = evaluate(*arguments)
+        wrong = [(e.candidate.label, e.error) for e in evaluations if e.error is not None and e.refusal is not None]
+        assert not wrong
+        return evaluations
+
+    monkeypatch.setattr(pipeline, "evaluate", checked)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """The test runs on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=native.cpu().variants() if native.cpu() else ["native"])

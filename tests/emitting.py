@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +12,12 @@ from torch import Tensor, nn
 
 import kernelpress as kp
 from kernelpress.emit import Candidate, EmittedModel
+from kernelpress.emit.canonical import canonicalize
 from kernelpress.emit.evaluate import Cost
+from kernelpress.emit.fold import fold
+from kernelpress.emit.fuse import find_matches
 from kernelpress.runtime import native
-from kernelpress.runtime.torch_private import BatchNorm
+from kernelpress.trace import trace
 
 FUSED_BACKENDS = ["reference", "cpu"] if native.cpu() is not None else ["reference"]
 
@@ -33,21 +38,48 @@ def emit_fused(model: nn.Module, x: Any, backend: str = "reference", **options: 
     return emitted
 
 
+def prefer_ops(*names: str) -> Cost:
+    """A cost under which layers of these ops win, on the reference backend."""
+
+    def cost(candidate: Candidate) -> float:
+        return 1.0 if candidate.name in names and candidate.variant == "reference" else 10.0 * len(candidate.nodes)
+
+    return cost
+
+
+def emit_onto(model: nn.Module, x: Any, *names: str) -> EmittedModel:
+    """`model` emitted onto layers of these ops wherever they fit."""
+    emitted = kp.emit(model, x, cost=prefer_ops(*names), progress=False)
+    assert not emitted.record.kept_original, emitted.record.reason
+    return emitted
+
+
+def matches(model: nn.Module, x: Any) -> list[Any]:
+    """What emission recognises in the model."""
+    return list(find_matches(fold(canonicalize(trace(model.eval(), x)))))
+
+
+def matched_ops(model: nn.Module, x: Any) -> set[str]:
+    """The ops of that."""
+    return {match.op for match in matches(model, x)}
+
+
 def ops_of(emitted: EmittedModel) -> list[str]:
     """Names of the graph's operations, ours without their namespace."""
     nodes = (node for node in emitted.body.graph.nodes if node.op == "call_function")
     return [str(node.target).removesuffix(".default").removeprefix("kernelpress.") for node in nodes]
 
 
-def randomize(model: nn.Module) -> nn.Module:
-    """Gives BatchNorm layers statistics and weights that matter; eval mode."""
-    for module in model.modules():
-        if isinstance(module, BatchNorm):
-            nn.init.normal_(module.running_mean, std=0.2)
-            nn.init.uniform_(module.running_var, 0.5, 1.5)
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.bias, std=0.2)
-    return model.eval()
+class Apply(nn.Module):
+    """Any function of the input and of these layers."""
+
+    def __init__(self, function: Callable[..., Any], *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.function = function
+
+    def forward(self, x: Any) -> Any:
+        return self.function(x, *self.layers)
 
 
 class Exactness:
@@ -76,3 +108,14 @@ class Exactness:
 def assert_as_exact_as(emitted: Any, model: nn.Module, *inputs: Tensor, factor: float = 4.0) -> None:
     """The emitted float32 model is no further from the float64 truth than a small multiple of the original."""
     Exactness(model, *inputs, factor=factor).check(emitted)
+
+
+def assert_saving_and_capture_keep(emitted: EmittedModel, folder: Path, x: Tensor) -> None:
+    """Saved and loaded, at another batch, and as a plan, the model computes the same."""
+    emitted.save(folder / "model.pt2")
+    loaded = kp.load(folder / "model.pt2")
+    assert ops_of(loaded) == ops_of(emitted)
+    assert emitted.dynamic_batch
+    for inputs in (x, torch.cat([x, x[:1]])):
+        torch.testing.assert_close(loaded(inputs), emitted(inputs), rtol=0, atol=0)
+    torch.testing.assert_close(kp.capture(emitted, x)(x), emitted(x), rtol=1e-5, atol=1e-5)

@@ -14,6 +14,7 @@ from kernelpress.ops import registry
 from kernelpress.ops.calls.steps import native_call
 from kernelpress.ops.layout import PIXELS
 from kernelpress.runtime import native
+from kernelpress.runtime.torch_private import BatchNorm
 
 RELATIVE_ERROR = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """Largest ‖out − ref‖ / ‖ref‖, by the dtype computed in."""
@@ -98,6 +99,30 @@ def every_other(n: int, c: int, h: int, w: int) -> Tensor:
     return torch.randn(2 * n, 2 * c, 2 * h, 2 * w)[::2, ::2, ::2, ::2]
 
 
+def int8(*shape: int) -> Tensor:
+    """Random over the whole range."""
+    return torch.randint(-128, 128, shape).to(torch.int8)
+
+
+def int8_image(*shape: int) -> Tensor:
+    """Random over the whole range, channels_last."""
+    return int8(*shape).contiguous(memory_format=torch.channels_last)
+
+
+def slice_of_wider(t: Tensor, channels: int) -> Tensor:
+    """The same values as channels of a wider integer tensor, whose other channels are no zeros."""
+    dim = 1 if t.dim() == 4 else t.dim() - 1
+    shape = [size + channels if axis == dim else size for axis, size in enumerate(t.shape)]
+    wide = torch.full(shape, 77, dtype=t.dtype)
+    wide = wide.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else wide
+    return wide.narrow(dim, channels // 2, t.shape[dim]).copy_(t)
+
+
+def tf32(t: Tensor) -> Tensor:
+    """Rounded to what TF32 holds: products of such values are exact, and float32 keeps its own bound."""
+    return t.bfloat16().float()
+
+
 MAKERS: tuple[Maker, ...] = (channels_last, contiguous, channel_slice, cropped, every_other)
 
 
@@ -119,11 +144,11 @@ def run_native(op: str, tensors: Sequence[Tensor | None], **options: Any) -> Ten
 def with_random_norms(module: nn.Module) -> nn.Module:
     """The module in evaluation mode, its BatchNorms with statistics and weights as training leaves them."""
     for norm in module.modules():
-        if isinstance(norm, nn.BatchNorm2d):
-            nn.init.normal_(norm.running_mean)
-            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        if isinstance(norm, BatchNorm):
+            nn.init.normal_(norm.running_mean, std=0.2)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
             nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias)
+            nn.init.normal_(norm.bias, std=0.2)
     return module.eval()
 
 

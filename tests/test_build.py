@@ -189,6 +189,7 @@ def test_a_native_loop_occupies_as_many_threads_as_torch_is_told(threads: int):
     assert (float(result.stdout) > 0.02) == (threads == 2), result.stderr
 
 
+@pytest.mark.slow
 def test_an_inner_change_of_a_header_recompiles_the_kernels_and_nothing_else(builder, toy_tree: Path, capfd):
     first = import_file(builder.build(toy_tree, "cpu")).sum()
     capfd.readouterr()
@@ -208,6 +209,7 @@ def test_an_inner_change_of_a_header_recompiles_the_kernels_and_nothing_else(bui
     assert (first, float(second.stdout)) == (15.0, 21.0)
 
 
+@pytest.mark.slow
 @needs_x86
 def test_code_of_a_newer_instruction_set_stays_inside_its_variant(builder, toy_tree: Path):
     builder.build(toy_tree, "cpu")
@@ -309,6 +311,7 @@ def test_an_architecture_that_nvcc_or_the_kernels_do_not_know_is_refused(builder
         builder.build(cuda_toy_tree, "cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc; a CUDA toolkit has one")
 def test_one_module_has_code_for_several_architectures_and_needs_no_gpu_to_be_imported(
     builder, cuda_toy_tree: Path, monkeypatch
@@ -339,7 +342,7 @@ def test_a_missing_compiler_is_named(builder, toy_tree: Path, monkeypatch):
         builder.build(toy_tree, "cpu")
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_a_wheel_builds_from_the_source_archive_without_torch(tmp_path: Path):
     """Source archive → wheel, each in an environment that holds what `pyproject.toml` asks for and nothing else."""
     pytest.importorskip("pybind11", reason="pybind11 is needed to build; `make test` installs it")

@@ -15,13 +15,7 @@ from kernelpress import cli
 
 pytest.importorskip("rich", reason="the command line takes rich: pip install 'kernelpress[cli]'")
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

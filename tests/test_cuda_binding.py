@@ -228,11 +228,10 @@ def test_the_later_setting_of_tf32_counts_too() -> None:
 
 
 @pytest.fixture
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path) -> Iterator[Any]:
+def cache(own_cache: Path) -> Iterator[Path]:
     """An empty cache folder."""
-    monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path / "cache"))
     stored.forget()
-    yield tmp_path / "cache"
+    yield own_cache
     stored.forget()
 
 

@@ -173,6 +173,7 @@ def instructions(cuobjdump: str, path: Path, architecture: str) -> set[str]:
     return set(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", listing, re.MULTILINE))
 
 
+@pytest.mark.slow
 @needs_module
 @pytest.mark.parametrize("architecture", TESTED)
 @pytest.mark.parametrize("family", FILES)
@@ -188,6 +189,7 @@ def test_the_machine_code_has_the_instructions_meant(objects: Path, family: str,
     assert not missing, f"none of {', '.join(missing)} among {', '.join(relatives)}"
 
 
+@pytest.mark.slow
 @needs_module
 def test_a_wheel_of_this_build_has_the_module_and_imports_without_a_gpu(objects: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "KERNELPRESS_CUDA_ARCHS": ";".join(_chosen()), "KERNELPRESS_CUDA": "1"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from emulating import run_configured
 from simt.fixtures import ORDERS, Simt
-from support import assert_close, assert_matches, channel_slice, channels_last, expected_output
+from support import assert_close, assert_matches, channel_slice, channels_last, expected_output, tf32
 from torch import Tensor
 
 import kernelpress
@@ -35,11 +35,6 @@ CONVOLUTIONS: dict[str, tuple[int, int, int, int, tuple[int, int], dict[str, Any
     "dilated rectangle": (2, 24, 8, 3, (9, 8), {"padding": (2, 0), "dilation": (2, 1), "stride": (1, 2), "shuffle": 4}),
     "one group": (1, 16, 24, 1, (6, 6), {"shuffle": 3}),
 }
-
-
-def tf32(t: Tensor) -> Tensor:
-    """Rounded to what TF32 holds: products of such values are exact, and float32 keeps its own bound."""
-    return t.bfloat16().float()
 
 
 def draw(case: tuple, dtype: torch.dtype, batch: int = 1, make: Any = channels_last) -> tuple[list, dict[str, Any]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from emulating import run_configured
 from simt.fixtures import ORDERS, Simt
+from support import int8, int8_image, slice_of_wider
 from torch import Tensor
 
 import kernelpress
@@ -26,23 +27,6 @@ OUTPUTS: tuple[dict[str, Any], ...] = (
     {"output_dtype": torch.bfloat16},
     {},
 )
-
-
-def int8(*shape: int) -> Tensor:
-    return torch.randint(-128, 128, shape).to(torch.int8)
-
-
-def int8_image(*shape: int) -> Tensor:
-    return int8(*shape).contiguous(memory_format=torch.channels_last)
-
-
-def slice_of_wider(t: Tensor, channels: int) -> Tensor:
-    """The same values as channels of a wider tensor, which the emulator forbids to touch beside them."""
-    dim = 1 if t.dim() == 4 else t.dim() - 1
-    shape = [size + channels if axis == dim else size for axis, size in enumerate(t.shape)]
-    wide = torch.zeros(shape, dtype=t.dtype)
-    wide = wide.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else wide
-    return wide.narrow(dim, channels // 2, t.shape[dim]).copy_(t)
 
 
 def residual_for(op: str, tensors: list[Any], options: dict[str, Any]) -> Tensor:

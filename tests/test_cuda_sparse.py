@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from emulating import run_configured
-from support import assert_matches, channels_last
+from support import assert_matches, channels_last, tf32
 from torch import Tensor
 
 import kernelpress
@@ -20,11 +20,6 @@ from kernelpress.ops.sparse_schedule import longest_segment, make_schedule
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SIZES = (16, 32, 64)
 TILES = ("128 pixels", "64 pixels, 4 stages", "64 pixels, 3 stages, any alignment")
-
-
-def tf32(t: Tensor) -> Tensor:
-    """Rounded to what TF32 holds: products of such values are exact, and float32 keeps its own bound."""
-    return t.bfloat16().float()
 
 
 def weight_of(mask: Tensor, r: int, c: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

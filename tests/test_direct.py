@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from emitting import FUSED_BACKENDS, emit_fused, randomize
-from support import assert_close
+from emitting import FUSED_BACKENDS, emit_fused
+from support import assert_close, with_random_norms
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -47,7 +47,7 @@ def image(batch: int = 2, size: int = 6) -> Tensor:
 
 @pytest.fixture(params=FUSED_BACKENDS)
 def pair(request: pytest.FixtureRequest) -> tuple[EmittedModel, nn.Module]:
-    model = randomize(Net())
+    model = with_random_norms(Net())
     return emit_fused(model, image(), request.param), model
 
 
@@ -143,7 +143,7 @@ def test_a_model_that_has_run_can_be_pickled(pair: tuple[EmittedModel, nn.Module
 
 
 def test_a_model_in_another_dtype_is_another_model() -> None:
-    emitted, x = emit_fused(randomize(Net()), image(), "reference"), image()
+    emitted, x = emit_fused(with_random_norms(Net()), image(), "reference"), image()
     emitted(x)
     with pytest.raises(ValueError, match=r"x: expected torch\.float32 as exported, got torch\.float64"):
         emitted.to(torch.float64)(x.double())
@@ -321,7 +321,7 @@ def test_threads_with_their_own_shapes_share_a_model(pair: tuple[EmittedModel, n
 @pytest.mark.skipif(native.cpu() is None, reason="no native module")
 def test_another_instruction_set_packs_anew() -> None:
     module = native.cpu()
-    emitted, x, before = emit_fused(randomize(Net()), image(), "cpu"), image(), module.variant()
+    emitted, x, before = emit_fused(with_random_norms(Net()), image(), "cpu"), image(), module.variant()
     expected = emitted(x)
     try:
         for variant in module.variants() * 2:
@@ -351,7 +351,7 @@ def test_inputs_in_containers() -> None:
 
 
 def test_a_model_made_under_inference_mode() -> None:
-    model = randomize(Net())
+    model = with_random_norms(Net())
     with torch.inference_mode():
         emitted = copy.deepcopy(emit_fused(model, image(), FUSED_BACKENDS[-1]))
         x = image()

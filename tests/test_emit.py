@@ -10,9 +10,10 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from emitting import FUSED_BACKENDS, assert_as_exact_as, emit_fused, ops_of, randomize
+from emitting import FUSED_BACKENDS, Apply, assert_as_exact_as, emit_fused, ops_of
 from hypothesis import given
 from hypothesis import strategies as st
+from support import with_random_norms
 from torch import nn
 
 import kernelpress as kp
@@ -24,22 +25,7 @@ from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.record import EmissionRecord
 from kernelpress.trace import TraceError, trace
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path / "cache"))
-
-
-class Apply(nn.Module):
-    """A convolution followed by any function of its output (and of the input)."""
-
-    def __init__(self, function, *layers):
-        super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x, *self.layers)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def separable(channels, out, stride=1):
@@ -191,7 +177,7 @@ def test_a_pooled_image_reshaped_by_its_own_sizes_is_one_operation():
 def test_chains_become_separable_convolutions_and_inverted_residuals(backend):
     expand = nn.Sequential(nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24), nn.ReLU6())
     narrow = nn.Sequential(*separable(24, 8)[:-1])
-    model = randomize(Apply(lambda x, a, b, c: c(x + b(a(x))), expand, narrow, separable(8, 16, stride=2)))
+    model = with_random_norms(Apply(lambda x, a, b, c: c(x + b(a(x))), expand, narrow, separable(8, 16, stride=2)))
     emitted = emit_fused(model, torch.randn(2, 8, 9, 9), backend)
     assert ops_of(emitted) == ["inverted_residual", "separable_conv2d"]
     assert_as_exact_as(emitted, model, torch.randn(3, 8, 9, 9))
@@ -205,7 +191,7 @@ def test_affine_steps_after_a_convolution_are_folded_into_it():
 
     model = Apply(forward, nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
     model.scale = scale
-    model = randomize(model)
+    model = with_random_norms(model)
     emitted = emit_fused(model, torch.randn(2, 3, 9, 9))
     assert ops_of(emitted) == ["conv2d"]
 
@@ -223,14 +209,14 @@ def test_affine_steps_after_a_convolution_are_folded_into_it():
 
 
 def test_a_batch_norm_over_the_wrong_dimension_of_a_linear_layer_is_not_folded():
-    model = randomize(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(4)))
+    model = with_random_norms(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(4)))
     x = torch.randn(3, 4, 6)
     assert_as_exact_as(emit_fused(model, x), model, x)
 
 
 def test_shared_weights_are_folded_for_each_use_apart():
     conv = nn.Conv2d(4, 4, 3, padding=1)
-    model = randomize(nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), conv, nn.BatchNorm2d(4)))
+    model = with_random_norms(nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU(), conv, nn.BatchNorm2d(4)))
     before = copy.deepcopy(model.state_dict())
     emitted = emit_fused(model, torch.randn(2, 4, 9, 9))
     assert ops_of(emitted) == ["conv2d", "conv2d"]
@@ -239,7 +225,7 @@ def test_shared_weights_are_folded_for_each_use_apart():
 
 
 def test_weights_keep_their_names():
-    model = randomize(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)))
+    model = with_random_norms(nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)))
     assert {name for name, _ in emit_fused(model, torch.randn(1, 3, 8, 8)).named_parameters()} == {
         "body.0.weight",
         "body.0.bias",
@@ -265,7 +251,9 @@ def test_a_model_keeps_its_input_and_output_structure():
 
 
 def test_measured_emission_chooses_the_fastest_of_every_place():
-    model = randomize(nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), *separable(16, 32)))
+    model = with_random_norms(
+        nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), *separable(16, 32))
+    )
     x = torch.randn(1, 3, 32, 32)
     emitted = kp.emit(model, x, progress=False)
     assert_as_exact_as(emitted, model, x)
@@ -327,7 +315,7 @@ def test_the_original_is_kept_where_the_emitted_model_is_slower(monkeypatch):
         return {**timings, "emitted": slow}
 
     monkeypatch.setattr(pipeline, "time_alternately", emitted_is_slow)
-    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
+    model = with_random_norms(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()))
     x = torch.randn(2, 3, 9, 9)
     emitted = kp.emit(model, x, progress=False)
     assert emitted.record.kept_original
@@ -340,7 +328,7 @@ def test_the_original_is_kept_where_the_emitted_model_is_slower(monkeypatch):
     ("dtype", "bound"), [(torch.float64, 1e-12), (torch.float16, 2e-2), (torch.bfloat16, 1e-1)], ids=str
 )
 def test_models_of_other_dtypes_emit_to_what_can_run_them(dtype, bound):
-    model = randomize(nn.Sequential(*separable(8, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten())).to(dtype)
+    model = with_random_norms(nn.Sequential(*separable(8, 16), nn.AdaptiveAvgPool2d(1), nn.Flatten())).to(dtype)
     x = torch.randn(2, 8, 9, 9, dtype=dtype)
     emitted = kp.emit(model, x, progress=False)
     assert "[cpu]" not in "".join(place.choice for place in emitted.record.places)
@@ -410,7 +398,9 @@ def test_a_tolerance_that_is_no_positive_number_is_refused(tolerance):
 
 @pytest.fixture(params=FUSED_BACKENDS)
 def saved(request, tmp_path):
-    model = randomize(nn.Sequential(nn.Conv2d(3, 8, 3, 2), *separable(8, 6), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
+    model = with_random_norms(
+        nn.Sequential(nn.Conv2d(3, 8, 3, 2), *separable(8, 6), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    )
     emitted = emit_fused(model, torch.randn(1, 3, 16, 16), request.param)
     path = tmp_path / "model.pt2"
     emitted.save(path)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from emitting import FUSED_BACKENDS, Exactness, assert_as_exact_as, emit_fused, ops_of, randomize
+from emitting import FUSED_BACKENDS, Exactness, assert_as_exact_as, emit_fused, ops_of
+from support import with_random_norms
 
 import kernelpress as kp
 from kernelpress.emit import EmittedModel
@@ -24,7 +25,7 @@ class Emitted:
 
 @pytest.fixture(scope="module", params=kp.models.names())
 def emitted(request: pytest.FixtureRequest) -> Emitted:
-    model = randomize(kp.models.create(request.param))
+    model = with_random_norms(kp.models.create(request.param))
     return Emitted(
         emit_fused(model, torch.randn(1, 3, 64, 64), FUSED_BACKENDS[-1]),
         Exactness(model, torch.randn(1, 3, 64, 64)),
@@ -33,6 +34,7 @@ def emitted(request: pytest.FixtureRequest) -> Emitted:
     )
 
 
+@pytest.mark.slow
 def test_every_model_of_ours_emits_exactly_at_any_batch_size(emitted: Emitted) -> None:
     assert emitted.model.dynamic_batch
     assert not any("batch_norm" in op or "relu" in op or "hardtanh" in op for op in ops_of(emitted.model))
@@ -41,6 +43,7 @@ def test_every_model_of_ours_emits_exactly_at_any_batch_size(emitted: Emitted) -
     emitted.channels_last.check(emitted.model)
 
 
+@pytest.mark.slow
 def test_every_model_of_ours_is_exact_on_every_instruction_set(cpu_variant: str, emitted: Emitted) -> None:
     for case in (emitted.one, emitted.three):
         plan = kp.capture(emitted.model, *case.inputs)
@@ -49,13 +52,15 @@ def test_every_model_of_ours_is_exact_on_every_instruction_set(cpu_variant: str,
         case.check(emitted.model)
 
 
+@pytest.mark.slow
 def test_a_model_emits_exactly_onto_the_reference_backend() -> None:
-    model = randomize(kp.models.create("mobilenet_v2"))
+    model = with_random_norms(kp.models.create("mobilenet_v2"))
     emitted = emit_fused(model, torch.randn(1, 3, 32, 32), "reference")
     for batch in (1, 3):
         assert_as_exact_as(emitted, model, torch.randn(batch, 3, 32, 32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ResNet", "MobileNetV2"])
 def test_models_of_transformers_emit_exactly(name: str) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed: pip install transformers")
@@ -71,7 +76,7 @@ def test_models_of_transformers_emit_exactly(name: str) -> None:
     else:
         config = transformers.MobileNetV2Config(depth_multiplier=0.35, image_size=64, num_labels=5)
         model = transformers.MobileNetV2ForImageClassification(config)
-    model = randomize(model)
+    model = with_random_norms(model)
     x = torch.randn(2, 3, 64, 64)
     emitted = emit_fused(model, x)
     with torch.no_grad():

@@ -336,6 +336,7 @@ record = {"processes": distributed.get_world_size(), "accuracy": result.history[
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", ["the training", "the caller"])
 def test_two_processes_train_one_model_and_a_group_is_ended_by_who_made_it(tmp_path: Path, maker: str) -> None:
     script = tmp_path / "worker.py"

@@ -19,6 +19,7 @@ FIRST = int(os.environ.get("KERNELPRESS_TEST_SEED", "0")) * BUNDLES * MODELS
 """The same models in every run, so that none fails by chance; `make fuzz` draws others."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bundle", range(BUNDLES))
 def test_random_models_are_right_or_refused(bundle: int) -> None:
     for seed in range(FIRST + bundle * MODELS, FIRST + (bundle + 1) * MODELS):
@@ -82,6 +83,7 @@ PLANTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PLANTED)
 def test_planted_faults_are_found_and_shrunk(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     emit = kp.emit

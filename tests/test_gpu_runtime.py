@@ -449,6 +449,7 @@ def test_emission_times_layers_and_models_by_the_devices_clock(monkeypatch: pyte
 def gpu() -> Any:
     """The package that `make gpu` runs."""
     import gpu.__main__
+    import gpu.contest
     import gpu.kernels
     import gpu.networks
 
@@ -465,7 +466,7 @@ def test_every_kind_of_layer_meets_its_peers_in_a_dry_run(gpu: Any, family: str)
     from gpu.roofline import Roofline
 
     roofline = Roofline(4300.0, 790.0, 1600.0)
-    layers = {(layer.op, layer.network): layer for layer in gpu.kernels.workloads(family, DRY)}
+    layers = {(layer.op, layer.network): layer for layer in gpu.contest.family_layers(family, DRY)}
     for layer in layers.values():
         row = measure(layer, DRY, roofline)
         reasons = {entry.name: entry.reason for entry in row.contestants if entry.reason}
@@ -480,13 +481,13 @@ def test_real_shapes_are_those_of_the_networks(gpu: Any) -> None:
     from gpu.place import Place
 
     place = Place(CUDA, torch.bfloat16, False)
-    layers = {family: gpu.kernels.workloads(family, place) for family in FAMILIES}
+    layers = {family: gpu.contest.family_layers(family, place) for family in FAMILIES}
     assert {layer.batch for layer in layers["depthwise"]} == {1, 32, 256}
     assert [layer.batch for layer in layers["depthwise"][:3]] == [32, 256, 1], "each turn sees all batches"
-    product = next(layer for layer in layers["int8"] if layer.layer == "8192×8192×8192")
+    product = next(layer for layer in layers["int8"] if layer.label == "8192×8192×8192")
     assert product.flops == 2 * 8192**3
     dense = next(layer for layer in layers["depthwise"] if layer.batch == 256)
-    assert dense.traffic_bytes > 256 * 112 * 112 * 32 * 2 * 2
+    assert dense.traffic_bytes(torch.bfloat16) > 256 * 112 * 112 * 32 * 2 * 2
 
 
 def test_inductor_joins_a_row_on_its_scale(gpu: Any) -> None:
@@ -495,7 +496,7 @@ def test_inductor_joins_a_row_on_its_scale(gpu: Any) -> None:
     from gpu.roofline import Roofline
 
     roofline = Roofline(4300.0, 790.0, 1600.0)
-    layer = gpu.kernels.workloads("grouped", DRY)[0]
+    layer = gpu.contest.family_layers("grouped", DRY)[0]
     row = measure(layer, DRY, roofline)
     joined = with_inductor(row, layer, DRY, roofline)
     assert joined.contestants[-1].name == "Inductor"
@@ -503,17 +504,15 @@ def test_inductor_joins_a_row_on_its_scale(gpu: Any) -> None:
     assert joined.ms == row.ms
 
 
-def test_a_wrong_result_is_no_contestant(gpu: Any) -> None:
-    from dataclasses import replace
-
+def test_a_wrong_result_is_no_contestant(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from gpu.contest import measure
-    from gpu.place import DRY
+    from gpu.place import DRY, Place
     from gpu.roofline import Roofline
 
-    layer = gpu.kernels.workloads("ghost", DRY)[0]
-    contest = layer.make()
-    broken = replace(layer, make=lambda: replace(contest, ours=lambda: contest.expected() * 1.1))
-    row = measure(broken, DRY, Roofline(4300.0, 790.0, 1600.0))
+    layer = gpu.contest.family_layers("ghost", DRY)[0]
+    right = Place.ours
+    monkeypatch.setattr(Place, "ours", lambda place, *given: lambda: right(place, *given)() * 1.1)
+    row = measure(layer, DRY, Roofline(4300.0, 790.0, 1600.0))
     assert row.ms is None
     assert row.ratio is None
     assert (
@@ -527,12 +526,14 @@ def test_a_triton_kernel_is_tuned_and_stands_beside_ours(
     gpu: Any, family: str, op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from gpu import place, results
-    from gpu.contest import TRITON, measure
+    from gpu.contest import measure
     from gpu.roofline import Roofline
+
+    from kernelpress.bench.contest import TRITON
 
     tuned: list[str] = []
     monkeypatch.setattr(place.ops, "tune", lambda name, *args, **options: tuned.append(f"{options['backend']} {name}"))
-    layer = next(layer for layer in gpu.kernels.workloads(family, place.DRY) if layer.op == op)
+    layer = next(layer for layer in gpu.contest.family_layers(family, place.DRY) if layer.op == op)
     roofline = Roofline(4300.0, 790.0, 1600.0)
     row = measure(layer, place.DRY, roofline)
     assert tuned == [f"triton {op}"]
@@ -547,8 +548,10 @@ def test_a_triton_kernel_is_tuned_and_stands_beside_ours(
 def test_without_a_triton_kernel_that_runs_there_is_none_beside_ours(gpu: Any) -> None:
     from gpu.place import DRY
 
-    layers = gpu.kernels.workloads("dense", DRY)
-    assert [layer.make().triton for layer in layers[:3]] == [None] * 3
+    from kernelpress.bench.contest import TRITON
+
+    layers = gpu.contest.family_layers("dense", DRY)
+    assert not any(TRITON in gpu.contest.contest_of(layer, DRY).calls for layer in layers[:3])
 
 
 def test_models_leave_triton_out_unless_asked(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -597,7 +600,7 @@ def test_models_are_captured_and_timed_in_a_dry_run(gpu: Any, tmp_path: Path, mo
     assert "resnet20" in (tmp_path / "dry-run" / "README.md").read_text()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_driver_runs_a_family_from_end_to_end(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gpu", "--dry-run", "--family", "ghost", "--out", str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS), "OMP_NUM_THREADS": "1"}
@@ -636,39 +639,22 @@ def test_a_stage_that_fails_or_hangs_stops_no_other(gpu: Any, tmp_path: Path) ->
     assert results[2].last_lines == "begun"
 
 
-class TestPlainPytest:
-    def test_it_runs_the_golden_vectors_as_pytest_does(self, gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-        from gpu.plain_pytest import run_file
-        from test_cuda_golden import on_emulator
+def test_golden_vectors_are_checked_and_a_wrong_one_is_told(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import cuda_golden
+    from gpu import checks
 
-        outcomes = list(run_file("test_cuda_golden", {"run": on_emulator}))
-        assert len(outcomes) >= 30
-        assert [outcome for outcome in outcomes if outcome.result != "passed"] == []
-
-    def test_where_there_is_no_pytest_a_stand_in_is_enough_to_import_and_run(self, tmp_path: Path) -> None:
-        (tmp_path / "test_some.py").write_text(
-            "import pytest\n"
-            "@pytest.fixture(scope='module', params=[1])\n"
-            "def run(request: pytest.FixtureRequest): return None\n"
-            "@pytest.mark.parametrize('a', [1, 2])\n"
-            "@pytest.mark.parametrize(('b', 'c'), [(1, 2), pytest.param(3, 4, id='x')])\n"
-            "def test_sum(run, a, b, c): assert run + a + b + c < 109\n"
-            "def test_skip(): pytest.skip('why')\n"
-        )
-        code = (
-            "import importlib.util as u; real = u.find_spec; "
-            "u.find_spec = lambda name, *a: None if name == 'pytest' else real(name, *a); "
-            "from gpu.plain_pytest import provide_pytest, run_file; assert provide_pytest(); "
-            "print([(o.name, o.result) for o in run_file('test_some', {'run': 100})])"
-        )
-        paths = os.pathsep.join([str(BENCHMARKS), str(tmp_path)])
-        done = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("'passed'") == 3
-        assert "('test_sum[3, 4, 2]', 'failed')" in done.stdout
-        assert "('test_skip', 'skipped')" in done.stdout
+    monkeypatch.setattr(cuda_golden, "compile_for_device", lambda folder: folder)
+    monkeypatch.setattr(cuda_golden, "on_gpu", lambda library: cuda_golden.on_emulator)
+    outcomes = list(checks.golden(torch.device("cuda"), None))
+    assert len(outcomes) >= 30
+    assert [outcome for outcome in outcomes if outcome.result != "passed"] == []
+    right = cuda_golden.on_emulator
+    monkeypatch.setattr(cuda_golden, "on_gpu", lambda library: lambda *given: ~right(*given))
+    outcomes = list(checks.golden(torch.device("cuda"), None))
+    assert {outcome.result for outcome in outcomes} == {"failed"}
+    assert "AssertionError (dp4a_multiplies_signed_bytes, line" in next(
+        outcome.reason for outcome in outcomes if outcome.name == "dp4a_multiplies_signed_bytes"
+    )
 
 
 class TestPlainBuild:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import absolute, relative_error
+from support import absolute, int8, relative_error
 from torch import Tensor, nn
 
 from kernelpress import ops
@@ -21,11 +21,6 @@ from kernelpress.runtime.torch_private import define_quantized_ops
 define_quantized_ops()
 PT2E = torch.ops.quantized_decomposed
 OPS = torch.ops.kernelpress
-
-
-def int8(*shape: int) -> Tensor:
-    """Random over the whole range."""
-    return torch.randint(-128, 128, shape).to(torch.int8)
 
 
 @settings(max_examples=40)

@@ -5,13 +5,16 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from emitting import prefer, randomize
+from emitting import prefer
+from support import with_random_norms
 from torch import nn
 
 import kernelpress as kp
 from kernelpress.emit import pipeline
 from kernelpress.emit.record import EmissionRecord
 from kernelpress.emit.ties import compare
+
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 CLASSES = 21
 
@@ -63,13 +66,8 @@ HEADS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path / "cache"))
-
-
 def segmenter(name):
-    return randomize(Segmenter(HEADS[name]))
+    return with_random_norms(Segmenter(HEADS[name]))
 
 
 def with_weights(body, change):
@@ -173,7 +171,7 @@ def test_the_record_counts_what_differs_and_survives_json():
 
 def test_random_operations_are_compared_on_the_same_numbers():
     x = torch.randn(2, 3, 24, 24)
-    model = randomize(Segmenter(lambda y: y + torch.randn(CLASSES, 1, 1)))
+    model = with_random_norms(Segmenter(lambda y: y + torch.randn(CLASSES, 1, 1)))
     emitted = kp.emit(model, x, progress=False, cost=prefer("reference"))
     assert not emitted.record.kept_original, emitted.record.reason
     assert emitted.record.error < 1e-5
@@ -183,5 +181,7 @@ def test_infinities_and_nan_among_the_floats_are_compared_by_their_places():
     def head(y):
         return y.masked_fill(y < 0, -torch.inf).argmax(1), torch.where(y > 1, torch.nan, y) > 0
 
-    emitted = kp.emit(randomize(Segmenter(head)), torch.randn(2, 3, 24, 24), progress=False, cost=prefer("reference"))
+    emitted = kp.emit(
+        with_random_norms(Segmenter(head)), torch.randn(2, 3, 24, 24), progress=False, cost=prefer("reference")
+    )
     assert not emitted.record.kept_original, emitted.record.reason

@@ -18,13 +18,7 @@ from kernelpress.measure.units import count_text, latency_text, memory_text, tex
 
 CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def small_network() -> nn.Sequential:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from emitting import emit_fused, randomize
-from support import assert_close, channels_last, expected_output
+from emitting import emit_fused
+from support import assert_close, channels_last, expected_output, with_random_norms
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -239,7 +239,10 @@ CONV_CHANGES: dict[str, Callable[[nn.Conv2d], object]] = {
 
 @pytest.mark.parametrize("change", CONV_CHANGES.values(), ids=CONV_CHANGES.keys())
 def test_emitted_models_notice_changed_parameters(change: Callable[[nn.Conv2d], object]) -> None:
-    model, x = randomize(nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3))), channels_last(1, 6, 5, 5)
+    model, x = (
+        with_random_norms(nn.Sequential(nn.Conv2d(6, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3))),
+        channels_last(1, 6, 5, 5),
+    )
     emitted = emit_fused(model, x)
     with torch.no_grad():
         before = emitted(x)
@@ -252,7 +255,7 @@ def test_emitted_models_notice_changed_parameters(change: Callable[[nn.Conv2d], 
 
 
 def test_a_model_that_its_own_parameter_refers_to_is_collected() -> None:
-    emitted = emit_fused(randomize(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 6, 6))
+    emitted = emit_fused(with_random_norms(nn.Conv2d(3, 4, 3)), torch.randn(1, 3, 6, 6))
     emitted(torch.randn(1, 3, 6, 6))
     next(emitted.parameters()).owner = emitted
     gone = weakref.ref(emitted)

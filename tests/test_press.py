@@ -156,6 +156,7 @@ class TestRecipe:
         assert recipe.compress[0].name == "prune_channels"
 
 
+@pytest.mark.slow
 class TestRun:
     def test_all_stages_leave_their_files(self, finished_run):
         folder, _ = finished_run
@@ -299,6 +300,7 @@ class TestRunFolder:
         assert len(keys) == 6
 
 
+@pytest.mark.slow
 class TestReport:
     def test_page_is_self_contained(self, finished_run):
         page = (finished_run[0] / "report.html").read_text(encoding="utf-8")

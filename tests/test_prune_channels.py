@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from pruning import X, conv3x3
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -29,14 +30,10 @@ def _silence(*modules: nn.Module, channels: Tensor = HALF) -> None:
                     tensor[channels] = 0
 
 
-def _conv(inputs: int, outputs: int, **kwargs: object) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, **kwargs)  # type: ignore[arg-type]
-
-
 class Plain(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.norm, self.b = _conv(3, 16, bias=False), nn.BatchNorm2d(16), _conv(16, 4)
+        self.a, self.norm, self.b = conv3x3(3, 16, bias=False), nn.BatchNorm2d(16), conv3x3(16, 4)
         _silence(self.a, self.norm)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +43,7 @@ class Plain(nn.Module):
 class Residual(Plain):
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(_conv(16, 16), nn.BatchNorm2d(16))
+        self.body = nn.Sequential(conv3x3(16, 16), nn.BatchNorm2d(16))
         _silence(*self.body)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +56,7 @@ class Residual(Plain):
 class Concatenation(Plain):
     def __init__(self) -> None:
         super().__init__()
-        self.c, self.b = _conv(3, 16), _conv(32, 4)
+        self.c, self.b = conv3x3(3, 16), conv3x3(32, 4)
         _silence(self.c, channels=torch.arange(8))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +66,7 @@ class Concatenation(Plain):
 class ConcatenationWithInput(Plain):
     def __init__(self) -> None:
         super().__init__()
-        self.b = _conv(19, 4)
+        self.b = conv3x3(19, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(torch.cat([x, self.norm(self.a(x))], 1))
@@ -80,8 +77,8 @@ class Depthwise(Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        self.depthwise = _conv(16, 16 * self.multiplier, groups=16)
-        self.b = _conv(16 * self.multiplier, 4)
+        self.depthwise = conv3x3(16, 16 * self.multiplier, groups=16)
+        self.b = conv3x3(16 * self.multiplier, 4)
         made = torch.stack([HALF * self.multiplier + i for i in range(self.multiplier)]).flatten()
         _silence(self.depthwise, channels=made)
 
@@ -141,7 +138,7 @@ class Grouped(Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        self.grouped = _conv(16, 16, groups=4)
+        self.grouped = conv3x3(16, 16, groups=4)
         _silence(self.grouped)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -151,7 +148,7 @@ class Grouped(Plain):
 class Shuffled(Plain):
     def __init__(self) -> None:
         super().__init__()
-        self.second = _conv(16, 16, groups=2)
+        self.second = conv3x3(16, 16, groups=2)
         silent = torch.cat([torch.arange(4), torch.arange(8, 12)])
         for module in (self.a, self.norm, self.second):
             nn.init.normal_(module.weight)
@@ -171,7 +168,7 @@ class PaddedShortcut(Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        self.c, self.b = _conv(16, 32, stride=2), _conv(32, 4)
+        self.c, self.b = conv3x3(16, 32, stride=2), conv3x3(32, 4)
         _silence(self.c, channels=HALF + 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,7 +212,7 @@ class SharedLayer(Plain):
 
     def __init__(self) -> None:
         super().__init__()
-        self.shared = _conv(16, 16)
+        self.shared = conv3x3(16, 16)
         _silence(self.shared)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -241,7 +238,6 @@ NETWORKS = [
     Transposed,
     SharedLayer,
 ]
-X = torch.randn(2, 3, 8, 8, dtype=torch.float64)
 
 
 def _built(network: Callable[[], nn.Module]) -> nn.Module:
@@ -308,6 +304,7 @@ def _assert_channels_are_multiples(pruned: nn.Module, of: int) -> None:
 MODELS = {"resnet20": 0.5, "resnet50": 0.4, "mobilenet_v1": 0.5, "mobilenet_v2": 0.3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_network_of_ours_loses_its_flops_in_multiples_of_eight_and_trains(name: str) -> None:
     from kernelpress import models
@@ -334,6 +331,7 @@ def test_every_network_of_ours_loses_its_flops_in_multiples_of_eight_and_trains(
     assert torch.isfinite(pruned(x)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ResNet", "MobileNetV2"])
 def test_transformers_models_keep_their_class_and_output(name: str) -> None:
     transformers = pytest.importorskip("transformers", reason="pip install transformers runs this test")
@@ -375,7 +373,7 @@ def test_the_filters_of_smallest_norm_leave(criterion: str) -> None:
 class TwoBranches(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.even, self.uneven, self.b = _conv(3, 16), _conv(3, 16), _conv(32, 4)
+        self.even, self.uneven, self.b = conv3x3(3, 16), conv3x3(3, 16), conv3x3(32, 4)
         with torch.no_grad():
             self.even.weight.fill_(1)
             self.uneven.weight.fill_(1)
@@ -394,14 +392,14 @@ def test_local_scope_prunes_alike_and_global_scope_where_it_matters_least() -> N
 
 
 def test_channel_counts_are_rounded_down_from_uneven_sizes() -> None:
-    model = nn.Sequential(_conv(3, 20), _conv(20, 13), _conv(13, 4))
+    model = nn.Sequential(conv3x3(3, 20), conv3x3(20, 13), conv3x3(13, 4))
     pruned = compress.prune_channels(model, torch.randn(1, 3, 8, 8), ratio=0.3)
     assert [layer.out_channels for layer in pruned] in ([16, 8, 4], [8, 8, 4])
     assert [layer.in_channels for layer in pruned] == [3, pruned[0].out_channels, pruned[1].out_channels]
 
 
 def test_one_channel_input_is_not_taken_for_depthwise() -> None:
-    model = nn.Sequential(_conv(1, 16), nn.ReLU(), _conv(16, 4))
+    model = nn.Sequential(conv3x3(1, 16), nn.ReLU(), conv3x3(16, 4))
     pruned = compress.prune_channels(model, torch.randn(1, 1, 8, 8))
     assert (pruned[0].in_channels, pruned[0].out_channels, pruned[0].groups) == (1, 8, 1)
 
@@ -417,7 +415,7 @@ def test_depthwise_and_grouped_layers_state_their_new_sizes() -> None:
 
 def test_ignored_modules_keep_their_output_channels() -> None:
     pruned = compress.prune_channels(
-        nn.Sequential(nn.Sequential(_conv(3, 16)), _conv(16, 16), _conv(16, 4)),
+        nn.Sequential(nn.Sequential(conv3x3(3, 16)), conv3x3(16, 16), conv3x3(16, 4)),
         torch.randn(1, 3, 8, 8),
         ratio=0.4,
         ignore=["0"],
@@ -431,7 +429,7 @@ class _Between(nn.Module):
 
     def __init__(self, operation: Callable[[Tensor], Tensor], channels: int = 16) -> None:
         super().__init__()
-        self.a, self.b, self.c = _conv(3, 16), _conv(channels, 16), _conv(16, 4)
+        self.a, self.b, self.c = conv3x3(3, 16), conv3x3(channels, 16), conv3x3(16, 4)
         self.operation = operation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -531,7 +529,7 @@ def test_tied_weights_stay_tied() -> None:
     class Tied(SharedLayer):
         def __init__(self) -> None:
             super().__init__()
-            self.twin = _conv(16, 16)
+            self.twin = conv3x3(16, 16)
             self.twin.weight = self.shared.weight
 
         def forward(self, x: Tensor) -> Tensor:
@@ -564,7 +562,7 @@ def test_saved_model_returns_with_weights_sizes_and_record(tmp_path: Path) -> No
 
 
 def test_second_pruning_adds_a_second_record() -> None:
-    model = nn.Sequential(_conv(3, 32), _conv(32, 4))
+    model = nn.Sequential(conv3x3(3, 32), conv3x3(32, 4))
     x = torch.randn(1, 3, 8, 8)
     twice = compress.prune_channels(compress.prune_channels(model, x, ratio=0.2), x, ratio=0.2)
     assert [record.name for record in compress.record_of(twice)] == ["prune_channels"] * 2

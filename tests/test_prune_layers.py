@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pruning import X, assert_same_function, conv3x3, cut_channels
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.nn.utils.parametrize import register_parametrization
 
 from kernelpress import compress
 
-X = torch.randn(2, 3, 8, 8, dtype=torch.float64)
 SILENT = torch.arange(0, 16, 2)
 
 
@@ -27,16 +27,12 @@ def _silenced(module: nn.Module, channels: Tensor | slice = SILENT, dim: int = 0
     return module
 
 
-def _conv(inputs: int, outputs: int, **arguments: Any) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, **arguments)
-
-
 class Net(nn.Module):
     """Two convolutions, half of whose channels are silent, something between, and a head."""
 
     def __init__(self, between: Callable[[Any, Tensor], Tensor], *, width: int = 16, **modules: Any) -> None:
         super().__init__()
-        self.a, self.c, self.head = _silenced(_conv(3, 16)), _silenced(_conv(3, 16)), nn.Conv2d(width, 4, 1)
+        self.a, self.c, self.head = _silenced(conv3x3(3, 16)), _silenced(conv3x3(3, 16)), nn.Conv2d(width, 4, 1)
         for name, module in modules.items():
             setattr(self, name, module)
         self.between = between
@@ -44,15 +40,6 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.between(self, x))
-
-
-def _prune(model: nn.Module, ratio: float = 0.4) -> nn.Module:
-    return compress.prune_channels(model, X, ratio=ratio, target="channels", round_to=1)
-
-
-def _assert_equal(pruned: nn.Module, model: nn.Module) -> None:
-    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
-    torch.testing.assert_close(pruned(x), model(x), rtol=1e-10, atol=1e-10)
 
 
 def _weights(*shape: int) -> nn.Parameter:
@@ -88,10 +75,10 @@ SUMS: dict[str, tuple[Callable[[Any, Tensor], Tensor], Any]] = {
 def test_weights_of_a_sum_are_no_channels(name: str) -> None:
     between, weights = SUMS[name]
     model = Net(between, w=weights)
-    pruned = _prune(model)
+    pruned = cut_channels(model, 0.4)
     assert (pruned.a.out_channels, pruned.c.out_channels, pruned.head.in_channels) == (9, 9, 9)
     assert [tuple(old.shape) for old in _all(model.w)] == [tuple(new.shape) for new in _all(pruned.w)]
-    _assert_equal(pruned, model)
+    assert_same_function(pruned, model)
 
 
 def _all(weights: Any) -> list[Tensor]:
@@ -101,9 +88,9 @@ def _all(weights: Any) -> list[Tensor]:
 def test_weights_of_a_sum_in_a_buffer() -> None:
     model = Net(lambda m, x: m.w[0] * m.a(x) + m.w[1] * m.c(x))
     model.register_buffer("w", torch.rand(2, dtype=torch.float64))
-    pruned = _prune(model)
+    pruned = cut_channels(model, 0.4)
     assert (pruned.a.out_channels, pruned.w.numel()) == (9, 2)
-    _assert_equal(pruned, model)
+    assert_same_function(pruned, model)
 
 
 SCALES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Any]] = {
@@ -125,9 +112,9 @@ SCALES: dict[str, tuple[Callable[[Any, Tensor], Tensor], Any]] = {
 def test_a_scale_for_each_channel_is_cut_with_them(name: str) -> None:
     between, weights = SCALES[name]
     model = Net(between, w=weights)
-    pruned = _prune(model)
+    pruned = cut_channels(model, 0.4)
     assert pruned.w.numel() == model.w.numel() * 9 / 16
-    _assert_equal(pruned, model)
+    assert_same_function(pruned, model)
 
 
 @pytest.mark.parametrize(
@@ -137,28 +124,28 @@ def test_a_scale_for_each_channel_is_cut_with_them(name: str) -> None:
 def test_groups_of_one_channel_are_not_taken_for_depthwise(
     inner: int, groups: int, outer: int, ratio: float, shape: tuple[int, int]
 ) -> None:
-    first, grouped = nn.Conv2d(3, inner, 1), _conv(inner, outer, groups=groups)
+    first, grouped = nn.Conv2d(3, inner, 1), conv3x3(inner, outer, groups=groups)
     model = nn.Sequential(first, nn.ReLU(), grouped, nn.ReLU(), nn.Conv2d(outer, 4, 1)).double().eval()
     for layer in (first, grouped):
         per_group = layer.out_channels // groups
         kept = 1 if layer is first else shape[0] // groups
         _silenced(layer, torch.arange(layer.out_channels) % per_group >= kept)
-    pruned = _prune(model, ratio)
+    pruned = cut_channels(model, ratio)
     layer = pruned[2]
     assert (layer.groups, layer.in_channels, tuple(layer.weight.shape[:2])) == (groups, groups, shape)
-    _assert_equal(pruned, model)
-    again = _prune(pruned, 0.3)
+    assert_same_function(pruned, model)
+    again = cut_channels(pruned, 0.3)
     assert again[2].in_channels == again[2].groups < groups
     assert again(X).shape == model(X).shape
 
 
 def test_depthwise_convolution_of_the_input_keeps_equal_numbers_of_filters() -> None:
     """Its groups cannot leave: the input keeps its channels."""
-    layer = _silenced(_conv(3, 24, groups=3), torch.arange(24) % 8 < 4)
+    layer = _silenced(conv3x3(3, 24, groups=3), torch.arange(24) % 8 < 4)
     model = Net(lambda m, x: F.relu(m.layer(x)), width=24, layer=layer)
-    pruned = _prune(model, 0.5)
+    pruned = cut_channels(model, 0.5)
     assert (pruned.layer.groups, pruned.layer.in_channels, pruned.layer.out_channels) == (3, 3, 12)
-    _assert_equal(pruned, model)
+    assert_same_function(pruned, model)
 
 
 def _transposed(outputs: int, silent: Tensor | slice, **arguments: Any) -> nn.Module:
@@ -181,38 +168,38 @@ def _up(model: Any, x: Tensor) -> Tensor:
 )
 def test_transposed_convolutions(up: nn.ConvTranspose2d, ratio: float, sizes: tuple[int, int, int]) -> None:
     model = Net(_up, width=up.out_channels, up=up)
-    pruned = _prune(model, ratio)
+    pruned = cut_channels(model, ratio)
     assert (pruned.up.in_channels, pruned.up.out_channels, pruned.up.groups) == sizes
-    _assert_equal(pruned, model)
+    assert_same_function(pruned, model)
 
 
 def test_shuffled_pixels() -> None:
     whole = torch.tensor([0, 1, 2, 3, 8, 9, 10, 11])
-    model = Net(lambda m, x: F.pixel_shuffle(m.d(x), 2), width=4, d=_silenced(_conv(3, 16), whole))
-    pruned = _prune(model, 0.5)
+    model = Net(lambda m, x: F.pixel_shuffle(m.d(x), 2), width=4, d=_silenced(conv3x3(3, 16), whole))
+    pruned = cut_channels(model, 0.5)
     assert (pruned.d.out_channels, pruned.head.in_channels) == (8, 2)
-    _assert_equal(pruned, model)
+    assert_same_function(pruned, model)
     model = Net(lambda m, x: F.pixel_unshuffle(m.a(x), 2), width=64)
-    pruned = _prune(model, 0.5)
+    pruned = cut_channels(model, 0.5)
     assert (pruned.a.out_channels, pruned.head.in_channels) == (8, 32)
-    _assert_equal(pruned, model)
+    assert_same_function(pruned, model)
 
 
 def test_branches_of_one_channel_are_concatenated() -> None:
     model = Net(lambda m, x: torch.cat([m.a(x), m.c(x)], 1), width=32)
     for layer in (model.a, model.c):
         _silenced(layer, slice(1, 16))
-    pruned = _prune(model, 0.93)
+    pruned = cut_channels(model, 0.93)
     assert (pruned.a.out_channels, pruned.c.out_channels, pruned.head.in_channels) == (1, 1, 2)
-    _assert_equal(pruned, model)
+    assert_same_function(pruned, model)
 
 
 def test_one_channel_under_a_map_of_attention() -> None:
-    model = Net(lambda m, x: m.a(x) * m.attention(x).sigmoid(), attention=_conv(3, 1))
+    model = Net(lambda m, x: m.a(x) * m.attention(x).sigmoid(), attention=conv3x3(3, 1))
     _silenced(model.a, slice(1, 16))
-    pruned = _prune(model, 0.93)
+    pruned = cut_channels(model, 0.93)
     assert pruned.a.out_channels == 1
-    _assert_equal(pruned, model)
+    assert_same_function(pruned, model)
     reasons = {layer: s.reason for s in compress.record_of(pruned)[0].skipped for layer in s.layers}
     assert reasons["attention"] == "a single channel"
 
@@ -273,12 +260,12 @@ FOLLOWED: dict[str, Callable[[nn.Module], nn.Module]] = {
 
 @pytest.mark.parametrize("name", FOLLOWED)
 def test_parametrised_weight_is_cut_with_its_parameters(name: str) -> None:
-    model = Net(_through, d=FOLLOWED[name](_silenced(_conv(16, 16))))
-    pruned = _prune(model)
+    model = Net(_through, d=FOLLOWED[name](_silenced(conv3x3(16, 16))))
+    pruned = cut_channels(model, 0.4)
     assert (pruned.d.in_channels, pruned.d.out_channels, pruned.c.out_channels) == (9, 10, 10)
     assert pruned.d.weight.shape == (10, 9, 3, 3)
     assert pruned.state_dict().keys() == model.state_dict().keys()
-    _assert_equal(pruned, model)
+    assert_same_function(pruned, model)
     pruned.train()(X).square().sum().backward()
     assert all(parameter.grad is not None for parameter in pruned.parameters())
     assert {change.layer for change in compress.record_of(pruned)[0].layers} == {"a", "c", "d", "head"}
@@ -286,12 +273,12 @@ def test_parametrised_weight_is_cut_with_its_parameters(name: str) -> None:
 
 def test_mask_decides_which_channels_matter() -> None:
     """All filters of the weight under the mask are alike."""
-    layer = _conv(16, 16)
+    layer = conv3x3(16, 16)
     nn.init.ones_(layer.weight)
     mask = torch.ones_like(layer.weight)
     mask[5:8] = 0
     prune.custom_from_mask(layer, "weight", mask)
-    pruned = _prune(Net(lambda m, x: m.d(m.a(x)), d=layer), 3 / 32)
+    pruned = cut_channels(Net(lambda m, x: m.d(m.a(x)), d=layer), 3 / 32)
     assert pruned.d.weight_mask.shape[0] == 15
     assert int((pruned.d.weight_mask.sum((1, 2, 3)) == 0).sum()) == 2
 
@@ -305,24 +292,24 @@ class Standardised(nn.Conv2d):
 @pytest.mark.parametrize(
     ("layer", "named"),
     [
-        (parametrizations.spectral_norm(_conv(16, 16)), "parametrised by spectral_norm"),
-        (spectral_norm(_conv(16, 16)), "parametrised by spectral_norm"),
-        (parametrizations.orthogonal(_conv(16, 16)), "parametrised by orthogonal"),
-        (parametrizations.weight_norm(_conv(16, 16), dim=None), "parametrised by weight_norm"),
+        (parametrizations.spectral_norm(conv3x3(16, 16)), "parametrised by spectral_norm"),
+        (spectral_norm(conv3x3(16, 16)), "parametrised by spectral_norm"),
+        (parametrizations.orthogonal(conv3x3(16, 16)), "parametrised by orthogonal"),
+        (parametrizations.weight_norm(conv3x3(16, 16), dim=None), "parametrised by weight_norm"),
         (Standardised(16, 16, 3, padding=1), "a weight that is computed"),
     ],
     ids=["spectral norm", "spectral norm by a hook", "orthogonal", "weight norm of the whole", "standardised"],
 )
 def test_other_parametrisations_are_named_as_the_reason(layer: nn.Module, named: str) -> None:
-    model = Net(lambda m, x: m.d(m.a(x)) + m.h(m.c(x)), d=layer, h=_conv(16, 16))
-    pruned = _prune(model, 0.4)
-    _assert_equal(pruned, model)
+    model = Net(lambda m, x: m.d(m.a(x)) + m.h(m.c(x)), d=layer, h=conv3x3(16, 16))
+    pruned = cut_channels(model, 0.4)
+    assert_same_function(pruned, model)
     assert (pruned.a.out_channels, pruned.c.out_channels, pruned.d.weight.shape) == (16, 9, (16, 16, 3, 3))
     skipped = [s for s in compress.record_of(pruned)[0].skipped if named in s.reason]
     assert {name for s in skipped for name in s.layers} == {"a", "d"}
-    alone = nn.Sequential(_conv(3, 16), layer, nn.Conv2d(16, 4, 1)).double().eval()
+    alone = nn.Sequential(conv3x3(3, 16), layer, nn.Conv2d(16, 4, 1)).double().eval()
     with pytest.raises(ValueError, match=f"no channel can be pruned:.*conv2d in 1 has .*{named}"):
-        _prune(alone)
+        cut_channels(alone, 0.4)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +342,7 @@ def test_layers_that_stay_are_named_with_the_reason(
         return torch.cat([between(m, x).mean((2, 3)), m.c(x).mean((2, 3))], 1)[..., None, None]
 
     model = Net(both, width=32, **modules)
-    pruned = _prune(model, 0.3)
+    pruned = cut_channels(model, 0.3)
     assert (pruned.a.out_channels, pruned.c.out_channels) == (16, 11)
-    _assert_equal(pruned, model)
+    assert_same_function(pruned, model)
     assert any("a" in s.layers and s.reason == reason for s in compress.record_of(pruned)[0].skipped)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pruning import X, assert_same_function, cut_channels
 from torch import Tensor, nn
 from torch.nn import functional
 
 from kernelpress import compress
 
-X = torch.randn(2, 3, 8, 8, dtype=torch.float64)
 ALTERNATE = torch.arange(0, 16, 2)
 TWO_GROUPS = torch.tensor([0, 1, 2, 3, 8, 9, 10, 11])
 """The first and the third of four groups of four."""
@@ -45,15 +45,6 @@ class Normalised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.b(self.norm(self.a(x)).relu())
-
-
-def _prune(model: nn.Module, ratio: float = 0.5, **arguments: Any) -> nn.Module:
-    return compress.prune_channels(model, X, ratio=ratio, target="channels", round_to=1, **arguments)
-
-
-def _assert_equal(pruned: nn.Module, model: nn.Module) -> None:
-    x = torch.randn(3, 3, 8, 8, dtype=torch.float64)
-    torch.testing.assert_close(pruned(x), model(x), rtol=1e-10, atol=1e-10)
 
 
 EXACT: dict[str, tuple[Callable[[], nn.Module | Callable[[Tensor], Tensor]], Tensor, dict[str, object]]] = {
@@ -89,11 +80,11 @@ EXACT: dict[str, tuple[Callable[[], nn.Module | Callable[[Tensor], Tensor]], Ten
 def test_silent_channels_leave_without_a_difference(name: str) -> None:
     make, silent, sizes = EXACT[name]
     model = Normalised(make(), silent)
-    pruned = _prune(model)
+    pruned = cut_channels(model, 0.5)
     assert (pruned.a.out_channels, pruned.b.in_channels) == (8, 8)
     assert {attribute: getattr(pruned.norm, attribute) for attribute in sizes} == sizes
-    _assert_equal(pruned, model)
-    again = _prune(pruned, 0.5)
+    assert_same_function(pruned, model)
+    again = cut_channels(pruned, 0.5)
     assert again.a.out_channels == 4
     assert again(X).shape == model(X).shape
 
@@ -164,7 +155,7 @@ def test_statistics_over_channels_are_those_of_the_channels_that_stay(name: str)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_()
-    pruned = _prune(model)
+    pruned = cut_channels(model, 0.5)
     assert pruned.a.out_channels == 8
     assert {attribute: getattr(pruned.norm, attribute) for attribute in sizes} == sizes
     kept = _kept(pruned, model)
@@ -188,7 +179,7 @@ class Two(Normalised):
 
 def test_groups_of_several_norms_leave_together() -> None:
     model = Two(lambda m, x: m.n(m.a(x)) + m.m(m.c(x)), n=nn.GroupNorm(4, 16), m=nn.GroupNorm(8, 16))
-    pruned = _prune(model)
+    pruned = cut_channels(model, 0.5)
     assert (pruned.n.num_groups, pruned.m.num_groups, pruned.a.out_channels) == (2, 4, 8)
     assert _kept(pruned, model)[0] % 4 == 0
 
@@ -197,7 +188,7 @@ def test_groups_that_can_only_leave_together_keep_equal_numbers_of_channels() ->
     """After a grouped convolution every group has the same channels: none can leave whole."""
     grouped = nn.Conv2d(16, 16, 3, padding=1, groups=4)
     model = Two(lambda m, x: m.n(m.grouped(m.a(x))), grouped=grouped, n=nn.GroupNorm(4, 16))
-    pruned = _prune(model)
+    pruned = cut_channels(model, 0.5)
     assert (pruned.n.num_groups, pruned.n.num_channels, pruned.grouped.groups) == (4, 8, 4)
     assert pruned(X).shape == model(X).shape
 
@@ -211,14 +202,14 @@ def test_one_group_left_of_each_branch_of_a_concatenation() -> None:
                 module.weight.normal_()[silent] = 0
                 module.bias.normal_()[silent] = 0
         norm.weight[24:] = norm.bias[24:] = 0
-    pruned = _prune(model)
+    pruned = cut_channels(model, 0.5)
     assert (pruned.a.out_channels, pruned.c.out_channels, pruned.n.num_groups) == (8, 8, 2)
-    _assert_equal(pruned, model)
+    assert_same_function(pruned, model)
 
 
 def test_norm_that_runs_on_several_tensors_keeps_one_size() -> None:
     model = Two(lambda m, x: m.n(m.a(x)) + m.n(m.c(x)), n=nn.GroupNorm(4, 16, affine=False))
-    pruned = _prune(model)
+    pruned = cut_channels(model, 0.5)
     assert (pruned.n.num_groups, pruned.a.out_channels, pruned.c.out_channels) == (2, 8, 8)
     assert pruned(X).shape == model(X).shape
 
@@ -229,9 +220,9 @@ def test_layer_norm_with_a_literal_size_stays_with_a_reason() -> None:
         return y.mean((2, 3), keepdim=True) + model.b2(model.c(x)).mean()
 
     model = Two(operation, b2=nn.Conv2d(16, 4, 1))
-    pruned = _prune(model, 0.4)
+    pruned = cut_channels(model, 0.4)
     assert (pruned.a.out_channels, pruned.c.out_channels) == (16, 9)
-    _assert_equal(pruned, model)
+    assert_same_function(pruned, model)
     reasons = {layer: skipped.reason for skipped in compress.record_of(pruned)[0].skipped for layer in skipped.layers}
     assert reasons["a"] == "layer_norm normalises over channels"
 
@@ -241,7 +232,7 @@ def test_pruned_norms_are_saved_and_loaded_with_their_sizes(tmp_path: Any) -> No
         norms = nn.Sequential(nn.GroupNorm(4, 16, affine=False), nn.InstanceNorm2d(16), LayerNorm2d(16))
         return Normalised(norms, TWO_GROUPS)
 
-    pruned = _prune(build())
+    pruned = cut_channels(build(), 0.5)
     compress.save(pruned, tmp_path / "small")
     loaded = compress.load(tmp_path / "small", build())
     torch.testing.assert_close(loaded(X), pruned(X), rtol=0, atol=0)

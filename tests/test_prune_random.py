@@ -207,6 +207,7 @@ def _without_lost_inputs(model: nn.Module, pruned: nn.Module, x: Tensor) -> nn.M
     return cut
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(NETWORKS))
 def test_pruned_network_is_the_original_that_does_not_read_what_is_gone(seed: int) -> None:

@@ -18,6 +18,8 @@ from kernelpress.emit.evaluate import relative_error
 from kernelpress.runtime.torch_private import associative_scan, map_rows, pytree, scan, while_loop
 from kernelpress.trace import trace
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 Pair = collections.namedtuple("Pair", "first second")
 
 
@@ -38,11 +40,6 @@ def bump(x: Tensor) -> None:
 @bump.register_fake
 def _(x: Tensor) -> None:
     pass
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path / "cache"))
 
 
 class Net(nn.Module):
@@ -259,6 +256,7 @@ def test_inputs_may_lie_in_memory_as_they_like(x):
     assert relative_error(emitted(x.contiguous()), emitted(x)) < 1e-5
 
 
+@pytest.mark.slow
 def test_measured_emission_takes_expanded_inputs_and_intermediates():
     def tokens(m, x):
         y = m.stem(x).flatten(2).transpose(1, 2)
@@ -416,6 +414,7 @@ def test_written_buffers_are_the_emitted_models_own_and_go_on_from_call_to_call(
     check_written_buffers(function, cost=prefer("reference"))
 
 
+@pytest.mark.slow
 def test_timing_leaves_written_buffers_as_they_were():
     check_written_buffers(average_of_all_calls, cost=None)
 
@@ -545,6 +544,7 @@ def contracted(m, x):
 FUNCTIONS = [attention, sampled_by_itself, chosen_and_written_by_index, padded, resized, unfolded, contracted]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [

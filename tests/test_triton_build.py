@@ -45,7 +45,7 @@ WITHOUT_PRODUCT = {
 }
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("family", triton_builds.families())
 def test_every_tile_compiles_for_every_target(family: str) -> None:
     builds = triton_builds.build(family, known=BUILT / f"triton-{family}.json")
@@ -59,6 +59,19 @@ def test_every_tile_compiles_for_every_target(family: str) -> None:
     assert not misjudged, "these kernels have a product, or none, against what is known of them"
 
 
+@pytest.mark.slow
+def test_a_damaged_memory_of_builds_is_made_anew(tmp_path: Path) -> None:
+    known = tmp_path / "triton-quantize.json"
+    triton_builds.build("quantize", known=known)
+    good, whole = triton_builds.remembered(known), known.read_bytes()
+    assert good
+    for damaged in (b"", b"{}", whole.replace(b"registers", b"registerz", 1), whole[:-9]):
+        known.write_bytes(damaged)
+        assert triton_builds.remembered(known) == {}
+    triton_builds.build("quantize", known=known)
+    assert triton_builds.remembered(known) == good
+
+
 def test_a_sample_has_every_tile_on_every_target_and_all_kinds_in_turn() -> None:
     found = {target.name: triton_builds.launches("dense")[target.name] for target in TARGETS}
     taken = {target.name: triton_builds.sample(found[target.name], target) for target in TARGETS}
@@ -68,6 +81,7 @@ def test_a_sample_has_every_tile_on_every_target_and_all_kinds_in_turn() -> None
     assert {launch.kind for name in found for launch in taken[name]} == {"bf16", "tf32", "fp32", "fp16"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", triton_builds.ops())
 def test_layers_of_any_size_take_a_tile_that_is_compiled(op: str) -> None:
     consumer = replace(TARGETS[0], device=Device("RTX 4090", 89, 128, 99 * 1024))

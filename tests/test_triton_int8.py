@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from interpreting import run_triton
+from support import int8, int8_image, slice_of_wider
 from torch import Tensor
 
 from kernelpress import ops
@@ -28,23 +29,6 @@ OUTPUTS: tuple[dict[str, Any], ...] = (
     {},
 )
 EXACT = ("identity", "relu", "relu6")
-
-
-def int8(*shape: int) -> Tensor:
-    return torch.randint(-128, 128, shape).to(torch.int8)
-
-
-def int8_image(*shape: int) -> Tensor:
-    return int8(*shape).contiguous(memory_format=torch.channels_last)
-
-
-def slice_of_wider(t: Tensor, extra: int) -> Tensor:
-    """The same values as channels of a wider tensor."""
-    dim = 1 if t.dim() == 4 else t.dim() - 1
-    shape = [size + extra if axis == dim else size for axis, size in enumerate(t.shape)]
-    wide = torch.full(shape, 77, dtype=t.dtype)
-    wide = wide.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else wide
-    return wide.narrow(dim, extra // 2, t.shape[dim]).copy_(t)
 
 
 def check(op: str, tensors: list[Any], options: dict[str, Any], *tile: int) -> None:

@@ -30,6 +30,7 @@ def run(what: str) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_traced_op_makes_the_launches_of_a_call() -> None:
     found = run("ops")
     assert {"depthwise_conv2d", "depthwise_conv2d, any batch", "pointwise_conv2d", "linear"} <= set(found)
@@ -38,6 +39,7 @@ def test_a_traced_op_makes_the_launches_of_a_call() -> None:
         assert launches["traced"] == launches["called"], name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "op"), [("reference", "pointwise_conv2d"), ("exported", "pointwise_conv2d")])
 def test_an_op_stays_whole(name: str, op: str) -> None:
     assert [target for target in run("whole")[name] if "kernelpress" in target] == [f"kernelpress.{op}.default"]

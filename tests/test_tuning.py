@@ -33,12 +33,11 @@ OutOfResources = pytest.importorskip("triton", reason="pip install triton").OutO
 
 
 @pytest.fixture(autouse=True)
-def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+def cache(monkeypatch: pytest.MonkeyPatch, own_cache: Path) -> Iterator[Path]:
     """An empty cache folder, and nothing said about tuning."""
-    monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("KERNELPRESS_AUTOTUNE", raising=False)
     stored.forget()
-    yield tmp_path / "cache"
+    yield own_cache
     stored.forget()
 
 
@@ -363,6 +362,7 @@ def timings(cache: Path) -> dict[str, float]:
     return {key: time for key, time in found.items() if "triton" in key}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted_triton")
 class TestEmission:
     def test_kernels_are_tuned_before_they_are_timed_and_again_when_that_changes(self, model, measured, cache) -> None:

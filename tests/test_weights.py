@@ -14,8 +14,8 @@ import pytest
 import torch
 import torch.multiprocessing
 import torch.nn.functional as F
-from emitting import FUSED_BACKENDS, emit_fused, prefer, randomize
-from support import assert_close
+from emitting import FUSED_BACKENDS, emit_fused, prefer
+from support import assert_close, with_random_norms
 from torch import Tensor, nn
 
 import kernelpress as kp
@@ -267,7 +267,7 @@ def test_a_layer_computes_with_its_present_weights(snapshots: Any, write: Callab
 
 def test_a_norm_written_through_data_is_folded_anew(snapshots: Any) -> None:
     block = nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.BatchNorm2d(16), nn.Conv2d(16, 24, 1), nn.BatchNorm2d(24))
-    ours, x = layers.DepthwiseSeparableConv2d.from_dense(randomize(block)).eval(), torch.randn(2, 16, 6, 5)
+    ours, x = layers.DepthwiseSeparableConv2d.from_dense(with_random_norms(block)).eval(), torch.randn(2, 16, 6, 5)
     tensors = [t for t in [*ours.parameters(), *ours.buffers()] if t.is_floating_point()]
     with torch.no_grad():
         for t in tensors:
@@ -356,7 +356,7 @@ ALL_BACKENDS = [*FUSED_BACKENDS, "onednn", "contiguous"]
 
 @pytest.fixture(scope="module", params=ALL_BACKENDS)
 def emission(request: pytest.FixtureRequest) -> tuple[nn.Module, EmittedModel]:
-    model = randomize(Net())
+    model = with_random_norms(Net())
     return model, emit_fused(model, torch.randn(2, 3, 7, 6), request.param)
 
 

@@ -11,24 +11,35 @@ import argparse
 import functools
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from gpu.contest import reason_of
-from gpu.plain_pytest import Outcome, provide_pytest, run_file
+from kernelpress.bench.contest import reason_of
 
 __all__ = ["main"]
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one check: "passed" or "failed", and why."""
+
+    name: str
+    result: str
+    reason: str = ""
+
+
 def golden(device: torch.device, family: str | None) -> Iterator[Outcome]:
-    """The golden-vector tests, on the device."""
-    provide_pytest()
-    from test_cuda_golden import compile_for_device, on_gpu
+    """The golden vectors, on the device."""
+    from cuda_golden import GOLDEN, compile_for_device, on_gpu
 
     with tempfile.TemporaryDirectory() as folder:
-        yield from run_file("test_cuda_golden", {"run": on_gpu(compile_for_device(Path(folder)))})
+        run = on_gpu(compile_for_device(Path(folder)))
+        for name, check in GOLDEN.items():
+            yield _outcome(name, functools.partial(check, run))
 
 
 def ops(device: torch.device, family: str | None) -> Iterator[Outcome]:
@@ -84,7 +95,8 @@ def _outcome(name: str, call: Callable[[], object]) -> Outcome:
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
     except Exception as error:  # the other checks are to run all the same
-        return Outcome(name, "failed", reason_of(error))
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        return Outcome(name, "failed", f"{reason_of(error)} ({place.name}, line {place.lineno})")
     return Outcome(name, "passed")
 
 
@@ -100,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.manual_seed(0)
     device = torch.device("cpu" if options.dry_run else "cuda")
-    counts = {"passed": 0, "skipped": 0, "failed": 0}
+    counts = {"passed": 0, "failed": 0}
     for outcome in CHECKS[options.check](device, options.family):
         counts[outcome.result] += 1
         if outcome.result != "passed":

@@ -1,237 +1,220 @@
-"""A layer with our way to run it and everybody else's, and the row that comes of timing them in turn."""
+"""A layer with our ways to run it and everybody else's on one device, and the row that comes of timing them in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from gpu.place import Call, Place
 from gpu.roofline import Roofline
-from kernelpress.bench import Layer
-from kernelpress.measure.latency import Timing
+from kernelpress.bench import Layer, layers
+from kernelpress.bench.contest import (
+    KINDS,
+    OURS,
+    TOLERANCE,
+    TRITON,
+    UNFUSED,
+    Contestant,
+    Row,
+    hold,
+    judged,
+    kind_of,
+    reason_of,
+    row_of,
+)
+from kernelpress.bench.layers import int8_matmul, sparse_matmul, tiny
+from kernelpress.bench.peers import contiguous
+from kernelpress.kernels import reference
+from kernelpress.ops.sparse_blocks import BlockCsr
+from kernelpress.runtime.torch_private import addmm_activation, int_mm
 
-__all__ = [
-    "BATCHES",
-    "OURS",
-    "TRITON",
-    "Contest",
-    "Contestant",
-    "Row",
-    "Workload",
-    "measure",
-    "reason_of",
-    "with_inductor",
-]
+__all__ = ["BATCHES", "Contest", "contest_of", "family_layers", "measure", "with_inductor"]
 
 BATCHES = (32, 256, 1)
 
-OURS = "kernelpress"
-TRITON = "kernelpress on Triton"
-UNFUSED = "kernelpress unfused"
 INDUCTOR = "Inductor"
 
-MAX_RELATIVE_ERROR = 3e-2
-"""To the result in float32, or exactly computed: results further apart are no contestants."""
+_PRODUCTS = {
+    "sparse": [
+        partial(sparse_matmul, "matrix product", 4096, 4096, 4096, block, sparsity)
+        for block, sparsity in ((64, 0.9), (64, 0.5), (64, 0.6), (64, 0.8), (64, 0.95), (32, 0.9), (16, 0.9))
+    ],
+    "int8": [
+        partial(int8_matmul, "matrix product", *sizes)
+        for sizes in ((8192, 8192, 8192), (4096, 4096, 4096), (32, 4096, 4096))
+    ],
+}
+"""Timed once, whatever the batch, in place of products that networks have."""
+
+
+def family_layers(family: str, place: Place) -> list[Layer]:
+    """The layers of a family at every batch, the batches in turn, so that a short time sees all of them."""
+    by_batch = [
+        [layer for layer in layers(family, batch=batch, is_tiny=place.is_dry) if not layer.op.endswith("_matmul")]
+        for batch in BATCHES
+    ]
+    products = _PRODUCTS.get(family, [])
+    by_batch[-1] = [*(tiny(make) if place.is_dry else make() for make in products), *by_batch[-1]]
+    return [layer for turn in itertools.zip_longest(*by_batch) for layer in turn if layer is not None]
 
 
 @dataclass(frozen=True)
 class Contest:
-    """A layer on tensors of its own. `ours` runs it, `triton` on our Triton kernel where that is another one, `parts`
-    our kernels one by one where the op fuses several; `peers` by name. `expected` is the result in float32. Peers in
-    `partial` compute something less: they are timed, but are never the best. Results of peers in `other_values` are not
+    """A layer on tensors of its own: our calls and the peers' by name, `expected` the result in float32. Peers in
+    `partial` compute something less: they are timed, but are never the best. Results of those in `other_values` are not
     compared. `eager`, in plain torch, is what Inductor compiles."""
 
+    kind: str
     backend: str
-    ours: Call
-    peers: dict[str, Call]
+    calls: Mapping[str, Call]
     expected: Call
-    triton: Call | None = None
-    parts: Call | None = None
+    eager: Call | None
     partial: frozenset[str] = frozenset()
     other_values: frozenset[str] = frozenset()
-    eager: Call | None = None
 
 
-@dataclass(frozen=True)
-class Workload:
-    """A layer at one shape, made when it is its turn; `kind` names the ceiling of its arithmetic."""
-
-    family: str
-    op: str
-    network: str
-    layer: str
-    batch: int
-    kind: str
-    flops: int
-    traffic_bytes: int
-    make: Callable[[], Contest]
-
-    @classmethod
-    def of(cls, layer: Layer, make: Callable[[], Contest]) -> Workload:
-        """One of `kernelpress.bench`, in bfloat16 or int8."""
-        return cls(
-            *(layer.family, layer.op, layer.network, layer.label, layer.batch),
-            kind="int8" if layer.dtype == torch.int8 else "bf16",
-            flops=layer.flops,
-            traffic_bytes=layer.traffic_bytes(torch.bfloat16),
-            make=make,
-        )
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One way to run a layer: the median of the best round in ms and the spread of the rounds; or why it did not."""
-
-    name: str
-    ms: float | None
-    spread: float | None = None
-    reason: str | None = None
+def contest_of(layer: Layer, place: Place) -> Contest:
+    """Who runs a layer at a place."""
+    tensors, options = layer.make(place.device, place.dtype)
+    plain = layer.plain(tensors)
+    is_product = all(t is None or t.dim() < 4 for t in tensors)
+    peers = {layer.library + " channels_last" * (not is_product): plain}
+    if not is_product:
+        peers[f"{layer.library} contiguous"] = layer.plain(contiguous(tensors))
+    other_values = frozenset(peers) if layer.dtype == torch.int8 else frozenset()
+    more = _MORE_PEERS.get(layer.op)
+    peers |= more(tensors, options) if more else {}
+    own = {
+        OURS: place.ours(layer.op, tensors, options),
+        TRITON: place.triton(layer.op, tensors, options),
+        UNFUSED: place.parts(layer.case, tensors) if layer.case and len(layer.case.stages) > 1 else None,
+    }
+    if layer.dtype == torch.int8:
+        eager = peers.get(SEPARATE)
+        expected: Call = partial(getattr(reference, layer.op), *tensors, **options)
+    else:
+        expected = layer.plain([t.float() if t is not None and t.is_floating_point() else t for t in tensors])
+        eager = None if layer.op == "sparse_matmul" else plain
+    return Contest(
+        kind_of(layer.dtype or place.dtype),
+        place.backend_of(layer.op, tensors, options),
+        {name: call for name, call in own.items() if call is not None} | peers,
+        *(expected, eager),
+        partial=frozenset({ALONE}),
+        other_values=other_values | {ALONE},
+    )
 
 
-@dataclass(frozen=True)
-class Row:
-    """One layer, measured. Ratios are times of the other over ours: above 1 ours is faster."""
-
-    family: str
-    op: str
-    network: str
-    layer: str
-    batch: int
-    kind: str
-    backend: str
-    ms: float | None
-    flops: int
-    traffic_bytes: int
-    tflops: float | None
-    gbs: float | None
-    roofline_fraction: float | None
-    limited_by: str
-    best_peer: str | None
-    ratio: float | None
-    unfused_ratio: float | None
-    triton_ratio: float | None
-    relative_error: float | None
-    contestants: tuple[Contestant, ...] = field(default=())
+SEPARATE, ALONE = "_int_mm + epilogue", "_int_mm alone"
 
 
-def measure(workload: Workload, place: Place, roofline: Roofline) -> Row:
+def _products_in_int8(tensors: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Call]:
+    x, weight, scale, bias = tensors
+    transposed = weight.t()
+    return {
+        SEPARATE: lambda: F.relu(int_mm(x, transposed).float() * scale + bias).to(torch.bfloat16),
+        ALONE: lambda: int_mm(x, transposed),
+    }
+
+
+def _products_of_blocks(tensors: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Call]:
+    """torch's Triton kernel for block-sparse rows, with its own choice of tiles."""
+    x, offsets, columns, blocks, bias = tensors
+    dense = BlockCsr(offsets, columns, blocks, (len(bias), x.shape[1])).to_dense()
+    weight = dense.to_sparse_bsr(tuple(blocks.shape[1:]))
+    right, column = x.t(), bias[:, None].expand(-1, x.shape[0])
+
+    def call() -> Tensor:
+        from kernelpress.runtime.torch_private import bsr_dense_addmm
+
+        return bsr_dense_addmm(column, weight, right).t()
+
+    return {"torch BSR (Triton)": call}
+
+
+def _fused_convolution(tensors: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Call]:
+    """cuDNN's call with bias, relu and residual, where it has one."""
+    x, weight, bias, _, residual = tensors
+    if options["activation"] != "relu" or not x.is_cuda:
+        return {}
+    geometry = (options.get("stride", [1, 1]), options.get("padding", [0, 0]), [1, 1], 1)
+    if residual is None:
+        return {"cuDNN fused": lambda: torch.ops.aten.cudnn_convolution_relu(x, weight, bias, *geometry)}
+    added = (residual, 1.0, bias, *geometry)
+    return {"cuDNN fused": lambda: torch.ops.aten.cudnn_convolution_add_relu(x, weight, *added)}
+
+
+def _fused_pointwise(tensors: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Call]:
+    """cuBLASLt's product with bias and relu, where that is all."""
+    x, weight, bias, _, residual = tensors
+    activation = options["activation"]
+    if residual is not None or activation not in ("relu", "identity"):
+        return _fused_convolution(tensors, options)
+    matrix = weight.flatten(1).t()
+
+    def product() -> Tensor:
+        rows = x.permute(0, 2, 3, 1).reshape(-1, len(matrix))
+        y = addmm_activation(bias, rows, matrix) if activation == "relu" else torch.addmm(bias, rows, matrix)
+        return y.view(x.shape[0], *x.shape[2:], -1).permute(0, 3, 1, 2)
+
+    return {"cuBLASLt": product}
+
+
+_MORE_PEERS: Mapping[str, Callable[[Sequence[Any], Mapping[str, Any]], dict[str, Call]]] = {
+    "conv2d": _fused_convolution,
+    "pointwise_conv2d": _fused_pointwise,
+    "sparse_matmul": _products_of_blocks,
+    "int8_matmul": _products_in_int8,
+}
+"""One layer in one call of a library, where torch has that call."""
+
+
+def measure(layer: Layer, place: Place, roofline: Roofline) -> Row:
     """Runs a layer's contestants once for their results, then times them in turn.
 
     A peer that cannot run, or computes something else, is kept with the reason. Ours too: the row then has no time.
     """
-    contest = workload.make()
-    expected = _expected(contest)
-    own = {OURS: contest.ours, TRITON: contest.triton, UNFUSED: contest.parts}
-    candidates = {name: call for name, call in own.items() if call is not None} | contest.peers
-    calls: dict[str, Call] = {}
-    refused: dict[str, str] = {}
-    errors: dict[str, float] = {}
-    for name, call in candidates.items():
-        try:
-            with torch.no_grad():
-                result = call()
-        except Exception as error:  # a peer may fail in any way
-            refused[name] = reason_of(error)
-            continue
-        if name not in contest.partial | contest.other_values:
-            errors[name] = relative_error(result, expected)
-            if not errors[name] <= MAX_RELATIVE_ERROR:
-                refused[name] = f"its result is off by {errors[name]:.1e}"
-                continue
-        calls[name] = call
-    del expected
-    timings = place.time(calls) if calls else {}
-    row = Row(
-        *(workload.family, workload.op, workload.network, workload.layer, workload.batch, workload.kind),
-        backend=contest.backend,
-        ms=None,
-        flops=workload.flops,
-        traffic_bytes=workload.traffic_bytes,
-        tflops=None,
-        gbs=None,
-        roofline_fraction=None,
-        limited_by=roofline.limited_by(workload.kind, workload.flops, workload.traffic_bytes),
-        best_peer=None,
-        ratio=None,
-        unfused_ratio=None,
-        triton_ratio=None,
-        relative_error=errors.get(OURS),
-        contestants=(
-            *[Contestant(name, timing.median, timing.spread) for name, timing in timings.items()],
-            *[Contestant(name, None, None, reason) for name, reason in refused.items()],
-        ),
-    )
-    return _judged(row, roofline, contest.partial)
+    contest = contest_of(layer, place)
+    contestants, errors = _held(contest, contest.calls, place)
+    row = row_of(layer, contest.kind, contest.backend, contestants, errors.get(OURS))
+    return judged(row, roofline, contest.partial)
 
 
-def with_inductor(row: Row, workload: Workload, place: Place, roofline: Roofline) -> Row:
+def with_inductor(row: Row, layer: Layer, place: Place, roofline: Roofline) -> Row:
     """The row with Inductor among the contestants, compiled here and timed in turn with ours; as it was if there is
     nothing to compile."""
-    contest = workload.make()
+    contest = contest_of(layer, place)
     if contest.eager is None or row.ms is None:
         return row
     try:
         compiled = torch.compile(contest.eager, dynamic=False, backend="eager" if place.is_dry else "inductor")
-        with torch.no_grad():
-            error = relative_error(compiled(), _expected(contest))
-        if not error <= MAX_RELATIVE_ERROR:
-            raise RuntimeError(f"its result is off by {error:.1e}")
-        timings: Mapping[str, Timing] = place.time({OURS: contest.ours, INDUCTOR: compiled})
+        contestants, _ = _held(contest, {OURS: contest.calls[OURS], INDUCTOR: compiled}, place)
     except Exception as error:  # Inductor fails in as many ways as it has parts
         added = Contestant(INDUCTOR, None, None, reason_of(error))
     else:
-        # Beside our time in the same minutes, put on the scale of the row's.
-        scale = row.ms / timings[OURS].median
-        added = Contestant(INDUCTOR, timings[INDUCTOR].median * scale, timings[INDUCTOR].spread)
+        held = {entry.name: entry for entry in contestants}
+        added, mine = held[INDUCTOR], held[OURS].ms
+        if added.ms is not None and mine is not None:
+            # Beside our time in the same minutes, put on the scale of the row's.
+            added = replace(added, ms=added.ms * row.ms / mine)
     finally:
         torch.compiler.reset()
-    return _judged(replace(row, contestants=(*row.contestants, added)), roofline, contest.partial)
+    return judged(replace(row, contestants=(*row.contestants, added)), roofline, contest.partial)
 
 
-def _expected(contest: Contest) -> Tensor:
-    """The result in float32, without a search for cuDNN's best way to it."""
+def _held(contest: Contest, calls: Mapping[str, Call], place: Place) -> tuple[tuple[Contestant, ...], dict[str, float]]:
+    """The contest, against the result in float32 without a search for cuDNN's best way to it."""
     search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         with torch.no_grad():
-            return contest.expected()
+            expected = contest.expected()
     finally:
         torch.backends.cudnn.benchmark = search
-
-
-def relative_error(result: Tensor, expected: Tensor) -> float:
-    """‖result − expected‖ / ‖expected‖, in float32; infinite where the shapes differ or something is NaN."""
-    if result.shape != expected.shape:
-        return float("inf")
-    difference = torch.linalg.vector_norm(result.float() - expected.float())
-    error = float(difference / torch.linalg.vector_norm(expected.float()).clamp_min(1e-30))
-    return error if error == error else float("inf")
-
-
-def reason_of(error: Exception) -> str:
-    """The kind of an error and its first line."""
-    return ": ".join([type(error).__name__, *str(error).strip().splitlines()[:1]])
-
-
-def _judged(row: Row, roofline: Roofline, partial: frozenset[str]) -> Row:
-    times = {entry.name: entry.ms for entry in row.contestants if entry.ms is not None}
-    if OURS not in times:
-        return row
-    mine = times.pop(OURS)
-    unfused, on_triton = times.pop(UNFUSED, None), times.pop(TRITON, None)
-    peers = {name: ms for name, ms in times.items() if name not in partial}
-    best = min(peers, key=peers.__getitem__, default=None)
-    bound = roofline.bound_ms(row.kind, row.flops, row.traffic_bytes)
-    return replace(
-        row,
-        ms=mine,
-        tflops=row.flops / mine * 1e-9,
-        gbs=row.traffic_bytes / mine * 1e-6,
-        roofline_fraction=bound / mine,
-        best_peer=best,
-        ratio=None if best is None else peers[best] / mine,
-        unfused_ratio=None if unfused is None else unfused / mine,
-        triton_ratio=None if on_triton is None else on_triton / mine,
-    )
+    return hold(calls, expected, TOLERANCE[KINDS[contest.kind]], place.time, unjudged=contest.other_values)

@@ -3,46 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from gpu import compressed, convolutions, results, shuffled
-from gpu.contest import BATCHES, Row, Workload, measure, with_inductor
-from gpu.place import DRY, Place, on_device
+from gpu import results
+from gpu.contest import family_layers, measure, with_inductor
+from gpu.place import DRY, on_device
 from gpu.roofline import measure_roofline
+from kernelpress.bench import ALL_FAMILIES, Layer, Row
 from kernelpress.measure.units import ratio_text
 
-__all__ = ["FAMILIES", "main", "workloads"]
-
-FAMILIES: Mapping[str, Callable[[Place, int], list[Workload]]] = {
-    "dense": lambda place, batch: convolutions.workloads("dense", place, batch),
-    "depthwise": lambda place, batch: convolutions.workloads("depthwise", place, batch),
-    "separable": lambda place, batch: convolutions.workloads("separable", place, batch),
-    "grouped": shuffled.grouped,
-    "ghost": shuffled.ghost,
-    "sparse": compressed.sparse,
-    "int8": compressed.int8,
-}
+__all__ = ["main"]
 
 INDUCTOR_SHARE = 0.4
 """Of the time given: Inductor compiles for seconds a layer."""
 
 
-def workloads(family: str, place: Place) -> list[Workload]:
-    """The layers of a family at every batch, the batches in turn, so that a short time sees all of them."""
-    by_batch = [FAMILIES[family](place, batch) for batch in BATCHES]
-    return [layer for turn in itertools.zip_longest(*by_batch) for layer in turn if layer is not None]
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures until the time is up, saving what there is; returns 1 where one of our layers failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
-    parser.add_argument("family", choices=FAMILIES)
+    parser.add_argument("family", choices=ALL_FAMILIES)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--dry-run", action="store_true", help="tiny layers on the reference backend, on the CPU")
@@ -51,16 +35,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     place = DRY if options.dry_run else on_device()
     roofline = measure_roofline(place)
-    layers = workloads(options.family, place)
+    layers = family_layers(options.family, place)
     rows: list[Row] = []
-    measured: list[Workload] = []
+    measured: list[Layer] = []
     for layer in layers:
         if time.monotonic() - begin > (1 - INDUCTOR_SHARE) * options.seconds:
             break
         rows.append(measure(layer, place, roofline))
         measured.append(layer)
         print(_line(rows[-1]), flush=True)
-    left_out = [f"{layer.layer} at batch {layer.batch}" for layer in layers[len(rows) :]]
+    left_out = [f"{layer.label} at batch {layer.batch}" for layer in layers[len(rows) :]]
     results.save(options.family, rows, place, roofline, options.out, left_out=left_out)
     for index, layer in enumerate(measured):
         if time.monotonic() - begin > options.seconds or (place.is_dry and index):

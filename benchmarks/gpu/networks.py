@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 import kernelpress
 from gpu import results
-from gpu.contest import BATCHES, Contestant, reason_of, relative_error
+from gpu.contest import BATCHES
 from gpu.place import DRY, Place, on_device
 from gpu.roofline import measure_roofline
+from kernelpress.bench.contest import MODEL_TOLERANCE, Contestant, reason_of, relative_error
 from kernelpress.emit import Candidate
 from kernelpress.ops.backends import triton
 from kernelpress.runtime.cuda_graph import record
@@ -33,8 +34,6 @@ from kernelpress.runtime.cuda_graph import record
 __all__ = ["MODELS", "ModelRow", "build", "main"]
 
 IMAGE = 224
-SETTLED_ERROR = 5e-2
-"""‖y − y₀‖ / ‖y₀‖ of a whole model in bfloat16 to eager in bfloat16: both round at every layer."""
 
 OURS = ("mobilenet_v2", "resnet50", "mobilenet_v1", "resnet18")
 THEIRS = {"shufflenet_v2_x1_0": "torchvision", "mobilenet_v3_large": "torchvision", "ghostnet_100": "timm"}
@@ -141,7 +140,7 @@ def capture_all(place: Place) -> int:
             print(f"FAILED {name}: {reason_of(error)}", flush=True)
             failures += 1
             continue
-        is_close = row.relative_error is not None and row.relative_error <= SETTLED_ERROR
+        is_close = row.relative_error is not None and row.relative_error <= MODEL_TOLERANCE[place.dtype]
         failures += not is_close
         print(
             f"{'captured' if is_close else 'FAILED'} {name}: {row.native_steps} of {row.steps} steps native, pool of "

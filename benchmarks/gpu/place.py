@@ -12,16 +12,13 @@ from torch import Tensor
 
 import kernelpress
 from kernelpress import ops
-from kernelpress.bench import Layer
+from kernelpress.bench import Case, ours
+from kernelpress.bench.shapes import Call
 from kernelpress.measure.device_clock import time_graphs, time_on_device
 from kernelpress.measure.latency import Timing, time_alternately
 from kernelpress.ops import registry
 
 __all__ = ["DRY", "Call", "Place", "on_device"]
-
-Call = Callable[[], Tensor]
-
-TINY_SIZE, TINY_CHANNELS = 8, 24
 
 TUNING_SECONDS = 3.0
 """Of a layer's Triton kernel. Other layers find compiled what was compiled for this one."""
@@ -40,45 +37,15 @@ class Place:
         """The device's name, as in `NVIDIA H200`."""
         return "dry run" if self.is_dry else torch.cuda.get_device_name(self.device)
 
-    def size(self, size: int) -> int:
-        """Rows of a map; few in a dry run."""
-        return min(size, TINY_SIZE) if self.is_dry else size
-
-    def batch(self, batch: int) -> int:
-        """Images; few in a dry run."""
-        return min(batch, 2) if self.is_dry else batch
-
-    def channels(self, channels: int) -> int:
-        """Channels of a layer; few in a dry run, and divisible by all numbers of groups that occur there."""
-        return min(channels, TINY_CHANNELS) if self.is_dry else channels
-
-    def groups(self, groups: int) -> int:
-        """Groups of a layer; few in a dry run."""
-        return min(groups, 3 if groups % 3 == 0 else 4) if self.is_dry else groups
-
-    def features(self, features: int) -> int:
-        """Rows and columns of a matrix product; few in a dry run."""
-        return min(features, 64) if self.is_dry else features
-
     def random(self, *shape: int) -> Tensor:
         """Standard normal, in the dtype of floating layers; channels_last where it is an image."""
         t = torch.randn(shape, device=self.device, dtype=self.dtype)
         return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
 
-    def weight(self, *shape: int) -> Tensor:
-        """Random, scaled so that sums of products are of the size of their terms."""
-        fan_in = torch.Size(shape[1:]).numel()
-        return self.random(*shape) * fan_in**-0.5
-
     def bytes(self, *shape: int) -> Tensor:
         """Random int8 of the whole range; channels_last where it is an image."""
         t = torch.randint(-128, 128, shape, device=self.device, dtype=torch.int8)
         return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
-
-    def make(self, layer: Layer) -> tuple[list[Tensor], dict[str, Any]]:
-        """Tensors of a layer that has no optional ones, and its options."""
-        tensors, options = layer.make(self.device, self.dtype)
-        return [t for t in tensors if t is not None], options
 
     @contextlib.contextmanager
     def backend(self) -> Iterator[None]:
@@ -86,28 +53,31 @@ class Place:
         with kernelpress.use_backend("reference" if self.is_dry else "auto"):
             yield
 
-    def ours(self, call: Callable[[], Any]) -> Call:
-        """A call of our ops, on the backend of this place."""
+    def backend_of(self, op: str, tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> str:
+        """The backend that an op takes here."""
+        with self.backend():
+            return ours.backend_of(op, tensors, options)
+
+    def ours(self, op: str, tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Call:
+        """A call of our op, on the backend of this place."""
 
         def run() -> Tensor:
             with self.backend():
-                result: Tensor = call()
+                result: Tensor = getattr(ops, op)(*tensors, **options)
             return result
 
         return run
 
-    def backend_of(self, op: str, tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> str:
-        """The backend that an op takes here."""
-        reasons = registry.why_not(op, *tensors, **options)
-        return "reference" if self.is_dry else next(name for name, reason in reasons.items() if reason is None)
+    def parts(self, case: Case, tensors: Sequence[Tensor | None]) -> Call:
+        """Calls of our ops for each stage of a fused layer."""
+        with self.backend():
+            stages = ours.unfused(case, list(tensors))
 
-    def own(self, op: str, tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> dict[str, Any]:
-        """A contest's `backend`, `ours` and `triton` for a call of our ops."""
-        return {
-            "backend": self.backend_of(op, tensors, options),
-            "ours": self.ours(lambda: getattr(ops, op)(*tensors, **options)),
-            "triton": self.triton(op, tensors, options),
-        }
+        def run() -> Tensor:
+            with self.backend():
+                return stages()
+
+        return run
 
     def triton(self, op: str, tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Call | None:
         """A call of the op's Triton kernel, tuned for it here and now; None where it has none, or that cannot run it,

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from recording import commit, markdown
+from recording import load_all, when, write, write_markdown
 
 from gpu import folder_name
 from gpu.place import Place
 from gpu.roofline import Roofline
-from kernelpress.files import write_atomically
+from kernelpress.bench.tables import Cells, layer_cells, markdown, number_text
 from kernelpress.measure.units import ABSENT, ratio_text
 from kernelpress.runtime import native
 
@@ -38,19 +35,8 @@ def save(
 ) -> Path:
     """Writes `results` (dataclasses) as `<folder>/<device>/<name>.json`; returns the path. `left_out`: what there was
     no time for."""
-    revision, modified = commit()
-    content = {
-        "device": _device(place),
-        "commit": revision,
-        "modified_since_commit": modified,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "roofline": asdict(roofline),
-        "left_out": list(left_out),
-        "results": [asdict(result) for result in results],
-    }
     path = folder / folder_name(place.name) / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+    write(path, {"device": _device(place)}, results, roofline=roofline, left_out=list(left_out))
     write_page(path.parent)
     return path
 
@@ -74,8 +60,7 @@ def _device(place: Place) -> dict[str, Any]:
 
 def write_page(folder: Path) -> Path:
     """Writes `README.md` from the JSON files that lie beside it."""
-    files = {name: folder / f"{name}.json" for name in TITLES}
-    loaded = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in files.items() if path.exists()}
+    loaded = load_all(folder, TITLES)
     device = next(iter(loaded.values()))["device"] if loaded else {"name": folder.name}
     lines = [
         f"# {device['name']}",
@@ -87,69 +72,38 @@ def write_page(folder: Path) -> Path:
         "",
     ]
     for name, content in loaded.items():
-        render = _model_table if name == "models" else _layer_table
-        lines += [f"## {TITLES[name]}", "", _provenance(content), "", *render(content["results"]), ""]
+        rows = content["results"]
+        cells = _model_cells(rows) if name == "models" else layer_cells(rows, "TFLOP/s")
+        lines += [f"## {TITLES[name]}", "", _provenance(content), "", *markdown(cells), ""]
         if content["left_out"]:
             lines += [f"No time was left for: {', '.join(content['left_out'])}.", ""]
     page = folder / "README.md"
-    write_atomically(page, ("\n".join(lines).rstrip() + "\n").encode())
+    write_markdown(page, lines)
     return page
 
 
 def _provenance(content: Mapping[str, Any]) -> str:
     device, roofline = content["device"], content["roofline"]
-    revision = (content["commit"] or "unknown") + (" with changes" if content["modified_since_commit"] else "")
     return (
-        f"{content['date']}; commit {revision}; torch {device['torch']}. Measured ceilings: copy "
+        f"{when(content)}; torch {device['torch']}. Measured ceilings: copy "
         f"{roofline['copy_gbs']:.0f} GB/s, bfloat16 {roofline['bf16_tflops']:.0f} TFLOP/s, int8 "
         f"{roofline['int8_tops']:.0f} TOP/s."
     )
 
 
-def _number(value: float | None, form: str) -> str:
-    return ABSENT if value is None else format(value, form)
-
-
-def _layer_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    header = ["network", "layer", "batch", "backend", "ms", "TFLOP/s", "GB/s", "of roofline"]
-    header += ["parts ÷ ours", "Triton ÷ ours", "best peer ÷ ours", "best peer"]
-    return markdown(header, [_layer_cells(row) for row in rows], text=(0, 1, 3, 11))
-
-
-def _layer_cells(row: Mapping[str, Any]) -> list[str]:
-    fraction = row["roofline_fraction"]
-    why = "; ".join(
-        entry["reason"] for entry in row["contestants"] if entry["name"] == "kernelpress" and entry["reason"]
-    )
-    return [
-        row["network"],
-        f"{row['op']} {row['layer']}",
-        str(row["batch"]),
-        row["backend"] if row["ms"] is not None else f"failed: {why}",
-        _number(row["ms"], ".4f"),
-        _number(row["tflops"], ".1f"),
-        _number(row["gbs"], ".0f"),
-        ABSENT if fraction is None else f"{fraction:.0%} {row['limited_by']}",
-        ratio_text(row["unfused_ratio"]),
-        ratio_text(row.get("triton_ratio")),
-        ratio_text(row["ratio"]),
-        row["best_peer"] or ABSENT,
-    ]
-
-
-def _model_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _model_cells(rows: Sequence[Mapping[str, Any]]) -> Cells:
     header = ["model", "batch", "ms", "images/s", "native steps", *("best peer ÷ ours", "best peer", "all peers, ms")]
     cells = [
         [
             row["model"],
             str(row["batch"]),
-            _number(row["ms"], ".3f"),
-            _number(None if row["ms"] is None else row["batch"] / row["ms"] * 1e3, ".0f"),
+            number_text(row["ms"], ".3f"),
+            number_text(None if row["ms"] is None else row["batch"] / row["ms"] * 1e3, ".0f"),
             f"{row['native_steps']} of {row['steps']}",
             ratio_text(row["ratio"]),
             row["best_peer"] or ABSENT,
-            ", ".join(f"{peer['name']} {_number(peer['ms'], '.3f')}" for peer in row["contestants"]),
+            ", ".join(f"{peer['name']} {number_text(peer['ms'], '.3f')}" for peer in row["contestants"]),
         ]
         for row in rows
     ]
-    return markdown(header, cells, text=(0, 6, 7))
+    return header, cells

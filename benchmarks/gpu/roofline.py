@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gpu.place import Place
+from kernelpress.bench.roofline import Ceilings
 from kernelpress.runtime.torch_private import int_mm
 
 __all__ = ["Roofline", "measure_roofline"]
@@ -17,23 +18,18 @@ SECONDS = 0.1
 
 
 @dataclass(frozen=True)
-class Roofline:
+class Roofline(Ceilings):
     """GB/s (read + written) of a copy that no cache holds; TFLOP/s of a bfloat16 and TOP/s of an int8 product."""
 
     copy_gbs: float
     bf16_tflops: float
     int8_tops: float
 
-    def bound_ms(self, kind: str, flops: int, traffic_bytes: int) -> float:
-        """Least milliseconds for this work and traffic (Williams et al. 2009); `kind` is "bf16" or "int8"."""
-        return max(flops / self._peak(kind) * 1e-9, traffic_bytes / self.copy_gbs * 1e-6)
+    def peak_gflops(self, kind: str) -> float | None:
+        return (self.int8_tops if kind == "int8" else self.bf16_tflops) * 1e3
 
-    def limited_by(self, kind: str, flops: int, traffic_bytes: int) -> str:
-        """Which ceiling gives `bound_ms`: `compute` or `bandwidth`."""
-        return "compute" if flops / self._peak(kind) * 1e-9 > traffic_bytes / self.copy_gbs * 1e-6 else "bandwidth"
-
-    def _peak(self, kind: str) -> float:
-        return {"bf16": self.bf16_tflops, "int8": self.int8_tops}[kind]
+    def bandwidth(self, working_set_bytes: int) -> float:
+        return self.copy_gbs
 
 
 def measure_roofline(place: Place) -> Roofline:

@@ -1,1 +1,1 @@
-"""Runtimes for whole-model comparisons, each run in a process of its own: `python -m peers.<runtime> JOB.json`."""
+"""Runtimes for whole-model comparisons, each run in a process of its own (`peers.runtimes`)."""

@@ -16,32 +16,30 @@ from typing import Any
 import numpy as np
 import torch
 
+from kernelpress.bench.contest import MODEL_TOLERANCE, OURS
 from peers.networks import export_onnx, prepare
 from peers.protocol import Job
 
-__all__ = ["OURS", "RUNTIMES", "ModelResult", "Runtime", "RuntimeResult", "compare"]
+__all__ = ["RUNTIMES", "ModelResult", "Runtime", "RuntimeResult", "compare"]
 
 SETTLE_SECONDS = 0.25
 """Sleep before each burst: worker threads of the runtime before may spin for some tens of milliseconds."""
 
-MAX_RELATIVE_ERROR = 1e-3
-OURS = "kernelpress"
-
 
 @dataclass(frozen=True)
 class Runtime:
-    """A contestant: its name in tables, the module of `peers` that runs it, that module's further arguments, and the
-    folder to import kernelpress from, if not this checkout's."""
+    """A contestant: its name in tables and in `peers.runtimes`, further arguments, and the folder to import kernelpress
+    from, if not this checkout's."""
 
     name: str
-    module: str
+    loader: str
     arguments: tuple[str, ...] = ()
     needs_onnx: bool = False
     import_from: str = ""
 
     @property
     def slug(self) -> str:
-        return "-".join([self.module, *self.arguments, *([Path(self.import_from).name] if self.import_from else [])])
+        return "-".join([self.loader, *self.arguments, *([Path(self.import_from).name] if self.import_from else [])])
 
 
 RUNTIMES = (
@@ -85,16 +83,6 @@ class ModelResult:
     iterations: int
     runtimes: tuple[RuntimeResult, ...]
 
-    def best_peer(self) -> RuntimeResult | None:
-        """The fastest runtime that is not ours, by its best round."""
-        timed = [result for result in self.runtimes if result.rounds_ms and result.runtime != OURS]
-        return min(timed, key=lambda result: min(result.rounds_ms), default=None)
-
-    def ratio(self, runtime: str) -> float | None:
-        """Best round of the best peer ÷ best round of `runtime`: above 1 `runtime` is faster."""
-        peer, mine = self.best_peer(), next(result for result in self.runtimes if result.runtime == runtime)
-        return None if peer is None or mine.best_ms is None else min(peer.rounds_ms) / mine.best_ms
-
 
 def compare(
     model: str,
@@ -111,7 +99,7 @@ def compare(
     """Times `model` (a name of `kernelpress.models`) in every runtime: `rounds` rounds of `iterations` calls each.
 
     Weights and input are drawn from `seed`, a fresh one if `None`. A runtime whose logits differ from the first
-    runtime's by more than `MAX_RELATIVE_ERROR` is reported as skipped, with the error.
+    runtime's by more than `MODEL_TOLERANCE` is reported as skipped, with the error.
     """
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     with tempfile.TemporaryDirectory(prefix="kernelpress-bench-") as folder:
@@ -145,7 +133,7 @@ class _Process:
     def __init__(self, runtime: Runtime, job: Job) -> None:
         self.runtime = runtime
         self.job = job
-        command = [sys.executable, "-m", f"peers.{runtime.module}", str(job.save()), *runtime.arguments]
+        command = [sys.executable, "-m", "peers.runtimes", str(job.save()), runtime.loader, *runtime.arguments]
         self.errors = Path(job.folder) / f"stderr-{runtime.slug}.txt"
         with self.errors.open("wb") as errors:
             self.popen = subprocess.Popen(
@@ -228,7 +216,7 @@ def _check_outputs(results: dict[str, RuntimeResult], running: dict[str, _Proces
     for name in list(running):
         error = float(np.abs(running[name].output() - expected).max() / np.abs(expected).max())
         results[name] = replace(results[name], relative_error=error)
-        if not error <= MAX_RELATIVE_ERROR:
+        if not error <= MODEL_TOLERANCE[torch.float32]:
             results[name] = replace(results[name], skipped=f"logits differ from eager's by {error:.1e}")
             running.pop(name).stop()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 __all__ = ["Array", "Contestant", "Job", "serve"]
@@ -75,10 +76,11 @@ class Contestant:
     settings: str
 
 
-def serve(load: Callable[[Job], Contestant]) -> None:
-    """Runs a runtime's process: its only argument is the job file. A package that is absent is reported as a skip."""
+def serve(job_file: str, load: Callable[[Job], Contestant]) -> None:
+    """Runs a runtime's process. A package that is absent is reported as a skip."""
     answers = _private_stdout()
-    job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    job = Job(**json.loads(Path(job_file).read_text(encoding="utf-8")))
+    torch.set_num_threads(job.threads)
     try:
         contestant = load(job)
     except ImportError as error:

@@ -116,21 +116,27 @@ struct MaxPool2dArgs {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
 };
 
+// Every CPU kernel with its argument block: declarations, table and bindings follow from this list.
+#define KP_KERNELS(KERNEL)                        \
+  KERNEL(conv2d, Conv2dArgs)                      \
+  KERNEL(pointwise_conv2d, PointwiseConv2dArgs)   \
+  KERNEL(depthwise_conv2d, DepthwiseConv2dArgs)   \
+  KERNEL(separable_conv2d, SeparableConv2dArgs)   \
+  KERNEL(inverted_residual, InvertedResidualArgs) \
+  KERNEL(separable_stem, SeparableStemArgs)       \
+  KERNEL(chain, ChainArgs)                        \
+  KERNEL(global_avg_pool2d, GlobalAvgPool2dArgs)  \
+  KERNEL(max_pool2d, MaxPool2dArgs)
+
 // One instruction set's kernels. Packed dense weights are panels of `panel_width` output channels.
 struct KernelTable {
   const char* variant;
   int64_t panel_width;
-  void (*conv2d)(const Conv2dArgs&);
-  void (*pointwise_conv2d)(const PointwiseConv2dArgs&);
-  void (*depthwise_conv2d)(const DepthwiseConv2dArgs&);
-  void (*separable_conv2d)(const SeparableConv2dArgs&);
-  void (*inverted_residual)(const InvertedResidualArgs&);
-  void (*separable_stem)(const SeparableStemArgs&);
-  void (*chain)(const ChainArgs&);
-  void (*global_avg_pool2d)(const GlobalAvgPool2dArgs&);
-  void (*max_pool2d)(const MaxPool2dArgs&);
   // Runs `iterations` rounds of independent register-only FMAs; returns the floating-point operations done.
   int64_t (*fma_burst)(int64_t iterations);
+#define KP_MEMBER(name, Args) void (*name)(const Args&);
+  KP_KERNELS(KP_MEMBER)
+#undef KP_MEMBER
 };
 
 }  // namespace kernelpress

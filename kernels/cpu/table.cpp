@@ -9,15 +9,8 @@
 
 namespace kernelpress::KERNELPRESS_ISA {
 
-void conv2d(const Conv2dArgs&);
-void pointwise_conv2d(const PointwiseConv2dArgs&);
-void depthwise_conv2d(const DepthwiseConv2dArgs&);
-void separable_conv2d(const SeparableConv2dArgs&);
-void inverted_residual(const InvertedResidualArgs&);
-void separable_stem(const SeparableStemArgs&);
-void chain(const ChainArgs&);
-void global_avg_pool2d(const GlobalAvgPool2dArgs&);
-void max_pool2d(const MaxPool2dArgs&);
+#define KP_DECLARE(name, Args) void name(const Args&);
+KP_KERNELS(KP_DECLARE)
 
 namespace {
 
@@ -47,19 +40,12 @@ int64_t fma_burst(int64_t iterations) {
 namespace kernelpress {
 
 extern const KernelTable KP_TABLE(KERNELPRESS_ISA);
+#define KP_ENTRY(name, Args) KERNELPRESS_ISA::name,
 const KernelTable KP_TABLE(KERNELPRESS_ISA) = {
     KP_TEXT(KERNELPRESS_ISA),
     KERNELPRESS_ISA::kPanel,
-    KERNELPRESS_ISA::conv2d,
-    KERNELPRESS_ISA::pointwise_conv2d,
-    KERNELPRESS_ISA::depthwise_conv2d,
-    KERNELPRESS_ISA::separable_conv2d,
-    KERNELPRESS_ISA::inverted_residual,
-    KERNELPRESS_ISA::separable_stem,
-    KERNELPRESS_ISA::chain,
-    KERNELPRESS_ISA::global_avg_pool2d,
-    KERNELPRESS_ISA::max_pool2d,
     KERNELPRESS_ISA::fma_burst,
+    KP_KERNELS(KP_ENTRY)
 };
 
 }  // namespace kernelpress

@@ -1,10 +1,11 @@
 """Kernel benchmarks on the layer shapes of real networks, beside the peers and the roofline of this machine."""
 
 from kernelpress.bench.backends import BackendRow, CannotRunError, backend_table, run_backends
+from kernelpress.bench.contest import Row
 from kernelpress.bench.layers import ALL_FAMILIES, Layer, layer_of_case, layers
 from kernelpress.bench.machine import Machine, describe_machine
 from kernelpress.bench.roofline import Roofline, measure_roofline
-from kernelpress.bench.run import Row, run, table
+from kernelpress.bench.run import run, table
 from kernelpress.bench.shapes import FAMILIES, Case, Stage, cases
 
 __all__ = [

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from kernelpress import ops
 from kernelpress.bench import ours
+from kernelpress.bench.contest import KINDS, TF32_TOLERANCE, TOLERANCE, Contestant, hold, kind_of, refuse_any
 from kernelpress.bench.layers import Layer, layers
-from kernelpress.bench.run import relative_error
+from kernelpress.bench.shapes import Call
+from kernelpress.bench.tables import console_table, number_text
 from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.latency import Timing, threads_set_to, time_alternately
 from kernelpress.measure.units import ABSENT, latency_text, ratio_text
@@ -22,28 +23,16 @@ from kernelpress.ops.registry import Tensors
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["DEVICES", "DTYPES", "BackendRow", "CannotRunError", "Entry", "backend_table", "run_backends"]
+__all__ = ["DEVICES", "DTYPES", "BackendRow", "CannotRunError", "backend_table", "run_backends"]
 
 DEVICES = ("cpu", "cuda")
 
-DTYPES: Mapping[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-MAX_RELATIVE_ERROR = {torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.int8: 1e-2}
-"""To the reference in float32, or in int8; of float32 as tensor cores round it to TF32."""
+DTYPES = ("fp32", "fp16", "bf16")
 
 MOVING = frozenset({"depthwise_conv2d", "int8_depthwise_conv2d", "channel_shuffle", "shuffle_concat"})
 """Ops whose rate is told in GB/s; that of the others is in GFLOP/s."""
 
 _NOT_IMPLEMENTED = "has no implementation on it"
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A layer on one backend: the median of the best round in ms, or why the backend cannot run it."""
-
-    backend: str
-    ms: float | None
-    reason: str | None = None
 
 
 @dataclass(frozen=True)
@@ -58,19 +47,19 @@ class BackendRow:
     dtype: str
     flops: int
     traffic_bytes: int
-    entries: tuple[Entry, ...]
+    entries: tuple[Contestant, ...]
 
     @property
     def unit(self) -> str:
         """Of the rate: GB/s of compulsory traffic for ops that move memory, else GFLOP/s."""
         return "GB/s" if self.op in MOVING else "GFLOP/s"
 
-    def rate(self, entry: Entry) -> float | None:
+    def rate(self, entry: Contestant) -> float | None:
         """What an entry reaches, in the row's unit."""
         work = self.traffic_bytes if self.op in MOVING else self.flops
         return None if entry.ms is None else work / entry.ms * 1e-6
 
-    def ratio(self, entry: Entry) -> float | None:
+    def ratio(self, entry: Contestant) -> float | None:
         """The first backend's time ÷ an entry's: above 1 the entry is faster; None where one of them has no time."""
         first = self.entries[0].ms
         return None if first is None or entry.ms is None else first / entry.ms
@@ -117,22 +106,18 @@ def run_backends(
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("device: torch.cuda.is_available() is False; `kernelpress doctor` tells why")
     where = torch.device(device)
-    refusals = [_refusals(layer, names, where, DTYPES[dtype]) for layer in chosen]
+    refusals = [_refusals(layer, names, where, KINDS[dtype]) for layer in chosen]
     for name in names:
         if all(reasons[name] is not None for reasons in refusals):
             telling = [reasons[name] for reasons in refusals if not str(reasons[name]).endswith(_NOT_IMPLEMENTED)]
             reason = telling[0] if telling else refusals[0][name]
-            kind = _name_of(chosen[0].dtype or DTYPES[dtype])
+            kind = kind_of(chosen[0].dtype or KINDS[dtype])
             raise CannotRunError(f"backends: {name!r} cannot run {family} on {device} in {kind}: {reason}")
     with threads_set_to(threads), torch.no_grad():
         return [
-            _measured(layer, reasons, where, DTYPES[dtype], rounds, budget_seconds)
+            _measured(layer, reasons, where, KINDS[dtype], rounds, budget_seconds)
             for layer, reasons in zip(chosen, refusals, strict=True)
         ]
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return next((name for name, known in DTYPES.items() if known == dtype), str(dtype).removeprefix("torch."))
 
 
 def _rounded(layer: Layer, exact: Tensors, dtype: torch.dtype) -> Tensors:
@@ -161,24 +146,19 @@ def _measured(
     expected, tensors = getattr(ops, layer.op)(*exact, **options, backend="reference"), _rounded(layer, exact, dtype)
     usable = [name for name, reason in refusals.items() if reason is None]
     calls = {name: ours.on_backend(layer.op, tensors, options, name) for name in usable}
-    for name, call in calls.items():
-        error = relative_error(call(), expected)
-        if not error <= MAX_RELATIVE_ERROR[layer.dtype or dtype]:
-            raise RuntimeError(f"{layer.op} {layer.title}: {name} differs from the reference by {error:.1e} (relative)")
-    timings = _timings(calls, device, rounds, budget_seconds) if calls else {}
+    kind = layer.dtype or dtype
+    tolerance = TF32_TOLERANCE if device.type == "cuda" and kind == torch.float32 else TOLERANCE[kind]
+    timed, _ = hold(calls, expected, tolerance, lambda able: _timings(able, device, rounds, budget_seconds))
+    refuse_any(timed, f"{layer.op} {layer.title}")
+    by_name = {entry.name: entry for entry in timed}
     return BackendRow(
-        *(layer.family, layer.op, layer.network, layer.title, device.type, _name_of(layer.dtype or dtype)),
-        flops=layer.flops,
+        *(layer.family, layer.op, layer.network, layer.title, device.type, kind_of(kind), layer.flops),
         traffic_bytes=layer.traffic_bytes(dtype),
-        entries=tuple(
-            Entry(name, timings[name].median if name in timings else None, reason) for name, reason in refusals.items()
-        ),
+        entries=tuple(by_name.get(name, Contestant(name, None, None, why)) for name, why in refusals.items()),
     )
 
 
-def _timings(
-    calls: Mapping[str, Callable[[], Tensor]], device: torch.device, rounds: int, budget_seconds: float
-) -> dict[str, Timing]:
+def _timings(calls: Mapping[str, Call], device: torch.device, rounds: int, budget_seconds: float) -> dict[str, Timing]:
     if device.type == "cuda":
         return time_graphs(calls, device, budget_seconds=budget_seconds, rounds=rounds)
     return time_alternately(calls, budget_seconds=budget_seconds, rounds=rounds)
@@ -189,33 +169,27 @@ def backend_table(rows: Sequence[BackendRow]) -> Table:
 
     Raises `ValueError` for no rows.
     """
-    from rich.table import Table
-
     if not rows:
         raise ValueError("rows: expected at least one row, got none")
-    backends = [entry.backend for entry in rows[0].entries]
-    units = list(dict.fromkeys(row.unit for row in rows))
-    view = Table(title=f"{rows[0].family} on {rows[0].device}, {rows[0].dtype}", caption=_caption(rows))
-    view.add_column("network")
-    view.add_column("layer", no_wrap=True)
-    for at, name in enumerate(backends):
-        for column in (name, " or ".join(units), *([f"vs {backends[0]}"] if at else [])):
-            view.add_column(column, justify="right", no_wrap=True)
-    for row in rows:
-        cells = [row.network, row.layer]
-        for at, entry in enumerate(row.entries):
-            rate = row.rate(entry)
-            told = f"{rate:.1f}" + (f" {row.unit}" if len(units) > 1 else "") if rate is not None else ABSENT
-            cells += [ABSENT if entry.ms is None else latency_text(entry.ms), told]
-            cells += [ratio_text(row.ratio(entry))] if at else []
-        view.add_row(*cells)
-    return view
+    units, first = list(dict.fromkeys(row.unit for row in rows)), rows[0]
+    header, cells = ["network", "layer"], [[row.network, row.layer] for row in rows]
+    for at, backend in enumerate(entry.name for entry in first.entries):
+        header += [backend, " or ".join(units), *([f"vs {first.entries[0].name}"] if at else [])]
+        for row, of_row in zip(rows, cells, strict=True):
+            entry = row.entries[at]
+            unit = f" {row.unit}" if len(units) > 1 and entry.ms is not None else ""
+            of_row += [
+                ABSENT if entry.ms is None else latency_text(entry.ms),
+                number_text(row.rate(entry), ".1f") + unit,
+            ]
+            of_row += [ratio_text(row.ratio(entry))] if at else []
+    return console_table(f"{first.family} on {first.device}, {first.dtype}", (header, cells), _caption(rows))
 
 
 def _caption(rows: Sequence[BackendRow]) -> str:
     lines = [
         "time: median of the best round; vs: the first backend's time over this one's, above 1× this one is faster"
     ]
-    refused = {(entry.backend, row.op): entry.reason for row in rows for entry in row.entries if entry.reason}
+    refused = {(entry.name, row.op): entry.reason for row in rows for entry in row.entries if entry.reason}
     lines += [f"{backend} cannot run {op}: {reason}" for (backend, op), reason in refused.items()]
     return "\n".join(lines)

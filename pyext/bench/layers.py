@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from kernelpress.bench import networks, ours
-from kernelpress.bench.peers import random_inputs
-from kernelpress.bench.shapes import FAMILIES, FLOAT_BYTES, Case, cases, check_batch
+from kernelpress.bench import networks
+from kernelpress.bench.peers import eager
+from kernelpress.bench.shapes import FAMILIES, FLOAT_BYTES, Call, Case, cases, check_batch
 from kernelpress.ops.registry import Tensors
-from kernelpress.ops.sparse_blocks import BlockCsr
+from kernelpress.ops.sparse_blocks import BlockCsr, conv_weight
 
 __all__ = [
     "ALL_FAMILIES",
@@ -30,6 +33,7 @@ __all__ = [
     "shuffle_concat",
     "sparse_conv2d",
     "sparse_matmul",
+    "tiny",
 ]
 
 SPARSITY, BLOCK = 0.9, 64
@@ -39,6 +43,9 @@ SPARSITY, BLOCK = 0.9, 64
 class Layer:
     """A layer at one shape. `make(device, dtype)` gives fresh tensors for its op, and the options; `elements` of the
     layer's dtype are the least to move, each read or written once. `dtype` is None where any floating one will do.
+
+    `plain` makes of such tensors a call of torch's own operations, which on a GPU run on `library`; that of an int8
+    layer is in bfloat16 and gives other values. `case`: what a dense, depthwise or separable layer is made of.
     """
 
     family: str
@@ -49,7 +56,10 @@ class Layer:
     flops: int
     elements: int
     make: Callable[[torch.device, torch.dtype], tuple[Tensors, dict[str, Any]]]
+    plain: Callable[[Tensors], Call]
+    library: str
     dtype: torch.dtype | None = None
+    case: Case | None = None
 
     def traffic_bytes(self, dtype: torch.dtype) -> int:
         """Least bytes to move in a floating dtype, or in the layer's own."""
@@ -61,29 +71,49 @@ class Layer:
         return self.label + (f" batch {self.batch}" if self.batch != 1 else "")
 
 
-def layers(family: str, *, batch: int = 1) -> tuple[Layer, ...]:
-    """The layers of one of `ALL_FAMILIES`, each shape once.
+def layers(family: str, *, batch: int = 1, is_tiny: bool = False) -> tuple[Layer, ...]:
+    """The layers of one of `ALL_FAMILIES`, each shape once; `is_tiny`: small enough for a dry run.
 
     Raises `ValueError` for an unknown family, or a batch that is not a positive integer.
     """
     if family not in ALL_FAMILIES:
         raise ValueError(f"family: expected one of {', '.join(ALL_FAMILIES)}, got {family!r}")
     if family in FAMILIES:
-        return tuple(map(layer_of_case, cases(family, batch=batch)))
+        return tuple(layer_of_case(case.tiny() if is_tiny else case) for case in cases(family, batch=batch))
     check_batch(batch)
-    return _BUILDERS[family](batch)
+    return tuple(tiny(make) if is_tiny else make() for make in _BUILDERS[family](batch))
+
+
+_Maker = partial[Layer]
+
+_TINY = {"batch": 2, "size": 8, "c_in": 24, "c_out": 24, "channels": 24, "rows": 64, "block": 16}
+_TINY_OF_BLOCKS = {**_TINY, "c_in": 64, "c_out": 64}
+
+
+def tiny(make: _Maker) -> Layer:
+    """The layer in sizes small enough for a dry run, its channels divisible by its groups."""
+    sizes = inspect.signature(make.func).bind(*make.args, **make.keywords).arguments
+    largest = _TINY_OF_BLOCKS if "block" in sizes else _TINY
+    sizes |= {name: min(sizes[name], largest[name]) for name in largest.keys() & sizes.keys()}
+    if sizes.get("groups", 1) > 4:
+        sizes["groups"] = 3 if sizes["groups"] % 3 == 0 else 4
+    return make.func(**sizes)
 
 
 def layer_of_case(case: Case) -> Layer:
     """A case of the families dense, depthwise and separable."""
+    return Layer(
+        *(case.family, case.op, case.network, replace(case, batch=1).label, case.batch, case.flops),
+        elements=case.traffic_bytes // FLOAT_BYTES,
+        make=lambda device, dtype: (case.make(device, dtype), case.options),
+        plain=lambda tensors: eager(case, tensors),
+        library="cuBLAS" if case.op == "linear" else "cuDNN",
+        case=case,
+    )
 
-    def make(device: torch.device, dtype: torch.dtype) -> tuple[Tensors, dict[str, Any]]:
-        with device:
-            inputs = random_inputs(case)
-        return ours.arguments(case, inputs.to(dtype))
 
-    label, elements = replace(case, batch=1).label, case.traffic_bytes // FLOAT_BYTES
-    return Layer(case.family, case.op, case.network, label, case.batch, case.flops, elements, make)
+def _on(function: Callable[..., Tensor]) -> Callable[[Tensors], Call]:
+    return lambda tensors: lambda: function(*tensors)
 
 
 def _image(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
@@ -100,6 +130,12 @@ def _weight(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     return weight if dtype == torch.int8 else weight * torch.Size(shape[1:]).numel() ** -0.5
 
 
+def _shuffled(x: Tensor, groups: int) -> Tensor:
+    """The shuffle as networks write it; a copy."""
+    n, c, h, w = x.shape
+    return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
 def grouped_conv2d(
     network: str, batch: int, size: int, c_in: int, c_out: int, kernel: int, groups: int, shuffle: int = 1
 ) -> Layer:
@@ -111,11 +147,18 @@ def grouped_conv2d(
         x, weight = _image(device, dtype, batch, c_in, size, size), _weight(device, dtype, *weight_shape)
         return [x, weight, _image(device, dtype, c_out)], options
 
+    def plain(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        y = F.relu(F.conv2d(x, weight, bias, 1, kernel // 2, 1, groups), inplace=True)
+        return _shuffled(y, shuffle) if shuffle > 1 else y
+
     shuffled = ", shuffled" if shuffle > 1 else ""
     label = f"{size}×{size} {c_in}→{c_out} {kernel}×{kernel} in {groups} groups{shuffled}"
     weights = torch.Size(weight_shape).numel()
-    elements = pixels * (c_in + c_out) + weights + c_out
-    return Layer("grouped", "grouped_conv2d", network, label, batch, 2 * pixels * weights, elements, make)
+    flops, elements = 2 * pixels * weights, pixels * (c_in + c_out) + weights + c_out
+    return Layer(
+        *("grouped", "grouped_conv2d", network, label, batch, flops, elements, make, _on(plain)),
+        library="cuDNN + shuffle" if shuffle > 1 else "cuDNN",
+    )
 
 
 def channel_shuffle(network: str, batch: int, size: int, channels: int, groups: int) -> Layer:
@@ -124,8 +167,12 @@ def channel_shuffle(network: str, batch: int, size: int, channels: int, groups: 
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Tensors, dict[str, Any]]:
         return [_image(device, dtype, batch, channels, size, size)], {"groups": groups}
 
-    elements = 2 * batch * size * size * channels
-    return Layer("grouped", "channel_shuffle", network, f"{size}×{size} {channels}", batch, 0, elements, make)
+    label, elements, plain = (
+        f"{size}×{size} {channels}",
+        2 * batch * size * size * channels,
+        partial(_shuffled, groups=groups),
+    )
+    return Layer("grouped", "channel_shuffle", network, label, batch, 0, elements, make, _on(plain), "torch")
 
 
 def shuffle_concat(network: str, batch: int, size: int, channels: int) -> Layer:
@@ -134,8 +181,11 @@ def shuffle_concat(network: str, batch: int, size: int, channels: int) -> Layer:
     def make(device: torch.device, dtype: torch.dtype) -> tuple[Tensors, dict[str, Any]]:
         return [_image(device, dtype, batch, channels, size, size) for _ in range(2)], {"groups": 2}
 
+    def plain(a: Tensor, b: Tensor) -> Tensor:
+        return _shuffled(torch.cat([a, b], 1), 2)
+
     label, elements = f"{size}×{size} {channels} and {channels}", 4 * batch * size * size * channels
-    return Layer("grouped", "shuffle_concat", network, label, batch, 0, elements, make)
+    return Layer("grouped", "shuffle_concat", network, label, batch, 0, elements, make, _on(plain), "cat + shuffle")
 
 
 def ghost_conv2d(network: str, batch: int, size: int, c_in: int, c_out: int, activation: str) -> Layer:
@@ -149,9 +199,15 @@ def ghost_conv2d(network: str, batch: int, size: int, c_in: int, c_out: int, act
         pairs = [t for pair in zip(weights, biases, strict=True) for t in pair]
         return [_image(device, dtype, batch, c_in, size, size), *pairs], options
 
+    def plain(x: Tensor, weight: Tensor, bias: Tensor, cheap: Tensor, cheap_bias: Tensor) -> Tensor:
+        act = partial(F.relu, inplace=True) if activation == "relu" else torch.nn.Identity()
+        p = act(F.conv2d(x, weight, bias))
+        return torch.cat([p, act(F.conv2d(p, cheap, cheap_bias, padding=1, groups=primary))], 1)
+
     label = f"{size}×{size} {c_in}→{2 * primary} {activation}"
     flops, elements = 2 * pixels * primary * (c_in + 9), pixels * (c_in + 2 * primary) + primary * (c_in + 11)
-    return Layer("ghost", "ghost_conv2d", network, label, batch, flops, elements, make)
+    library = "conv + conv + cat"
+    return Layer("ghost", "ghost_conv2d", network, label, batch, flops, elements, make, _on(plain), library)
 
 
 def _block_csr(
@@ -163,6 +219,12 @@ def _block_csr(
     return BlockCsr.from_dense(_weight(device, dtype, rows, columns), block, mask=mask)
 
 
+def _dense(tensors: Tensors, shape: tuple[int, int]) -> Tensor:
+    """The weight of a sparse layer."""
+    _, offsets, columns, blocks, _ = tensors
+    return BlockCsr(offsets, columns, blocks, shape).to_dense()  # type: ignore[arg-type]
+
+
 def sparse_matmul(network: str, rows: int, c_in: int, c_out: int, block: int, sparsity: float) -> Layer:
     """`rows` vectors times a weight of which a fraction of the blocks is zero."""
 
@@ -171,10 +233,14 @@ def sparse_matmul(network: str, rows: int, c_in: int, c_out: int, block: int, sp
         x, bias = _image(device, dtype, rows, c_in), _image(device, dtype, c_out)
         return [x, weight.row_offsets, weight.columns, weight.blocks, bias], {}
 
+    def plain(tensors: Tensors) -> Call:
+        dense = _dense(tensors, (c_out, c_in))
+        return lambda: F.linear(tensors[0], dense, tensors[-1])  # type: ignore[arg-type]
+
     kept = round((1 - sparsity) * c_in * c_out)
     label = f"{rows}×{c_in}×{c_out}, {sparsity:.0%} of blocks {block}×{block}"
-    elements = rows * (c_in + c_out) + kept + c_out
-    return Layer("sparse", "sparse_matmul", network, label, 1, 2 * rows * kept, elements, make)
+    flops, elements = 2 * rows * kept, rows * (c_in + c_out) + kept + c_out
+    return Layer("sparse", "sparse_matmul", network, label, 1, flops, elements, make, plain, "cuBLAS, dense")
 
 
 def sparse_conv2d(
@@ -189,16 +255,34 @@ def sparse_conv2d(
         options = {"kernel_size": [kernel] * 2, "padding": [kernel // 2] * 2, "activation": "relu"}
         return [x, weight.row_offsets, weight.columns, weight.blocks, bias], options
 
+    def plain(tensors: Tensors) -> Call:
+        x, bias = tensors[0], tensors[-1]
+        assert x is not None
+        layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        dense = conv_weight(_dense(tensors, (c_out, depth)), c_in, (kernel, kernel)).contiguous(memory_format=layout)
+        return lambda: F.relu(F.conv2d(x, dense, bias, padding=kernel // 2), inplace=True)
+
     kept = round((1 - sparsity) * depth * c_out)
     label = f"{size}×{size} {c_in}→{c_out} {kernel}×{kernel}, {sparsity:.0%} of blocks {block}×{block}"
-    elements = pixels * (c_in + c_out) + kept + c_out
-    return Layer("sparse", "sparse_conv2d", network, label, batch, 2 * pixels * kept, elements, make)
+    flops, elements = 2 * pixels * kept, pixels * (c_in + c_out) + kept + c_out
+    return Layer("sparse", "sparse_conv2d", network, label, batch, flops, elements, make, plain, "cuDNN, dense")
 
 
 def _rescaling(device: torch.device, c_out: int, depth: int) -> list[Tensor]:
     """Scales that bring sums of `depth` products to the size of one, and biases."""
     scale = (torch.rand(c_out, device=device) + 0.5) / (74 * 74 * depth**0.5)
     return [scale, torch.randn(c_out, device=device)]
+
+
+def _in_bfloat16(function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensors], Call]:
+    """Of an int8 layer's x, weight and bias."""
+
+    def plain(tensors: Tensors) -> Call:
+        x, weight, _, bias = tensors
+        real = [t.to(torch.bfloat16) for t in (x, weight, bias) if t is not None]
+        return lambda: F.relu(function(*real), inplace=True)
+
+    return plain
 
 
 def int8_matmul(network: str, rows: int, c_in: int, c_out: int) -> Layer:
@@ -210,8 +294,8 @@ def int8_matmul(network: str, rows: int, c_in: int, c_out: int) -> Layer:
         return [*operands, *_rescaling(device, c_out, c_in)], options
 
     label, flops = f"{rows}×{c_in}×{c_out}", 2 * rows * c_in * c_out
-    elements = rows * c_in + c_out * (c_in + 8) + 2 * rows * c_out
-    return Layer("int8", "int8_matmul", network, label, 1, flops, elements, make, torch.int8)
+    elements, plain = rows * c_in + c_out * (c_in + 8) + 2 * rows * c_out, _in_bfloat16(F.linear)
+    return Layer("int8", "int8_matmul", network, label, 1, flops, elements, make, plain, "cuBLAS bf16", torch.int8)
 
 
 def int8_conv2d(
@@ -235,49 +319,50 @@ def int8_conv2d(
 
     label = f"{size}×{size} {c_in}→{c_out} {kernel}×{kernel}" + (" depthwise" if depthwise else "")
     flops, elements = 2 * pixels * c_out * per_output, pixels * (c_in + c_out) + c_out * (per_output + 8)
-    return Layer("int8", op, network, label, batch, flops, elements, make, torch.int8)
+    plain = _in_bfloat16(partial(F.conv2d, padding=kernel // 2, groups=groups))
+    return Layer("int8", op, network, label, batch, flops, elements, make, plain, "cuDNN bf16", torch.int8)
 
 
-def _grouped(batch: int) -> tuple[Layer, ...]:
+def _grouped(batch: int) -> list[_Maker]:
     v1 = [
         layer
         for size, channels, bottleneck in networks.SHUFFLENET_V1
         for layer in (
-            grouped_conv2d("ShuffleNet V1", batch, size, channels, bottleneck, 1, 3, shuffle=3),
-            grouped_conv2d("ShuffleNet V1", batch, size, bottleneck, channels, 1, 3),
+            partial(grouped_conv2d, "ShuffleNet V1", batch, size, channels, bottleneck, 1, 3, shuffle=3),
+            partial(grouped_conv2d, "ShuffleNet V1", batch, size, bottleneck, channels, 1, 3),
         )
     ]
-    resnext = [grouped_conv2d("ResNeXt-50", batch, size, c, c, 3, 32) for size, c in networks.RESNEXT50]
-    shuffles = [channel_shuffle("ShuffleNet V1", batch, size, c, 3) for size, c, _ in networks.SHUFFLENET_V1]
-    concats = [shuffle_concat("ShuffleNet V2", batch, size, c // 2) for size, c in networks.SHUFFLENET_V2]
-    return (*v1, *resnext, *shuffles, *concats)
+    resnext = [partial(grouped_conv2d, "ResNeXt-50", batch, size, c, c, 3, 32) for size, c in networks.RESNEXT50]
+    shuffles = [partial(channel_shuffle, "ShuffleNet V1", batch, size, c, 3) for size, c, _ in networks.SHUFFLENET_V1]
+    concats = [partial(shuffle_concat, "ShuffleNet V2", batch, size, c // 2) for size, c in networks.SHUFFLENET_V2]
+    return [*v1, *resnext, *shuffles, *concats]
 
 
-def _ghost(batch: int) -> tuple[Layer, ...]:
-    return tuple(
-        ghost_conv2d("GhostNet", batch, size, c_in, c_out, "relu" if is_active else "identity")
+def _ghost(batch: int) -> list[_Maker]:
+    return [
+        partial(ghost_conv2d, "GhostNet", batch, size, c_in, c_out, "relu" if is_active else "identity")
         for size, c_in, c_out, is_active in networks.GHOSTNET
-    )
-
-
-def _sparse(batch: int) -> tuple[Layer, ...]:
-    convolutions = [
-        sparse_conv2d("ResNet-50", batch, *sizes, BLOCK, SPARSITY) for sizes in networks.RESNET50 if sizes[1] >= 128
     ]
-    products = [sparse_matmul("AlexNet", batch, *sizes, BLOCK, SPARSITY) for sizes in networks.ALEXNET_CLASSIFIER]
-    return (*convolutions, *products)
 
 
-def _int8(batch: int) -> tuple[Layer, ...]:
-    convolutions = [int8_conv2d("ResNet-50", batch, *sizes) for sizes in networks.RESNET50]
+def _sparse(batch: int) -> list[_Maker]:
+    of_blocks = (BLOCK, SPARSITY)
+    wide = [sizes for sizes in networks.RESNET50 if sizes[1] >= 128]
+    products = [partial(sparse_matmul, "AlexNet", batch, *sizes, *of_blocks) for sizes in networks.ALEXNET_CLASSIFIER]
+    return [*(partial(sparse_conv2d, "ResNet-50", batch, *sizes, *of_blocks) for sizes in wide), *products]
+
+
+def _int8(batch: int) -> list[_Maker]:
+    convolutions = [partial(int8_conv2d, "ResNet-50", batch, *sizes) for sizes in networks.RESNET50]
     depthwise = [
-        int8_conv2d("MobileNet V2", batch, size, c, c, 3, depthwise=True) for size, c in networks.MOBILENET_V2_DEPTHWISE
+        partial(int8_conv2d, "MobileNet V2", batch, size, c, c, 3, depthwise=True)
+        for size, c in networks.MOBILENET_V2_DEPTHWISE
     ]
-    products = [int8_matmul("AlexNet", batch, *sizes) for sizes in networks.ALEXNET_CLASSIFIER]
-    return (*convolutions, *depthwise, *products)
+    products = [partial(int8_matmul, "AlexNet", batch, *sizes) for sizes in networks.ALEXNET_CLASSIFIER]
+    return [*convolutions, *depthwise, *products]
 
 
-_BUILDERS: Mapping[str, Callable[[int], tuple[Layer, ...]]] = {
+_BUILDERS: Mapping[str, Callable[[int], list[_Maker]]] = {
     "grouped": _grouped,
     "ghost": _ghost,
     "sparse": _sparse,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from kernelpress.measure.latency import threads_set_to
 from kernelpress.runtime import native
 
-__all__ = ["Roofline", "measure_roofline"]
+__all__ = ["Ceilings", "Roofline", "measure_roofline"]
 
 FMA_SECONDS = 0.3
 FMA_BURSTS = 6
@@ -23,8 +24,32 @@ MEMORY_BYTES = 512 << 20
 MAX_LLC_COPY_BYTES = 16 << 20
 
 
+class Ceilings(abc.ABC):
+    """What a machine can do at best (Williams et al. 2009); `kind` is that of the arithmetic."""
+
+    @abc.abstractmethod
+    def peak_gflops(self, kind: str) -> float | None:
+        """GFLOP/s, or int8's GOP/s; None where unknown."""
+
+    @abc.abstractmethod
+    def bandwidth(self, working_set_bytes: int) -> float:
+        """GB/s of the nearest level that holds the working set."""
+
+    def bound_ms(self, flops: int, traffic_bytes: int, kind: str = "fp32") -> float | None:
+        """Least milliseconds for this work and traffic; None where the peak is unknown."""
+        peak = self.peak_gflops(kind)
+        return None if peak is None else 1e-6 * max(flops / peak, traffic_bytes / self.bandwidth(traffic_bytes))
+
+    def limited_by(self, flops: int, traffic_bytes: int, kind: str = "fp32") -> str | None:
+        """Which ceiling gives `bound_ms`: `compute` or `bandwidth`."""
+        peak = self.peak_gflops(kind)
+        if peak is None:
+            return None
+        return "compute" if flops / peak >= traffic_bytes / self.bandwidth(traffic_bytes) else "bandwidth"
+
+
 @dataclass(frozen=True)
-class Roofline:
+class Roofline(Ceilings):
     """Ceilings with `threads` threads: GFLOP/s of register-only FMAs, GB/s (read + written) of copies that stay in the
     private caches, in the shared one, or pass through memory; a level holds working sets up to its `_bytes`."""
 
@@ -48,23 +73,21 @@ class Roofline:
             memory_gbs=max(self.memory_gbs, other.memory_gbs),
         )
 
+    def told(self) -> str:
+        """In one sentence."""
+        fma = "unknown" if self.fma_gflops is None else f"{self.fma_gflops:.0f} GFLOP/s"
+        return (
+            f"{self.threads} threads. Measured peaks: FMA {fma}, copy {self.l2_gbs:.0f} GB/s in L2, "
+            f"{self.llc_gbs:.0f} in the last-level cache, {self.memory_gbs:.0f} in memory (read + written)."
+        )
+
+    def peak_gflops(self, kind: str) -> float | None:
+        return self.fma_gflops if kind == "fp32" else None
+
     def bandwidth(self, working_set_bytes: int) -> float:
-        """GB/s of the nearest level that holds the working set."""
         if working_set_bytes <= self.l2_bytes:
             return self.l2_gbs
         return self.llc_gbs if working_set_bytes <= self.llc_bytes else self.memory_gbs
-
-    def bound_ms(self, flops: int, traffic_bytes: int) -> float | None:
-        """Least milliseconds for this work and traffic (Williams et al. 2009); `None` where the FMA peak is unknown."""
-        if self.fma_gflops is None:
-            return None
-        return 1e-6 * max(flops / self.fma_gflops, traffic_bytes / self.bandwidth(traffic_bytes))
-
-    def limited_by(self, flops: int, traffic_bytes: int) -> str | None:
-        """Which ceiling gives `bound_ms`: `compute` or `bandwidth`."""
-        if self.fma_gflops is None:
-            return None
-        return "compute" if flops / self.fma_gflops >= traffic_bytes / self.bandwidth(traffic_bytes) else "bandwidth"
 
 
 _best_so_far: dict[int, Roofline] = {}

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from kernelpress.bench import networks
+from kernelpress.ops.registry import Tensors
 
-__all__ = ["FAMILIES", "FLOAT_BYTES", "Case", "Stage", "cases", "check_batch"]
+__all__ = ["FAMILIES", "FLOAT_BYTES", "Call", "Case", "Stage", "cases", "check_batch"]
 
 FAMILIES = ("dense", "depthwise", "separable")
 
 FLOAT_BYTES = 4
+
+Call = Callable[[], Tensor]
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,11 @@ class Stage:
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
         return self.c_out, self.c_in // self.groups, self.kernel, self.kernel
+
+    @property
+    def window(self) -> dict[str, list[int]]:
+        """Options of an op with a window."""
+        return {"stride": [self.stride] * 2, "padding": [self.padding] * 2}
 
 
 @dataclass(frozen=True)
@@ -86,6 +99,55 @@ class Case:
     def residual_is_input(self) -> bool:
         return self.residual and len(self.stages) > 1
 
+    def tiny(self) -> Case:
+        """The same in sizes small enough for a dry run."""
+        stages = [
+            replace(stage, c_in=min(stage.c_in, 24), c_out=min(stage.c_out, 24), groups=min(stage.groups, 24))
+            for stage in self.stages
+        ]
+        return replace(self, size=min(self.size, 8), batch=min(self.batch, 2), stages=tuple(stages))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of its op."""
+        last = self.stages[-1]
+        if len(self.stages) == 1:
+            has_window = self.op in ("conv2d", "depthwise_conv2d")
+            return {"activation": last.activation} | (last.window if has_window else {})
+        depthwise = next(stage for stage in self.stages if stage.is_depthwise)
+        activations = {"depthwise_activation": depthwise.activation, "activation": last.activation}
+        expand = {"expand_activation": self.stages[0].activation} if self.op == "inverted_residual" else {}
+        return {**depthwise.window, **activations, **expand}
+
+    def make(self, device: torch.device, dtype: torch.dtype) -> Tensors:
+        """Fresh random tensors of its op, maps in channels_last; weights scaled by their fan-in, so that values keep
+        their size along a chain."""
+
+        def draw(*shape: int) -> Tensor:
+            t = torch.randn(shape, device=device)
+            return t.contiguous(memory_format=torch.channels_last) if self.op != "linear" else t.flatten(1)
+
+        x = draw(*self.x_shape)
+        pairs = [
+            (
+                draw(*stage.weight_shape) * torch.Size(stage.weight_shape[1:]).numel() ** -0.5,
+                torch.randn(stage.c_out, device=device),
+            )
+            for stage in self.stages
+        ]
+        residual = None if not self.residual else x if self.residual_is_input else draw(*self.y_shape)
+        between = [None] if len(self.stages) == 1 else []
+        tensors = [x, *(t for pair in pairs for t in pair), *between, residual]
+        return [None if t is None else t.to(dtype) for t in tensors]
+
+    def split(
+        self, tensors: Sequence[Tensor | None]
+    ) -> tuple[Tensor, list[tuple[Stage, Tensor, Tensor]], Tensor | None]:
+        """x, each stage with its weight and bias, and the residual, of the tensors of its op."""
+        x, *others = tensors
+        pairs = zip(self.stages, others[: 2 * len(self.stages) : 2], others[1 : 2 * len(self.stages) : 2], strict=True)
+        return x, list(pairs), tensors[-1]  # type: ignore[return-value, arg-type]
+
     @property
     def flops(self) -> int:
         """Floating-point operations of the convolutions, a multiplication and an addition counted as two."""
@@ -124,7 +186,7 @@ class Case:
 
 
 def cases(family: str, *, batch: int = 1) -> tuple[Case, ...]:
-    """The layers of one family, each shape once.
+    """The layers of dense, depthwise or separable, each shape once.
 
     Raises `ValueError` for an unknown family, or a batch that is not a positive integer.
     """

@@ -106,6 +106,7 @@ bool join_words(ChainBuilder& chain, const void* words) {
 
 template <class Args, void (*KernelTable::*kKernel)(const Args&)>
 void bind_kernel(py::module_& module, py::class_<Plan>& plan, const char* name) {
+  if constexpr (std::is_same_v<Args, ChainArgs>) return;  // made by joining steps alone
   module.def(name, [name](const py::args& values) {
     const std::vector<int64_t> words = words_of<Args>(name, values);
     const py::gil_scoped_release released;
@@ -165,14 +166,9 @@ PYBIND11_MODULE(_cpu, module) {
           py::arg("first"), py::arg("last"))
       .def("__len__", &Plan::size);
 
-  bind_kernel<Conv2dArgs, &KernelTable::conv2d>(module, plan, "conv2d");
-  bind_kernel<PointwiseConv2dArgs, &KernelTable::pointwise_conv2d>(module, plan, "pointwise_conv2d");
-  bind_kernel<DepthwiseConv2dArgs, &KernelTable::depthwise_conv2d>(module, plan, "depthwise_conv2d");
-  bind_kernel<SeparableConv2dArgs, &KernelTable::separable_conv2d>(module, plan, "separable_conv2d");
-  bind_kernel<InvertedResidualArgs, &KernelTable::inverted_residual>(module, plan, "inverted_residual");
-  bind_kernel<SeparableStemArgs, &KernelTable::separable_stem>(module, plan, "separable_stem");
-  bind_kernel<GlobalAvgPool2dArgs, &KernelTable::global_avg_pool2d>(module, plan, "global_avg_pool2d");
-  bind_kernel<MaxPool2dArgs, &KernelTable::max_pool2d>(module, plan, "max_pool2d");
+#define KP_BIND(name, Args) bind_kernel<Args, &KernelTable::name>(module, plan, #name);
+  KP_KERNELS(KP_BIND)
+#undef KP_BIND
 
   PyObject* types = module.ptr();
   if (!add_snapshot_type(types) || !add_call_types(types) || !add_forms_type(types)) throw py::error_already_set();

@@ -1,7 +1,7 @@
 """Drop-in layers over the ops of kernelpress: they load the state dicts of the modules they replace, and train.
 
 In evaluation they run on packed weights, which are packed anew once the parameters are others or were written to, also
-through `.data` on the CPU; `ops.snapshot.Snapshot` tells what remains invisible.
+through `.data` on the CPU; `runtime.snapshot.Snapshot` tells what remains invisible.
 """
 
 from kernelpress.layers.dense import Conv2d, Linear, PointwiseConv2d

@@ -1,15 +1,10 @@
-"""Files from strangers and files that were damaged: what each kind refuses, that it says why, and that nothing runs."""
+"""Emitted models in files: what comes back, what a stranger may have put in, and that nothing in there runs."""
 
 from __future__ import annotations
 
 import io
 import json
-import math
-import os
-import pickle
 import random
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,39 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from file_kinds import Kind, Network, all_kinds, harm_of, harm_of_content
+from file_kinds import Network
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import kernelpress as kp
-from kernelpress import compress
-from kernelpress.emit import EmissionRecord, EmittedModel, archive, container
+from kernelpress.emit import EmittedModel, archive, container
 from kernelpress.emit.archive import DESCRIPTION, _tensor_from_json, _tensor_to_json
-from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.container import MANIFEST, pack, unpack
 from kernelpress.emit.graph_json import graph_from_json, graph_to_json
-from kernelpress.emit.record import summary_table
-from kernelpress.files.plain import from_plain
-from kernelpress.files.sealed import parse_json, seal, seal_tensors, unseal, unseal_tensors
-from kernelpress.ops.tuning import stored
-from kernelpress.recipe import RecipeError, load_recipe
+from kernelpress.files.sealed import seal, unseal
 from kernelpress.runtime.torch_private import scoped_library
-
-MUTATIONS = 200
-
-KIND_NAMES = [
-    "emitted model", "emitted model, sealed description", "emitted model, sealed manifest", "torch archive",
-    "compressed model", "compressed model, sealed", "training checkpoint", "training checkpoint, sealed",
-    "stage of a run", "stage of a run, sealed", "times of layers", "times of layers, sealed",
-    "tuned configurations", "tuned configurations, sealed", "recipe", "record",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def kinds(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KERNELPRESS_CACHE", "put back afterwards")
-        yield {kind.name: kind for kind in all_kinds(tmp_path_factory.mktemp("kinds"))}
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +157,7 @@ class TestEmittedModels:
         content = (tmp_path / "m.pt2").read_bytes()
         entries = {name: bytes(data) for name, data in unpack(content, "").items()}
         (tmp_path / "m.pt2").write_bytes(
-            pack(entries | {DESCRIPTION: entries[DESCRIPTION].replace(b"test_files.Pair", b"elsewhere.Pair")})
+            pack(entries | {DESCRIPTION: entries[DESCRIPTION].replace(b"test_saved_models.Pair", b"elsewhere.Pair")})
         )
         with pytest.raises(ValueError, match=r"'elsewhere\.Pair' is unknown: import the package that defines it"):
             kp.load(tmp_path / "m.pt2")
@@ -198,7 +171,7 @@ class Pair:
     second: Tensor
 
 
-torch.export.register_dataclass(Pair, serialized_type_name="test_files.Pair")
+torch.export.register_dataclass(Pair, serialized_type_name="test_saved_models.Pair")
 
 
 class _Reader(nn.Module):
@@ -486,257 +459,3 @@ class TestContainer:
             assert {name: archive.read(name) for name in archive.namelist() if name != MANIFEST} == entries
         assert {name: bytes(data) for name, data in unpack(path.read_bytes(), "it").items()} == entries
         assert torch.export.load(path).module()(torch.randn(2, 3, 8, 8))["flat"].shape[0] == 2
-
-
-CONTENT = {"a": [1, 2.5, None, "é\u2028\x1b"], "b": {"c": float("inf")}}
-
-
-class TestSeals:
-    def test_content_comes_back(self):
-        assert unseal(seal("thing", 1, CONTENT), "thing", 1, "it") == CONTENT
-
-    def test_every_byte_and_every_length_counts(self):
-        good = seal("thing", 1, CONTENT)
-        for place in range(len(good)):
-            for bit in range(8):
-                changed = bytearray(good)
-                changed[place] ^= 1 << bit
-                with pytest.raises(ValueError, match=r"it is|it was"):
-                    unseal(bytes(changed), "thing", 1, "it")
-            with pytest.raises(ValueError, match="truncated" if place > 16 else "damaged"):
-                unseal(good[:place], "thing", 1, "it")
-
-    def test_what_it_is_is_told(self):
-        with pytest.raises(ValueError, match=r"newer format 3, written by kernelpress .*; kernelpress .* reads 2"):
-            unseal(seal("thing", 3, {}), "thing", 2, "it")
-        with pytest.raises(ValueError, match="holds a 'thing' in format 1, expected a 'thing' in format 2"):
-            unseal(seal("thing", 1, {}), "thing", 2, "it")
-        with pytest.raises(ValueError, match="holds a 'thing' in format 1, expected a 'other' in format 1"):
-            unseal(seal("thing", 1, {}), "other", 1, "it")
-        with pytest.raises(ValueError, match="not sealed"):
-            unseal(b'{"a": 1}', "thing", 1, "it")
-
-    def test_tensors_come_back_and_every_byte_counts(self):
-        tensors = {"x": torch.randn(3, 2), "empty": torch.empty(0, 4), "i": torch.arange(5)}
-        good = seal_tensors("thing", 1, tensors, CONTENT)
-        found, content = unseal_tensors(good, "thing", 1, "it")
-        assert content == CONTENT
-        assert found.keys() == tensors.keys()
-        assert all(torch.equal(found[name], tensors[name]) for name in tensors)
-        assert seal_tensors("thing", 1, tensors, CONTENT) == good, "the same tensors make the same file"
-        for place in range(len(good)):
-            changed = bytearray(good)
-            changed[place] ^= 1 << random.randrange(8)
-            with pytest.raises(ValueError, match=r"^it"):
-                unseal_tensors(bytes(changed), "thing", 1, "it")
-        with pytest.raises(ValueError, match="truncated: "):
-            unseal_tensors(good[:-1], "thing", 1, "it")
-        with pytest.raises(ValueError, match="newer format 2"):
-            unseal_tensors(seal_tensors("thing", 2, tensors, {}), "thing", 1, "it")
-
-    @pytest.mark.parametrize(
-        "text", [b"[" * 100_000, b'{"a":' * 100_000, b'{"a": 1, "a": 2}', b"9" * 10_000, b"\xff", b""]
-    )
-    def test_json_of_a_stranger_is_refused_by_name(self, text):
-        with pytest.raises(ValueError, match="it is damaged: no JSON"):
-            parse_json(text, "it")
-
-
-class TestRecords:
-    def test_types_are_checked_to_the_bottom(self):
-        record = kp.emit(
-            nn.Conv2d(3, 4, 1).eval(), torch.randn(1, 3, 4, 4), progress=False, cost=lambda candidate: 1.0
-        ).record
-        stored = json.loads(json.dumps(record.to_json()))
-        assert EmissionRecord.from_json(stored) == record
-        for place, value, reason in (
-            (("device",), 5, r"record\.device: expected str, got 5"),
-            (("places",), {}, r"record\.places: expected"),
-            (("places", 0, "flops"), "7", r"record\.places\[0\]\.flops: expected int"),
-            (("places", 0, "flops"), 2**64, r"flops: expected int"),
-            (("places", 0, "flops"), True, r"flops: expected int"),
-            (("places", 0, "shape"), [1, "x"], r"shape\[1\]: expected int"),
-            (("places", 0, "candidates", 0, "name"), None, r"candidates\[0\]\.name: expected str"),
-            (("places", 0, "more"), 1, "unknown or missing in a PlaceRecord: more"),
-            (("emitted_milliseconds",), 0.0, "above zero"),
-        ):
-            changed = json.loads(json.dumps(stored))
-            owner: Any = changed
-            for key in place[:-1]:
-                owner = owner[key]
-            owner[place[-1]] = value
-            with pytest.raises(ValueError, match=reason):
-                EmissionRecord.from_json(changed)
-        with pytest.raises(ValueError, match="expected the fields of a EmissionRecord, got"):
-            from_plain(EmissionRecord, [], "record")
-        assert "\x1b" not in summary_table(EmissionRecord.from_json({**stored, "device": "\x1b[2J"}))
-
-
-class TestCaches:
-    @pytest.fixture(autouse=True)
-    def folder(self, tmp_path, monkeypatch) -> Path:
-        monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path))
-        stored.forget()
-        return tmp_path
-
-    @pytest.mark.parametrize("damage", ["cut", "flipped", "text", "older"])
-    def test_a_damaged_cache_of_times_is_told_and_replaced(self, folder, damage):
-        cpu = torch.device("cpu")
-        cache = TimingCache(cpu)
-        cache.put("layer", 1.0)
-        cache.save()
-        (file,) = folder.iterdir()
-        good = file.read_bytes()
-        older = json.dumps({"device": cache._key, "milliseconds": {"layer": 1.0}}).encode()
-        damaged = {"cut": good[:-9], "flipped": good.replace(b"1.0", b"1.5"), "text": b"hello", "older": older}
-        file.write_bytes(damaged[damage])
-        with pytest.warns(UserWarning, match=rf"{file.name} is .*timed anew"):
-            again = TimingCache(cpu)
-        assert again.get("layer") is None
-        again.put("layer", 2.0)
-        with pytest.warns(UserWarning, match="timed anew"):
-            again.save()
-        assert TimingCache(cpu).get("layer") == 2.0
-
-    @pytest.mark.parametrize("time", [math.nan, math.inf, -1.0, 0.0, 1e300, "1.0", None, True, [1.0], 10**400])
-    def test_absurd_times_are_not_taken(self, folder, time):
-        cpu = torch.device("cpu")
-        cache = TimingCache(cpu)
-        cache.put("layer", 1.0)
-        cache.save()
-        (file,) = folder.iterdir()
-        content = {"device": cache._key, "milliseconds": {"layer": time, "other": 1.0}}
-        file.write_bytes(seal("times of layers", 1, content))
-        with pytest.warns(UserWarning, match="timed anew"):
-            assert TimingCache(cpu)._times == {}
-
-    def test_a_damaged_cache_of_tiles_is_told(self, folder):
-        file = stored.path_of("device")
-        file.write_bytes(seal("tuned configurations", 1, {"device": "device", "configurations": {"a": "b"}})[:-5])
-        with pytest.warns(UserWarning, match="what was tuned before is forgotten"):
-            assert stored._read(file, "device") == {}
-
-
-def growing(form: str) -> str:
-    """Nine names for nine times what the name before stands for."""
-    pairs = zip("abcdefgh", "bcdefghi", strict=True)
-    return "".join(f"{new}: &{new} {form.format(', '.join([f'*{old}'] * 9))}\n" for old, new in pairs)
-
-
-class TestRecipes:
-    BASE = "model: {name: resnet20}\ntrain: {epochs: 1}\n"
-
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "a: &a [x, x]\n" + growing("[{}]"), "a: &a {x: 1}\n" + growing("{{<<: [{}]}}"),
-            "title: &a [*a]",
-            "title: &a {b: *a}",
-            "title: " + "[" * 5000,
-            "title: " + "[" * 30 + "]" * 30,
-            "title: !!python/object/apply:os.system ['touch executed']",
-            "title: !!python/name:os.system ''",
-            "title: !<tag:yaml.org,2002:python/object/new:os.system> [touch executed]",
-            "seed: 2001-99-99",
-            "seed: " + "1:" * 20_000 + "1",
-            "seed: " + "9" * 5000,
-            "title: " + "x" * 5000,
-            "? [1, 2]\n: 3",
-            "title: x\n" * 100_000,
-        ],
-    )  # fmt: skip
-    def test_what_grows_runs_or_never_ends_is_refused(self, tmp_path, monkeypatch, text):
-        monkeypatch.chdir(tmp_path)
-        (tmp_path / "recipe.yaml").write_text(self.BASE + text)
-        with pytest.raises(RecipeError, match=r"recipe\.yaml"):
-            load_recipe(tmp_path / "recipe.yaml")
-        assert not (tmp_path / "executed").exists()
-
-    def test_aliases_and_merges_still_serve(self, tmp_path):
-        (tmp_path / "r.yaml").write_text(
-            "model: resnet20\ntrain: &t {epochs: 3, lr: 0.1}\nfinetune: {<<: *t, lr: 0.2}\nmeasure: {peers: [eager]}\n"
-        )
-        recipe = load_recipe(tmp_path / "r.yaml")
-        assert (recipe.finetune.epochs, recipe.finetune.lr) == (3, 0.2)
-
-
-class TestCompressedModels:
-    def test_a_file_without_a_seal_and_a_newer_one_are_told(self, tmp_path):
-        from safetensors.torch import save_file
-
-        model = nn.Sequential(nn.Conv2d(3, 4, 1))
-        save_file(model.state_dict(), tmp_path / "plain.safetensors", metadata={"kernelpress.compress": "{}"})
-        with pytest.raises(ValueError, match=r"plain\.safetensors is a safetensors file, but not sealed"):
-            compress.load(tmp_path / "plain.safetensors", model)
-        (tmp_path / "new.safetensors").write_bytes(seal_tensors("compressed model", 2, model.state_dict(), {}))
-        with pytest.raises(ValueError, match=r"new\.safetensors is of the newer format 2"):
-            compress.load(tmp_path / "new.safetensors", model)
-
-    @pytest.mark.parametrize(
-        "sizes",
-        [{"0": {"forward": 1}}, {"0": {"weight": 1}}, {"": {"training": 1}}, {"0": {}}, {"0": {"in_channels": -3}}],
-    )  # fmt: skip
-    def test_sizes_set_nothing_else(self, tmp_path, sizes):
-        model = nn.Sequential(nn.Conv2d(3, 4, 1))
-        compress.save(model, tmp_path / "m")
-        tensors, content = unseal_tensors((tmp_path / "m").read_bytes(), "compressed model", 1, "")
-        named = {"0": {**content["sizes"]["0"], **sizes["0"]}} if sizes.get("0") else sizes
-        (tmp_path / "m").write_bytes(seal_tensors("compressed model", 1, tensors, {**content, "sizes": named}))
-        with pytest.raises(ValueError, match="not the architecture"):
-            compress.load(tmp_path / "m", model)
-        assert callable(model[0].forward)
-
-
-class TestMutations:
-    """A few of the mutations that `make fuzz` tries by the thousand, others in each run."""
-
-    @pytest.mark.parametrize("name", KIND_NAMES)
-    def test_no_mutated_file_runs_code_crashes_hangs_or_passes(self, kinds, name, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        seed = int(os.environ.get("KERNELPRESS_TEST_SEED", "0"))
-        for index in range(MUTATIONS):
-            edits = kinds[name].draw(random.Random(f"{seed} {name} {index}"))
-            assert harm_of(kinds[name], edits) is None, f"file {index} of seed {seed}, after {edits}"
-        assert list(tmp_path.iterdir()) == []
-
-    def test_every_kind_is_tried(self, kinds):
-        assert list(kinds) == KIND_NAMES
-
-    @pytest.mark.parametrize(
-        ("read", "harm"),
-        [
-            (lambda path: pickle.loads(pickle.dumps(Path("x"))), r"runs pickle\.find_class"),
-            (lambda path: eval("1 + 1"), "runs compile"),
-            (lambda path: path.with_name("other").write_text("x"), "runs open"),
-            (lambda path: subprocess.run(["true"]), "runs subprocess.Popen|runs os.posix_spawn"),
-            (lambda path: {}["x"], "KeyError instead of a refusal"),
-            (lambda path: None, "passes as good"),
-            (lambda path: bytearray(400 << 20).count(b"x"), "reading it took"),
-        ],
-    )
-    def test_harm_is_seen(self, tmp_path, read, harm):
-        kind = Kind("toy", tmp_path / "file", b"good", lambda: read(tmp_path / "file") and None)
-        assert (found := harm_of_content(kind, b"bad")) is not None
-        assert any(part in found for part in harm.replace("\\", "").split("|"))
-
-    def test_the_script_goes_on_where_it_stopped_and_prints_the_smallest_mutation(self, tmp_path):
-        script, state = Path(__file__).with_name("fuzz_files.py"), tmp_path / "state.json"
-        program = f"""
-import pathlib, sys
-sys.path.insert(0, {str(script.parent)!r})
-sys.argv = ["fuzz_files.py", "--count", "60", "--only", "times"]
-import fuzz_files
-from kernelpress.files import sealed
-fuzz_files.STATE = pathlib.Path({str(state)!r})
-assert fuzz_files.main() == 0 and not fuzz_files.STATE.exists()
-sealed._is_as_written = lambda *_: True
-sys.exit(fuzz_files.main())
-"""
-        state.write_text('{"seed": 5, "times of layers": 40}')
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert done.returncode == 1, done.stderr
-        whole, _, blind = done.stdout.partition("no harm")
-        assert "seed 5" in whole
-        assert "times of layers, sealed: 60 refused or harmless" in whole
-        assert "it passes as good\n  after [(" in blind
-        assert json.loads(state.read_text()).keys() == {"seed"}

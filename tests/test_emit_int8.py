@@ -1,0 +1,320 @@
+"""Emission of quantized models of other people's making onto int8 layers."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from emitting import Apply, assert_saving_and_capture_keep, emit_onto, ops_of, prefer_ops
+from support import with_random_norms
+from torch import nn
+
+import kernelpress as kp
+from kernelpress.emit.evaluate import INT8_TOLERANCE, relative_error
+from kernelpress.runtime.torch_private import define_quantized_ops
+
+pytestmark = pytest.mark.usefixtures("own_cache", "every_match_is_exact")
+
+define_quantized_ops()
+quantized = torch.ops.quantized_decomposed
+
+
+INT8 = ("int8_conv2d", "int8_depthwise_conv2d", "int8_matmul", "int8_add", "quantize", "dequantize")
+
+
+class Quantized(nn.Module):
+    """A tensor rounded to int8, or uint8, and back."""
+
+    def __init__(self, scale, zero_point=0, dtype=torch.int8, limits=None):
+        super().__init__()
+        low, high = limits or ((-128, 127) if dtype == torch.int8 else (0, 255))
+        self.arguments = (scale, zero_point, low, high, dtype)
+
+    def forward(self, x):
+        return quantized.dequantize_per_tensor(quantized.quantize_per_tensor(x, *self.arguments), *self.arguments)
+
+
+class QuantizedWeight(nn.Module):
+    """A convolution or linear layer whose weight is int8 per output channel."""
+
+    def __init__(self, layer, values=None):
+        super().__init__()
+        weight = layer.weight.detach()
+        scale = weight.flatten(1).abs().amax(1) / 127
+        zero_point = torch.zeros(len(scale), dtype=torch.int64)
+        self.layer, self.arguments = layer, (0, -128, 127, torch.int8)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+        self.register_buffer("values", quantized.quantize_per_channel(weight, scale, zero_point, *self.arguments))
+        layer.weight = None
+
+    def forward(self, x):
+        weight = quantized.dequantize_per_channel(self.values, self.scale, self.zero_point, *self.arguments)
+        if isinstance(self.layer, nn.Linear):
+            return F.linear(x, weight, self.layer.bias)
+        return self.layer._conv_forward(x, weight, self.layer.bias)
+
+
+def emit_int8(model, x):
+    return emit_onto(model.eval(), x, *INT8)
+
+
+def assert_as_rounded(emitted, model, x):
+    """Float outputs agree as closely as a few values, rounded to the other of two neighbours, allow."""
+    with torch.no_grad():
+        assert relative_error(emitted(x), model(x)) <= INT8_TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
+@pytest.mark.parametrize(
+    ("layer", "op", "sizes"),
+    [
+        (lambda: nn.Conv2d(6, 8, 3, 2, 1), "int8_conv2d", (6, 9, 8)),
+        (lambda: nn.Conv2d(6, 8, 1, bias=False), "int8_conv2d", (6, 9, 8)),
+        (lambda: nn.Conv2d(6, 12, 3, padding=2, dilation=2, groups=6), "int8_depthwise_conv2d", (6, 9, 8)),
+        (lambda: nn.Linear(20, 8), "int8_matmul", (20,)),
+        (lambda: nn.Linear(20, 8), "int8_matmul", (3, 20)),
+    ],
+    ids=["3x3", "1x1", "depthwise", "linear", "linear of rows"],
+)
+def test_layers_between_quantizations_compute_in_int8(layer, op, sizes, dtype, tmp_path):
+    zero_point = 3 if dtype == torch.int8 else 131
+    model = nn.Sequential(Quantized(0.03, zero_point, dtype), QuantizedWeight(layer()), nn.ReLU()).eval()
+    x = torch.randn(2, *sizes)
+    emitted = emit_int8(model, x)
+    assert ops_of(emitted) == ["quantize", op]
+    for inputs in (x, torch.randn(5, *sizes)):
+        torch.testing.assert_close(emitted(inputs), model(inputs), rtol=1e-5, atol=1e-5)
+    assert_saving_and_capture_keep(emitted, tmp_path, x)
+
+
+def test_int8_stays_int8_between_layers(tmp_path):
+    model = nn.Sequential(
+        *(Quantized(0.03, 120, torch.uint8), QuantizedWeight(nn.Conv2d(6, 8, 3, padding=1)), nn.ReLU()),
+        *(Quantized(0.01, 0, torch.uint8), QuantizedWeight(nn.Conv2d(8, 8, 3, padding=1, groups=8)), nn.ReLU6()),
+        *(Quantized(0.005, 0, torch.uint8), QuantizedWeight(nn.Conv2d(8, 12, 1)), Quantized(0.01, 99, torch.uint8)),
+    ).eval()
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model, x)
+    assert ops_of(emitted) == ["quantize", "int8_conv2d", "int8_depthwise_conv2d", "int8_conv2d", "dequantize"]
+    assert_as_rounded(emitted, model, torch.randn(3, 6, 9, 8))
+    assert_saving_and_capture_keep(emitted, tmp_path, x)
+
+
+def test_an_int8_residual_is_added_in_the_layer_and_two_branches_in_a_sum(tmp_path):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.other = (QuantizedWeight(nn.Conv2d(8, 8, 3, padding=1)) for _ in range(2))
+            self.first, self.second, self.third = Quantized(0.03), Quantized(0.04, -5), Quantized(0.05, 7)
+
+        def forward(self, x):
+            x = self.first(x)
+            x = self.second(F.relu(self.inner(x) + x))
+            return self.third(self.third(self.other(x)) + x)
+
+    model = Block().eval()
+    x = torch.randn(2, 8, 6, 5)
+    emitted = emit_int8(model, x)
+    assert ops_of(emitted) == ["quantize", "int8_conv2d", "int8_conv2d", "int8_add", "dequantize"]
+    assert_as_rounded(emitted, model, torch.randn(3, 8, 6, 5))
+    assert_saving_and_capture_keep(emitted, tmp_path, x)
+
+
+def test_a_float_residual_comes_with_a_float_output():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.quantized, self.conv = Quantized(0.03), QuantizedWeight(nn.Conv2d(8, 8, 3, padding=1))
+
+        def forward(self, x):
+            return self.quantized(F.relu(self.conv(self.quantized(x)) + x))
+
+    model = Block().eval()
+    x = torch.randn(2, 8, 6, 5)
+    emitted = emit_int8(model, x)
+    assert ops_of(emitted) == ["quantize", "int8_conv2d", "quantize", "dequantize"]
+    assert_as_rounded(emitted, model, x)
+
+
+def test_a_batch_norm_behind_a_quantized_weight_goes_into_its_scale():
+    model = nn.Sequential(Quantized(0.03), QuantizedWeight(nn.Conv2d(6, 8, 3, bias=False)), nn.BatchNorm2d(8))
+    with torch.no_grad():
+        with_random_norms(model)[2].weight[0] = -0.7
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model, x)
+    assert ops_of(emitted) == ["quantize", "int8_conv2d"]
+    torch.testing.assert_close(emitted(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_scales_in_tensors_are_read():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = QuantizedWeight(nn.Conv2d(6, 8, 3))
+            self.register_buffer("scale", torch.tensor(0.03))
+            self.register_buffer("zero_point", torch.tensor(4))
+
+        def forward(self, x):
+            limits = (self.scale, self.zero_point, -128, 127, torch.int8)
+            x = quantized.quantize_per_tensor.tensor(x, *limits)
+            return self.conv(quantized.dequantize_per_tensor.tensor(x, *limits))
+
+    model = Scaled().eval()
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model, x)
+    assert ops_of(emitted) == ["quantize", "int8_conv2d"]
+    torch.testing.assert_close(emitted(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_values_that_are_only_moved_between_equal_quantizations_stay_int8():
+    quantizer = Quantized(0.01, 0, torch.uint8)
+    model = nn.Sequential(
+        *(Quantized(0.03), QuantizedWeight(nn.Conv2d(6, 8, 3)), nn.ReLU(), quantizer, nn.Flatten(), quantizer),
+        QuantizedWeight(nn.Linear(8 * 4 * 3, 5)),
+    ).eval()
+    x = torch.randn(2, 6, 6, 5)
+    emitted = emit_int8(model, x)
+    assert ops_of(emitted) == ["quantize", "int8_conv2d", "aten.flatten.using_ints", "int8_matmul"]
+    assert_as_rounded(emitted, model, torch.randn(3, 6, 6, 5))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        nn.Sequential(Quantized(0.01), nn.Flatten(), Quantized(0.02)),
+        nn.Sequential(Quantized(0.01), nn.MaxPool2d(2), nn.Flatten(), Quantized(0.01)),
+    ],
+    ids=["another scale", "a pool"],
+)
+def test_between_other_quantizations_values_are_floats(between):
+    model = nn.Sequential(QuantizedWeight(nn.Conv2d(6, 8, 3)), between)
+    emitted = emit_int8(model, torch.randn(2, 6, 6, 6))
+    assert ops_of(emitted).count("quantize") == 2
+    assert_as_rounded(emitted, model, torch.randn(3, 6, 6, 6))
+
+
+def test_a_dequantized_tensor_that_is_also_returned_feeds_an_int8_layer():
+    def forward(x, quantizer, conv):
+        x = quantizer(x)
+        return conv(x), x
+
+    model = Apply(forward, Quantized(0.03), QuantizedWeight(nn.Conv2d(6, 8, 3))).eval()
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model, x)
+    assert sorted(ops_of(emitted)) == ["dequantize", "int8_conv2d", "quantize"]
+    for ours, theirs in zip(emitted(x), model(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_int8_values_that_are_returned_are_int8():
+    class Returned(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.quantized, self.conv = Quantized(0.03, 2), QuantizedWeight(nn.Conv2d(6, 8, 3))
+
+        def forward(self, x):
+            return quantized.quantize_per_tensor(self.conv(self.quantized(x)), 0.02, -3, -128, 127, torch.int8)
+
+    model = Returned().eval()
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model, x)
+    assert ops_of(emitted) == ["quantize", "int8_conv2d"]
+    assert emitted(x).dtype == torch.int8
+    assert_as_rounded(emitted, model, x)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [Quantized(0.03, 0, torch.uint8, (0, 127)), Quantized(0.03, 0, limits=(-127, 127)), nn.Identity()],
+    ids=["uint8 of 7 bits", "symmetric limits", "float input"],
+)
+def test_other_ranges_and_float_inputs_stay_as_they_are(quantizer):
+    model = nn.Sequential(quantizer, QuantizedWeight(nn.Conv2d(6, 8, 3))).eval()
+    x = 5 * torch.randn(2, 6, 9, 8)
+    emitted = kp.emit(model, x, cost=prefer_ops(*INT8), progress=False)
+    assert "quantize" not in ops_of(emitted)
+    torch.testing.assert_close(emitted(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_asymmetric_weights_and_grouped_convolutions_in_int8_stay_in_float():
+    shifted = QuantizedWeight(nn.Conv2d(6, 8, 3))
+    shifted.zero_point += 9
+    for layer in (shifted, QuantizedWeight(nn.Conv2d(6, 8, 3, groups=2))):
+        model = nn.Sequential(Quantized(0.03), layer).eval()
+        x = torch.randn(2, 6, 9, 8)
+        emitted = emit_int8(model, x)
+        assert not [name for name in ops_of(emitted) if name.startswith("int8")]
+        torch.testing.assert_close(emitted(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_dequantization_read_by_several_layers_left_in_float_is_computed_once():
+    def forward(x, quantizer, a, b):
+        x = quantizer(x)
+        return a(x), b(x)
+
+    model = Apply(forward, Quantized(0.03), nn.Conv2d(6, 8, 3), nn.Conv2d(6, 8, 1)).eval()
+    emitted = emit_int8(model, torch.randn(2, 6, 9, 8))
+    assert ops_of(emitted).count("dequantize") == 1
+
+
+def test_steps_of_int8_are_told_apart_from_errors():
+    expected = torch.randint(-100, 100, (1000,), dtype=torch.int8)
+    one_off, two_off, all_off = expected.clone(), expected.clone(), expected + 1
+    one_off[3] += 1
+    two_off[3] += 2
+    assert 0 < relative_error(one_off, expected) <= INT8_TOLERANCE
+    assert relative_error(two_off, expected) == float("inf")
+    assert relative_error(all_off, expected) > INT8_TOLERANCE
+
+
+def test_a_model_with_quantizations_left_in_it_loads_where_nobody_has_registered_them(tmp_path):
+    model = nn.Sequential(Quantized(0.03), QuantizedWeight(nn.Conv2d(6, 8, 3))).eval()
+    x = torch.ones(2, 6, 9, 8)
+    kp.emit(model, x, cost=prefer_ops(), progress=False).save(tmp_path / "m.pt2")
+    script = (
+        "import sys, torch, kernelpress as kp\n"
+        "assert not hasattr(torch.ops.quantized_decomposed, 'quantize_per_tensor')\n"
+        "print(float(kp.load(sys.argv[1])(torch.ones(2, 6, 9, 8)).sum()))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "m.pt2")], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert float(run.stdout) == pytest.approx(model(x).sum().item(), rel=1e-4)
+
+
+def test_a_model_quantized_by_torchao_runs_in_int8(tmp_path):
+    pytest.importorskip("torchao", reason="needs torchao: pip install torchao")
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+            self.depthwise, self.project = nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.Conv2d(8, 8, 1)
+            self.classify = nn.Linear(8, 4)
+
+        def forward(self, x):
+            x = self.stem(x)
+            y = F.relu(self.project(F.relu(self.depthwise(x))) + x)
+            return self.classify(y.mean((2, 3)))
+
+    x = torch.randn(4, 3, 12, 12)
+    dynamic = ({0: torch.export.Dim.AUTO},)
+    # Before torch 2.12 a quantizer knows the modules of strictly exported graphs alone.
+    exported = torch.export.export(with_random_norms(Net()), (x,), dynamic_shapes=dynamic, strict=True).module()
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(exported, quantizer)
+    prepared(x)
+    model = convert_pt2e(prepared)
+    emitted = kp.emit(model, x, cost=prefer_ops(*INT8), progress=False)
+    assert not emitted.record.kept_original, emitted.record.reason
+    names = ops_of(emitted)
+    layers = [name for name in names if name.startswith("int8")]
+    assert layers == ["int8_conv2d", "int8_depthwise_conv2d", "int8_conv2d", "int8_matmul"]
+    assert not [name for name in names if name.startswith(("aten.conv", "aten.linear", "quantized_decomposed"))]
+    assert relative_error(emitted(x[:3]), model(x[:3])) <= 10 * INT8_TOLERANCE
+    assert_saving_and_capture_keep(emitted, tmp_path, x)
