@@ -141,10 +141,11 @@ def _train(run: Run, step: RunStep, key: str) -> dict[str, Any]:
 
 def _compress(run: Run, step: RunStep, _: str) -> dict[str, Any]:
     before = run.model(step.before)
+    earlier = len(compress.record_of(before))
     torch.manual_seed(run.recipe.seed)
     context = PassContext(step.section, *run.loaders, (run.images(1),), run.recipe.seed, run.model, run.dense)
     model = known_passes()[step.name].run(before, context)
-    if len(compress.record_of(model)) != len(compress.record_of(before)) + 1:
+    if len(compress.record_of(model)) != earlier + 1:
         raise RuntimeError(f"{step.name}: expected the pass to add its record to the model that it returns")
     run.tell("  " + compress.record_of(model)[-1].costs())
     return _keep(run, step, model)
