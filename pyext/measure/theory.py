@@ -87,7 +87,7 @@ def int8_peak_ratio(device: str = "cpu") -> float:
     x, y = (torch.randint(-128, 128, (PRODUCT_SIZE, PRODUCT_SIZE), device=device, dtype=torch.int8) for _ in range(2))
     a, b = x.float(), y.float()
     try:
-        # Two columns that follow each other in memory are what every device's kernels take.
+        # cuBLAS takes the second operand by columns.
         return max(1.0, _least_seconds(lambda: a @ b, device) / _least_seconds(lambda: int_mm(x, y.t()), device))
     except RuntimeError:
         # This torch has no such product here, so none faster than the float one.
