@@ -74,7 +74,7 @@ class Resized:
         return model
 
     def __str__(self) -> str:
-        name = "weight" if "weight" in self.after else next(iter(self.after), "")
+        name = max(self.after, key=lambda name: math.prod(self.after[name]), default="")
         return f"{list(self.before[name])} → {list(self.after[name])}" if name else f"sizes {self.sizes}"
 
 

@@ -67,7 +67,8 @@ class PassRecord:
         shown = [
             c for c in self.changes if not isinstance(c, Resized) or max(map(len, c.after.values()), default=0) > 1
         ]
-        return [(printable(change.layer), printable(str(change))) for change in shown]
+        # The parameters of a parametrised weight lie below its layer.
+        return [(printable(c.layer.partition(".parametrizations.")[0]), printable(str(c))) for c in shown]
 
     def kept(self) -> list[str]:
         """A line for every reason why layers were left as they were."""
