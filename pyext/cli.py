@@ -7,10 +7,9 @@ Exit status: 0 done, 1 the result is not what the recipe requires, 2 the user's 
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except KeyboardInterrupt:
-        again = "; the same command goes on from the last finished stage" if options.command == "press" else ""
+        again = "; the same command goes on from the last finished step" if options.command == "press" else ""
         print(f"\nkernelpress: interrupted{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -55,12 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     press = commands.add_parser("press", help="compress, emit, measure, write the report")
     press.add_argument("recipe", type=Path, help="a YAML file; see recipes/")
     press.add_argument("--output", type=Path, metavar="DIR", help="where to write, instead of the recipe's own folder")
-    press.add_argument("--fresh", action="store_true", help="do every stage again, whatever the folder holds")
+    press.add_argument("--fresh", action="store_true", help="do every step again, whatever the folder holds")
     press.set_defaults(run=_press)
 
     profile = commands.add_parser("profile", help="what a model costs, in real and proxy metrics")
     profile.add_argument(
-        "model", metavar="MODEL", help="a name of kernelpress.models, a .pt2 file, or package.module:factory"
+        "model",
+        metavar="MODEL",
+        help="a name of kernelpress.models, timm:… (torchvision:, transformers:), package.module:factory, a .pt2 file",
     )
     profile.add_argument("--batch", type=_positive, default=1, help="images per inference (default 1)")
     profile.add_argument(
@@ -126,8 +127,8 @@ def _press(options: argparse.Namespace) -> int:
         raise ImportError(f"press takes {error.name}: pip install 'kernelpress[all]'") from error
 
     def tell(line: str) -> None:
-        stage, colon, rest = line.partition(": ")
-        console.print(f"[bold]{stage}[/bold]: " if colon else line, end="" if colon else "\n", soft_wrap=True)
+        step, colon, rest = line.partition(": ")
+        console.print(f"[bold]{step}[/bold]: " if colon else line, end="" if colon else "\n", soft_wrap=True)
         if colon:
             console.print(rest, markup=False, soft_wrap=True)
 
@@ -205,32 +206,13 @@ def _image_of(model: Any, options: argparse.Namespace) -> Any:
 
 def _model(name: str) -> Any:
     """The module that a name, a file or `package.module:factory` stands for."""
-    from torch import nn
-
     from kernelpress import models
 
     if name.endswith(".pt2"):
         if not Path(name).is_file():
             raise FileNotFoundError(f"MODEL: {name} does not exist")
         return kernelpress.load(name)
-    if ":" not in name:
-        if name not in models.names():
-            known = ", ".join(models.names())
-            raise ValueError(f"MODEL: expected one of {known}, a .pt2 file or package.module:factory, got {name!r}")
-        return models.create(name).eval()
-    module_name, _, factory_name = name.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ImportError(f"MODEL: cannot import {module_name}: {error}") from error
-    factory: Callable[[], Any] | None = getattr(module, factory_name, None)
-    if not callable(factory):
-        raise ValueError(f"MODEL: {module_name} has no function {factory_name!r}")
-    model = factory()
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"MODEL: expected {name} to return an nn.Module, got {type(model).__name__}")
-    return model.eval()
+    return models.build(name).eval()
 
 
 def _bench(options: argparse.Namespace) -> int:

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from kernelpress.runtime.torch_private import pytree
 
-__all__ = ["evaluation", "outside_modes", "own_tensors", "preserved", "random_state_kept", "run_apart"]
+__all__ = [
+    "evaluation",
+    "outside_modes",
+    "own_tensors",
+    "preserved",
+    "random_state_kept",
+    "run_apart",
+    "undone_on_error",
+]
 
 _CONTAINERS = frozenset({dict, OrderedDict, list, set})
 
@@ -52,6 +60,18 @@ def preserved(module: nn.Module | None, inputs: Any = ()) -> Iterator[None]:
                 _restore_attributes(vars(part), contents)
             for tensor, value, marks in values:
                 _restore(tensor, value, marks)
+
+
+@contextmanager
+def undone_on_error(module: nn.Module) -> Iterator[None]:
+    """If the block raises, gives each submodule its attributes back: hooks, parts, parameters, not their values."""
+    attributes = [(part, _contents(vars(part))) for part in module.modules()]
+    try:
+        yield
+    except BaseException:
+        for part, contents in attributes:
+            _restore_attributes(vars(part), contents)
+        raise
 
 
 @contextmanager

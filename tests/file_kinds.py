@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 import kernelpress as kp
 from kernelpress import compress
+from kernelpress.compress.changes import mask_layer, replace_layer
 from kernelpress.compress.checkpoint import load_checkpoint, read_record, save_checkpoint
+from kernelpress.compress.record import PassRecord, add_record
 from kernelpress.emit import EmissionRecord, EmittedModel
 from kernelpress.emit.archive import DESCRIPTION
 from kernelpress.emit.cache import LONGEST, TimingCache
@@ -32,9 +34,10 @@ from kernelpress.emit.container import pack, unpack
 from kernelpress.emit.quantized import register_quantization
 from kernelpress.emit.record import summary_table
 from kernelpress.files.sealed import seal, seal_tensors, unseal, unseal_tensors
+from kernelpress.measure import Promise
 from kernelpress.ops.tuning import stored
-from kernelpress.recipe import load_recipe
-from kernelpress.runfolder import RunFolder
+from kernelpress.press import load_recipe
+from kernelpress.press.folder import RunFolder
 
 __all__ = ["MEGABYTES", "SECONDS", "Kind", "Network", "all_kinds", "harm_of"]
 
@@ -132,7 +135,7 @@ def all_kinds(folder: Path, only: str = "") -> list[Kind]:
     builders: dict[str, Callable[[Path], list[Kind]]] = {
         "emitted model, sealed description, sealed manifest; torch archive": _emitted_models,
         "compressed model, sealed; training checkpoint, sealed": _trained_models,
-        "stage of a run, sealed": _stages,
+        "step of a run, sealed": _steps,
         "times of layers, sealed; tuned configurations, sealed": _caches,
         "recipe; record": _texts,
     }
@@ -225,7 +228,13 @@ def _network() -> nn.Module:
 
 def _trained_models(folder: Path) -> list[Kind]:
     path, state = folder / "model.safetensors", folder / "finetune.safetensors"
-    compress.save(compress.prune_channels(_network(), (torch.randn(2, 3, 8, 8),), ratio=0.4, round_to=4), path)
+    small = compress.prune_channels(_network(), (torch.randn(2, 3, 8, 8),), ratio=0.4, round_to=4)
+    width = small[3].in_channels
+    replaced = replace_layer(small, "3", nn.Conv2d(width, 3, 1, bias=False), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1))
+    masked = mask_layer(small, "0", (torch.rand_like(small[0].weight) > 0.5).float())
+    promises = (Promise("0", density=0.5), Promise("3", is_int8=True))
+    add_record(small, PassRecord("others", {"ratio": 0.5}, 9, 8, 7, 6, (replaced, masked), promises=promises))
+    compress.save(small, path)
     trained = _network()
     optimizer = torch.optim.AdamW(trained.parameters())
     trained(torch.randn(2, 3, 8, 8)).sum().backward()
@@ -239,7 +248,8 @@ def _trained_models(folder: Path) -> list[Kind]:
             compress.load(path, model)
         except ValueError:
             after = model.state_dict()
-            if before.keys() == after.keys() and all(torch.equal(tensor, after[key]) for key, tensor in before.items()):
+            is_same = before.keys() == after.keys() and all(torch.equal(t, after[key]) for key, t in before.items())
+            if is_same and repr(model) == repr(_network()) and not model[0]._forward_pre_hooks:
                 raise
             return "a refusal changed the model"
         return "the record moves the cursor" if "\x1b" in "".join(map(str, compress.record_of(model))) else None
@@ -251,14 +261,14 @@ def _trained_models(folder: Path) -> list[Kind]:
         return None
 
     return [
-        *_kinds_of_tensors("compressed model", path, read_compressed),
-        *_kinds_of_tensors("training checkpoint", state, read_checkpoint),
+        *_kinds_of_tensors("compressed model", 2, path, read_compressed),
+        *_kinds_of_tensors("training checkpoint", 1, state, read_checkpoint),
     ]
 
 
-def _kinds_of_tensors(name: str, path: Path, read: Callable[[], str | None]) -> list[Kind]:
+def _kinds_of_tensors(name: str, format: int, path: Path, read: Callable[[], str | None]) -> list[Kind]:
     good = path.read_bytes()
-    tensors, content = unseal_tensors(good, name, 1, "good")
+    tensors, content = unseal_tensors(good, name, format, "good")
     listed = {key: {"shape": list(tensor.shape), "dtype": str(tensor.dtype)[6:]} for key, tensor in tensors.items()}
 
     def from_document(changed: Any) -> bytes:
@@ -266,13 +276,13 @@ def _kinds_of_tensors(name: str, path: Path, read: Callable[[], str | None]) -> 
             key: torch.zeros([size % 64 for size in row["shape"]], dtype=getattr(torch, row["dtype"]))
             for key, row in changed["tensors"].items()
         }
-        return seal_tensors(name, 1, made, changed["content"])
+        return seal_tensors(name, format, made, changed["content"])
 
     document = {"tensors": listed, "content": content}
     return [Kind(name, path, good, read), Kind(f"{name}, sealed", path, good, read, document, from_document)]
 
 
-def _stages(folder: Path) -> list[Kind]:
+def _steps(folder: Path) -> list[Kind]:
     run = RunFolder(folder / "run")
     run.create()
     run.write("weights", b"0123456789")
@@ -283,7 +293,7 @@ def _stages(folder: Path) -> list[Kind]:
             raise ValueError(found)
         return None
 
-    return _kinds_of_json("stage of a run", run.path / "stages" / "train.json", read)
+    return _kinds_of_json("step of a run", run.path / "steps" / "train.json", read)
 
 
 def _caches(folder: Path) -> list[Kind]:

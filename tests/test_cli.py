@@ -65,7 +65,7 @@ class TestProfile:
     @pytest.mark.parametrize(
         ("model", "message"),
         [
-            ("mobilnet_v2", "MODEL: expected one of .*mobilenet_v2.*, got 'mobilnet_v2'"),
+            ("mobilnet_v2", "model: expected one of .*mobilenet_v2.*, got 'mobilnet_v2'"),
             ("absent.pt2", "absent.pt2 does not exist"),
             ("no_such_module_here:f", "cannot import no_such_module_here"),
             ("small_networks:absent", "has no function 'absent'"),
@@ -100,7 +100,7 @@ class TestPress:
 
         monkeypatch.setattr(press, "press", interrupted)
         assert cli.main(["press", "recipe.yaml"]) == 130
-        assert "the same command goes on from the last finished stage" in capsys.readouterr().err
+        assert "the same command goes on from the last finished step" in capsys.readouterr().err
 
 
 class TestDoctor:

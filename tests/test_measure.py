@@ -4,6 +4,7 @@ import itertools
 import json
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from kernelpress.measure import latency
 from kernelpress.measure.energy import energy_per_call
 from kernelpress.measure.latency import Timing
 from kernelpress.measure.memory import peak_memory_bytes
+from kernelpress.measure.theory import int8_peak_ratio
 from kernelpress.measure.units import count_text, latency_text, memory_text, text_table
 
 CPU = torch.device("cpu")
@@ -213,7 +215,7 @@ class TestComparison:
             measure.Profile(
                 name=name, device="cpu", threads=1, batch=1,
                 latency=Timing(min(rounds), min(rounds), max(rounds), rounds, 1, 10),
-                peak_memory_bytes=0, weight_bytes=0, flops=flops, parameters=0,
+                peak_memory_bytes=0, weight_bytes=0, flops=flops, promised_flops=flops, parameters=0,
                 energy_joules=None, energy_source=None, energy_reason="none here",
             )
             for name, (rounds, flops) in medians.items()
@@ -253,10 +255,61 @@ class TestComparison:
             measure.compare({"a": torch.relu}, torch.ones(1), baseline="b")
         with pytest.raises(TypeError, match=r"contestants\['a'\]: expected a module"):
             measure.compare({"a": 3}, torch.ones(1))
+        with pytest.raises(ValueError, match=r"promised: expected some of a, got c"):
+            measure.compare({"a": torch.relu}, torch.ones(1), promised={"c": 1.0})
         with pytest.raises(ValueError, match="contestants: expected at least one"):
             measure.compare({})
         with pytest.raises(KeyError, match="expected one of a"):
             measure.compare({"a": torch.relu}, torch.ones(1), rounds=1, budget_seconds=0.01)["b"]
+
+
+class TestTheory:
+    FLOPS: ClassVar = {"": 5, "stem": 100, "body.conv": 1000, "body.conv.0": 200, "body.convolution": 40}
+
+    def test_layers_flops_sum_to_the_models(self):
+        network, x = nn.Sequential(small_network(), nn.Linear(5, 2)), torch.randn(2, 3, 4, 4)
+        flops = measure.layer_flops(network, x)
+        assert flops == {"0.0": 2 * 2 * 8 * 27 * 16, "0.3": 2 * 2 * 128 * 5, "1": 2 * 2 * 5 * 2}
+        assert sum(flops.values()) == measure.count_flops(network, x)
+
+    @pytest.mark.parametrize(
+        ("promises", "expected"),
+        [
+            ((), 1345),
+            ((measure.Promise("stem", density=0.1),), 1345 - 90),
+            ((measure.Promise("body.conv", density=0.5),), 1345 - 600),
+            ((measure.Promise("body", is_int8=True),), 105 + 1240 / 4),
+            ((measure.Promise("body.conv", 0.5), measure.Promise("body.conv.0", 0.5)), 1345 - 600 - 50),
+            ((measure.Promise("stem", 0.5), measure.Promise("stem", is_int8=True)), 1345 - 100 + 100 / 8),
+            ((measure.Promise("elsewhere", 0.5),), 1345),
+        ],
+        ids=str,
+    )
+    def test_promises_scale_the_layers_they_are_about(self, promises, expected):
+        assert measure.promised_flops(self.FLOPS, promises, int8_ratio=4.0) == pytest.approx(expected)
+
+    def test_int8_counts_by_the_machines_peaks(self):
+        ratio = int8_peak_ratio()
+        assert 1 <= ratio < 100
+        promised = measure.promised_flops({"a": 100}, (measure.Promise("a", is_int8=True),))
+        assert promised == pytest.approx(100 / ratio)
+
+    def test_density_is_a_share(self):
+        with pytest.raises(ValueError, match="density: expected a share above 0, at most 1, got 0"):
+            measure.Promise("a", density=0)
+
+    def test_compared_models_are_held_to_their_promises(self):
+        """Pruned weights have as many FLOPs as others: that no sparse kernel won shows in the realisation."""
+        network, x = small_network(), torch.randn(1, 3, 4, 4)
+        flops = measure.layer_flops(network, x)
+        promised = measure.promised_flops(flops, (measure.Promise("0", 0.1), measure.Promise("3", 0.1)))
+        comparison = measure.compare(
+            {"dense": network, "pruned": network}, x, rounds=1, budget_seconds=0.01, promised={"pruned": promised}
+        )
+        ratio = comparison.speedup("pruned")
+        assert comparison["pruned"].flops == comparison["dense"].flops
+        assert ratio.theoretical == pytest.approx(10)
+        assert ratio.realisation == pytest.approx(ratio.measured / 10)
 
 
 class TestLayers:

@@ -1,5 +1,6 @@
 """The networks: torchvision's keys and shapes, published sizes, results against transformers, training, export."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -264,3 +265,29 @@ def test_mobilenet_v2_computes_what_transformers_computes() -> None:
 def assert_near(out: Tensor, expected: Tensor) -> None:
     assert expected.std() > 1e-3
     assert (out - expected).norm() / expected.norm() < 1e-5
+
+
+class TestSources:
+    """Models of other libraries by name."""
+
+    def test_image_classifiers_of_transformers_return_their_logits(self):
+        pytest.importorskip("transformers", reason="pip install transformers runs this test")
+        options = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+        model = models.build("transformers:ResNetForImageClassification", options, in_channels=1, classes=4)
+        assert model(torch.randn(2, 1, 32, 32)).shape == (2, 4)
+
+    def test_channels_and_classes_of_the_data_yield_to_options(self):
+        model = models.build("resnet20", {"num_classes": 3}, in_channels=1, classes=10).eval()
+        assert model(torch.randn(1, 1, 8, 8)).shape == (1, 3)
+
+    @pytest.mark.parametrize("library", ["timm", "torchvision", "transformers"])
+    def test_library_that_is_missing_is_named(self, monkeypatch, library):
+        for name in (library, f"{library}.models"):
+            monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match=f"model: {library}: takes {library}, which cannot be imported here"):
+            models.build(f"{library}:resnet18")
+
+    def test_what_transformers_lacks_is_refused(self):
+        pytest.importorskip("transformers", reason="pip install transformers runs this test")
+        with pytest.raises(ValueError, match="transformers has no class 'pipeline' for image classification"):
+            models.build("transformers:pipeline")

@@ -18,7 +18,7 @@ MUTATIONS = 200
 KIND_NAMES = [
     "emitted model", "emitted model, sealed description", "emitted model, sealed manifest", "torch archive",
     "compressed model", "compressed model, sealed", "training checkpoint", "training checkpoint, sealed",
-    "stage of a run", "stage of a run, sealed", "times of layers", "times of layers, sealed",
+    "step of a run", "step of a run, sealed", "times of layers", "times of layers, sealed",
     "tuned configurations", "tuned configurations, sealed", "recipe", "record",
 ]  # fmt: skip
 

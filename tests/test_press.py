@@ -1,4 +1,4 @@
-"""Recipes, the stages of a run and their resumption, the report."""
+"""Recipes, the steps of a run and their resumption, passes by their registration, the report."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ import torch
 pytest.importorskip("pydantic", reason="recipes take pydantic: pip install 'kernelpress[all]'")
 pytest.importorskip("sklearn", reason="the digits are part of scikit-learn: pip install 'kernelpress[all]'")
 
+from torch import nn
+
+from kernelpress.compress.record import PassRecord, add_record
 from kernelpress.emit import CandidateRecord, EmissionRecord, PlaceRecord
 from kernelpress.measure import Comparison
-from kernelpress.press import RequirementError, press
-from kernelpress.recipe import RecipeError, load_recipe
+from kernelpress.press import RecipeError, RequirementError, load_recipe, press, registry
+from kernelpress.press.folder import RunFolder, step_key
 from kernelpress.report import layer_realisations, render_html
-from kernelpress.runfolder import RunFolder, stage_key
 
 RECIPE = """
 title: tiny
@@ -87,9 +89,9 @@ class Interruption(BaseException):
     """Stands for the signal that ends a process in the middle of a run."""
 
 
-def stages_run(lines: list[str]) -> list[str]:
-    """The stages that did their work, by the lines a run told."""
-    return [match[1] for line in lines if (match := re.match(r"(\w+): finished in", line))]
+def steps_run(lines: list[str]) -> list[str]:
+    """The steps that did their work, by the lines a run told."""
+    return [match[1] for line in lines if (match := re.match(r"([\w-]+): finished in", line))]
 
 
 class TestRecipe:
@@ -123,12 +125,40 @@ class TestRecipe:
                 "model: x\ntrain: {epochs: 1}\ncompress:\n  - prune_channels:\n      ratio: 1.5\n",
                 r":5: compress\[0\].prune_channels.ratio: input should be less than 1, got 1.5",
             ),
-            ("model: x\ntrain: {epochs: 1}\ncompress:\n  - {}\n", r":4: compress\[0\]: expected one pass"),
+            (
+                "model: x\ntrain: {epochs: 1}\ncompress:\n  - {}\n",
+                r":4: compress\[0\]: expected one step per list item, got none",
+            ),
             ("model: x\nmodel: y\ntrain: {epochs: 1}\n", r":2: model: this key stands twice"),
             ("train: {epochs: 1}\n", "model: this key is required"),
             ("model: x\n", r"train: expected this section with epochs above zero, or model.weights"),
             ("model: x\ntrain: {epochs: one}\n", r":2: train.epochs: input should be a valid integer.*got 'one'"),
             ("model: x\ntrain: {epochs: 1}\nmeasure: {peers: [compile]}\n", "peers: expected eager among them"),
+            (
+                "model: x\nsteps:\n  - train: {epochs: 1}\n  - {emit: , measure: }\n",
+                r":4: steps\[1\]: expected one step per list item, got emit, measure",
+            ),
+            (
+                "model: x\nsteps:\n  - trian: {epochs: 1}\n",
+                r":3: steps\[0\].trian: unknown key, did you mean 'train'\?; known: train, finetune, emit, measure",
+            ),
+            (
+                "model: x\nsteps:\n  - prune_channels:\n",
+                r":3: steps\[0\].prune_channels.ratio: this key is required",
+            ),
+            (
+                "model: x\nsteps: [{train: {epochs: 1}}, emit, {finetune: {epochs: 1}}, measure]\n",
+                "steps: expected emit before measure, after finetune",
+            ),
+            ("model: x\nsteps: [{train: {epochs: 1}}, measure]\n", "steps: expected emit before measure, after train"),
+            (
+                "model: x\nsteps: [{train: {epochs: 1}}]\nfinetune: {epochs: 1}\nemit: {batch: 2}\n",
+                "steps: expected either this list or the short form, got emit, finetune too",
+            ),
+            (
+                "model: x\nsteps: [emit, measure]\n",
+                "train: expected this section with epochs above zero, or model.weights",
+            ),
             ("a: [1\nb: 2\n", r":2: this is not YAML"),
             ("\tmodel: x\n", r":1: this is not YAML"),
             ("", "expected a mapping with the keys title, .*, got nothing"),
@@ -150,6 +180,26 @@ class TestRecipe:
             tmp_path / "weights.yaml"
         )
 
+    @pytest.mark.parametrize(
+        ("text", "steps"),
+        [
+            ("train: {epochs: 1}", "start train emit measure"),
+            ("train: {epochs: 1}\ncompress: [prune_channels: {ratio: 0.5}]", "start train prune_channels emit measure"),
+            ("train: {epochs: 1}\nfinetune: {epochs: 0}", "start train emit measure"),
+            ("steps: [{train: {epochs: 1}}]", "start train emit measure"),
+            ("steps: [{train: {epochs: 1}}, emit]", "start train emit emit-2 measure"),
+            (
+                "steps: [emit, measure, {train: {epochs: 1}}, {train: {epochs: 2}}, {prune_channels: {ratio: 0.1}}, "
+                "{finetune: {epochs: 1}}, {prune_channels: {ratio: 0.2}}, {finetune: {epochs: 1}}, emit, measure, "
+                "measure]",
+                "start emit measure train train-2 prune_channels finetune prune_channels-2 finetune-2 emit-2 measure-2 "
+                "measure-3",
+            ),
+        ],
+    )
+    def test_steps_come_in_any_order_and_number(self, recipe_file, text, steps):
+        assert " ".join(step.id for step in load_recipe(recipe_file(f"model: x\n{text}\n")).run_steps()) == steps
+
     def test_the_recipe_of_the_demo_is_valid(self, request):
         recipe = load_recipe(request.config.rootpath / "recipes" / "digits.yaml")
         assert recipe.require.min_accuracy == 0.97
@@ -158,24 +208,25 @@ class TestRecipe:
 
 @pytest.mark.slow
 class TestRun:
-    def test_all_stages_leave_their_files(self, finished_run):
+    def test_all_steps_leave_their_files(self, finished_run):
         folder, _ = finished_run
         files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
         assert files == {
-            "dense.safetensors", "compressed.safetensors", "pressed.safetensors", "pressed.pt2",
+            "start.safetensors", "train.safetensors", "prune_channels.safetensors", "finetune.safetensors", "emit.pt2",
             "report.html", "report.json",
-            *(f"stages/{name}.json" for name in ("train", "compress", "finetune", "emit", "measure")),
+            *(f"steps/{name}.json" for name in ("start", "train", "prune_channels", "finetune", "emit", "measure")),
         }  # fmt: skip
 
     def test_pressed_model_is_smaller_and_computes(self, finished_run):
         import kernelpress
 
         folder, report = finished_run
-        dense, compressed, pressed = report.accuracies
+        assert [point.name for point in report.points] == ["dense", "prune_channels", "pressed"]
+        dense, compressed, pressed = report.points
         assert pressed.flops <= 0.62 * dense.flops
         assert compressed.flops == pressed.flops
         assert pressed.parameters < dense.parameters
-        assert kernelpress.load(folder / "pressed.pt2")(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+        assert kernelpress.load(folder / "emit.pt2")(torch.randn(3, 1, 8, 8)).shape == (3, 10)
         assert report.comparison.speedup("pressed").theoretical == pytest.approx(dense.flops / pressed.flops, rel=1e-3)
 
     def test_baseline_is_the_fastest_way_in_pytorch(self, finished_run):
@@ -185,32 +236,33 @@ class TestRun:
 
     def test_finished_run_does_nothing_again(self, run_again):
         lines, report = run_again()
-        assert stages_run(lines) == []
-        assert sum("skipped, finished before" in line for line in lines) == 5
+        assert steps_run(lines) == []
+        assert sum("skipped, finished before" in line for line in lines) == 6
         assert report.comparison.speedup("pressed").measured > 0
 
-    def test_fresh_run_starts_from_the_first_stage(self, run_again):
-        with pytest.raises(Interruption, match="train: started"):
-            run_again(fresh=True, stop_at="train:")
+    def test_fresh_run_starts_from_the_first_step(self, run_again):
+        with pytest.raises(Interruption, match="start: started"):
+            run_again(fresh=True, stop_at="start:")
 
-    def test_changed_section_runs_its_stage_and_what_follows(self, run_again):
+    def test_changed_section_runs_its_step_and_what_follows(self, run_again):
         lines, _ = run_again(RECIPE.replace("rounds: 2", "rounds: 3"))
-        assert stages_run(lines) == ["measure"]
-        assert any("the recipe, an earlier stage" in line for line in lines)
+        assert steps_run(lines) == ["measure"]
+        assert any("the recipe, an earlier step" in line for line in lines)
 
     def test_interrupted_run_goes_on_where_it_stopped(self, run_again):
         text = RECIPE.replace("lr: 0.02", "lr: 0.03")
         with pytest.raises(Interruption, match="emit: again"):
             run_again(text, stop_at="emit:")
         lines, _ = run_again(text)
-        assert stages_run(lines) == ["emit", "measure"]
+        assert steps_run(lines) == ["emit", "measure"]
 
-    def test_damaged_file_is_made_again_and_later_stages_stay(self, run_again):
-        file = run_again.folder / "compressed.safetensors"
+    def test_damaged_file_is_made_again_and_later_steps_stay(self, run_again):
+        file = run_again.folder / "prune_channels.safetensors"
         file.write_bytes(file.read_bytes()[:-1])
         lines, _ = run_again()
-        assert stages_run(lines) == ["compress"]
-        assert any("compress: again, because" in line and "compressed.safetensors is not as" in line for line in lines)
+        assert steps_run(lines) == ["prune_channels"]
+        again = "prune_channels: again, because"
+        assert any(line.startswith(again) and "prune_channels.safetensors is not as" in line for line in lines)
 
     def test_unmet_requirement_fails_after_the_report_is_written(self, run_again):
         (run_again.folder / "report.json").unlink()
@@ -236,9 +288,9 @@ class TestRun:
             press(recipe_file(RECIPE.replace("resnet20", "resnet21")), output=tmp_path / "out", tell=lambda _: None)
 
     def test_weights_of_another_model_are_refused(self, finished_run, recipe_file, tmp_path):
-        weights = finished_run[0] / "compressed.safetensors"
+        weights = finished_run[0] / "prune_channels.safetensors"
         text = RECIPE.replace("name: resnet20", f"weights: {weights}, name: resnet20")
-        with pytest.raises(ValueError, match=r"weights: .*compressed.safetensors does not fit"):
+        with pytest.raises(ValueError, match=r"weights: .*prune_channels.safetensors does not fit"):
             press(recipe_file(text), output=tmp_path / "out", tell=lambda _: None)
 
     def test_image_folder_is_split_for_testing(self, recipe_file, tmp_path):
@@ -250,7 +302,7 @@ class TestRun:
         text = RECIPE.replace("source: digits", f"shift: 1, test_fraction: 0.3, source: {tmp_path}/images")
         text = text.replace("batch_size: 64", "batch_size: 7").replace("peers: [eager, emitted]", "peers: [eager]")
         report = press(recipe_file(text), output=tmp_path / "out", tell=lambda _: None, progress=False)
-        assert report.accuracies[0].accuracy in {count / 6 for count in range(7)}
+        assert report.points[0].accuracy in {count / 6 for count in range(7)}
         assert report.layers == ()
 
 
@@ -263,10 +315,10 @@ class TestRunFolder:
         folder.finish("train", "key", {"accuracy": 0.5}, ("weights",), 1.0)
         return folder
 
-    def test_finished_stage_is_found_with_its_results(self, folder):
+    def test_finished_step_is_found_with_its_results(self, folder):
         assert folder.finished("train", "key").results == {"accuracy": 0.5}
 
-    def test_stage_that_never_ran_needs_no_reason(self, folder):
+    def test_step_that_never_ran_needs_no_reason(self, folder):
         assert folder.finished("emit", "key") == ""
 
     def test_other_key_is_no_match(self, folder):
@@ -283,7 +335,7 @@ class TestRunFolder:
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"key": "key"}', '{"other": 1}'])
     def test_damaged_record_is_noticed(self, folder, content):
-        (folder.path / "stages" / "train.json").write_text(content)
+        (folder.path / "steps" / "train.json").write_text(content)
         assert "train.json is damaged" in folder.finished("train", "key")
 
     def test_full_disk_leaves_the_old_file(self, folder, monkeypatch):
@@ -296,7 +348,7 @@ class TestRunFolder:
         assert (folder.path / "weights").read_bytes() == b"0123456789"
 
     def test_key_depends_on_every_part(self):
-        keys = {stage_key(*parts) for parts in ([1, 2], [2, 1], [12], [1, 2, None], [{"a": 1}], [{"a": 2}])}
+        keys = {step_key(*parts) for parts in ([1, 2], [2, 1], [12], [1, 2, None], [{"a": 1}], [{"a": 2}])}
         assert len(keys) == 6
 
 
@@ -305,7 +357,9 @@ class TestReport:
     def test_page_is_self_contained(self, finished_run):
         page = (finished_run[0] / "report.html").read_text(encoding="utf-8")
         # Emission may have kept this small model as it was: then there is no place to compare.
-        assert page.count("data:image/svg+xml;base64,") == 3 + bool(finished_run[1].layers)
+        assert page.count("data:image/svg+xml;base64,") == 2
+        layers = [layer for layer in finished_run[1].layers if layer.theoretical]
+        assert page.count('<div class="bar ') == len(finished_run[1].comparison.profiles) + len(layers)
         assert not re.search(r'(?:src|href)="(?!data:)', page)
         assert finished_run[1].headline().split(",")[0] in page
 
@@ -329,15 +383,141 @@ class TestReport:
         ratio = report.comparison.speedup("dense eager").measured
         assert ("slower" in report.headline()) == (ratio < 1)
 
-    def test_layers_are_matched_across_different_covers(self):
-        def place(name, operations, flops, milliseconds, original_ms):
-            candidates = (CandidateRecord("aten[contiguous]", original_ms, 0.0), CandidateRecord("x", 0.1, 0.0))
-            return PlaceRecord(name, operations, (1, 1), flops, "x", "", milliseconds, candidates)
+    def place(self, modules, flops, milliseconds, original_ms):
+        candidates = (CandidateRecord("aten[contiguous]", original_ms, 0.0), CandidateRecord("x", 0.1, 0.0))
+        names = (f"node_{milliseconds}",)
+        return PlaceRecord(modules[0], names, (1, 1), flops, "x", "", milliseconds, candidates, modules)
 
+    def test_layers_are_matched_by_path_across_covers_and_changes(self):
+        """One layer became two, two were fused, a sum runs by itself in one of the models."""
         dense = EmissionRecord(
-            (place("a", ("conv", "relu"), 100, 1.0, 4.0), place("b", ("conv_1",), 200, 1.0, 2.0)), "cpu"
+            (
+                self.place(("a", "relu"), 100, 1.0, 4.0),
+                self.place(("b",), 200, 1.0, 2.0),
+                self.place(("",), 0, 0.5, 1.0),
+            ),
+            "cpu",
         )
-        pressed = EmissionRecord((place("ab", ("conv", "relu", "conv_1"), 100, 2.0, 9.0),), "cpu")
-        (layer,) = layer_realisations(dense, pressed)
-        assert (layer.dense_flops, layer.dense_ms, layer.pressed_ms) == (300, 6.0, 2.0)
-        assert (layer.theoretical, layer.measured, layer.realisation) == (3.0, 3.0, 1.0)
+        pressed = EmissionRecord(
+            (self.place(("a.0",), 20, 0.5, 9.0), self.place(("a.1", "relu", "b", "add"), 80, 1.5, 9.0)), "cpu"
+        )
+        (layer,) = layer_realisations(dense, pressed, ("a", "b"), {})
+        assert (layer.name, layer.dense_flops, layer.dense_ms, layer.pressed_ms) == ("a + b", 300, 7.0, 2.0)
+        assert (layer.theoretical, layer.measured, layer.realisation) == (3.0, 3.5, 3.5 / 3.0)
+
+    def test_layers_are_held_to_what_passes_promise(self):
+        dense = EmissionRecord((self.place(("a",), 100, 1.0, 4.0), self.place(("b",), 200, 1.0, 2.0)), "cpu")
+        first, second = layer_realisations(dense, dense, ("b", "a"), {"a": (100, 25.0), "c": (1, 0.0)})
+        assert (first.name, first.theoretical, second.name, second.theoretical) == ("b", 1.0, "a", 4.0)
+        assert second.realisation == 1.0
+
+
+class TestModels:
+    def test_function_of_a_module_makes_the_model(self, recipe_file, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "my_networks.py").write_text(
+            "from torch import nn\n"
+            "def small(width):\n"
+            "    return nn.Sequential(nn.Conv2d(1, width, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), "
+            "nn.Linear(width, 10))\n"
+        )
+        text = RECIPE.replace("name: resnet20, options: {width: 16}", "name: 'my_networks:small', options: {width: 8}")
+        with pytest.raises(Interruption, match="prune_channels: started"):
+            press(recipe_file(text), output=tmp_path / "out", tell=_stop_at("prune_channels:"), progress=False)
+        assert (tmp_path / "out" / "train.safetensors").is_file()
+
+    def test_checking_a_recipe_imports_nothing(self, recipe_file, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "hostile_networks.py").write_text("open('executed', 'w')\n")
+        load_recipe(recipe_file(RECIPE.replace("name: resnet20", "name: 'hostile_networks:f'")))
+        assert not (tmp_path / "executed").exists()
+
+
+def _stop_at(start: str):
+    def tell(line: str) -> None:
+        if line.startswith(start):
+            raise Interruption(line)
+
+    return tell
+
+
+class TestPass:
+    """The list "A compression pass" in CONTRIBUTING.md, walked with a pass that is thrown away."""
+
+    TEXT = """
+title: thrown away
+data: {source: digits, image_size: 8, batch_size: 64}
+model: {name: resnet20, options: {width: 16}}
+steps:
+  - train: {epochs: 1, lr: 0.1}
+  - silence: {share: 0.5}
+  - prune_channels: {ratio: 0.3, round_to: 4}
+  - silence: {share: 0.75}
+  - emit: {threads: 1}
+  - measure: {rounds: 1, budget_seconds: 0.01, peers: [eager]}
+"""
+
+    @pytest.fixture
+    def silence(self, monkeypatch):
+        """A pass that zeroes a share of every weight of the first convolution; and what its context held."""
+        from pydantic import Field
+
+        from kernelpress.compress.changes import mask_layer
+        from kernelpress.measure import Promise
+        from kernelpress.press import Pass, PassContext, Section, known_passes, register
+
+        class Silence(Section):
+            share: float = Field(description="of weights that become zero")
+
+        seen: list[PassContext] = []
+
+        def run(model: nn.Module, context: PassContext) -> nn.Module:
+            seen.append(context)
+            share = context.options.share
+            mask = (torch.rand_like(model.conv1.weight) > share).float()
+            change, promise = mask_layer(model, "conv1", mask), Promise("conv1", density=1 - share)
+            add_record(model, PassRecord("silence", {"share": share}, 1, 1, 1, 1, (change,), promises=(promise,)))
+            return model
+
+        monkeypatch.setattr(registry, "_registered", dict(known_passes()))
+        register(Pass("silence", Silence, run))
+        return seen
+
+    def test_pass_runs_from_its_registration_alone(self, silence, recipe_file, tmp_path, timings_cache):
+        file = recipe_file(self.TEXT.replace("share: 0.5", "shear: 0.5"))
+        with pytest.raises(RecipeError, match=r"steps\[1\].silence.shear: unknown key, did you mean 'share'"):
+            load_recipe(file)
+
+        with pytest.raises(Interruption, match="emit: started"):
+            press(recipe_file(self.TEXT), output=tmp_path / "out", tell=_stop_at("emit:"), progress=False)
+        first, second = silence
+        assert (first.seed, first.example_inputs[0].shape, second.dense_step) == (0, (1, 1, 8, 8), "train")
+        assert len(first.train_loader) > len(first.test_loader) > 0
+        assert not second.teacher.training
+        assert second.weights("start").keys() == second.weights("train").keys() != second.weights("silence").keys()
+        with pytest.raises(ValueError, match=r"step: expected one of start, train, .*, got 'measure'"):
+            second.weights("measure")
+
+        lines: list[str] = []
+        report = press(recipe_file(self.TEXT), output=tmp_path / "out", tell=lines.append, progress=False)
+        assert steps_run(lines) == ["emit", "measure"]
+        assert len(silence) == 2, "what was finished was not done again"
+        assert list(report.passes) == ["silence", "prune_channels", "silence-2"]
+        assert report.passes["silence"].rows == (("conv1", "weight masked"),)
+        dense, silenced, pruned, pressed = report.points
+        assert silenced.promised_flops < silenced.flops == dense.flops
+        assert pressed.promised_flops < pruned.promised_flops < pruned.flops == pressed.flops
+        page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+        assert "silence-2" in page
+        assert "weight masked" in page
+
+    def test_options_without_help_and_names_taken_are_refused(self):
+        from kernelpress.press import Pass, Section, register
+
+        class Silent(Section):
+            share: float = 0.5
+
+        with pytest.raises(ValueError, match="options: expected a description of each field, share has none"):
+            Pass("silent", Silent, lambda model, context: model)
+        with pytest.raises(ValueError, match="name: expected one that no step has"):
+            register(registry.known_passes()["prune_channels"])

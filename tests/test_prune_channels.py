@@ -296,7 +296,10 @@ def _flops(model: nn.Module, x: Tensor) -> int:
 
 def _assert_channels_are_multiples(pruned: nn.Module, of: int) -> None:
     record = compress.record_of(pruned)[0]
-    outputs = [change.after[0] for change in record.layers if change.before[0] != change.after[0]]
+    weights = [
+        (change.before["weight"], change.after["weight"]) for change in record.changes if "weight" in change.after
+    ]
+    outputs = [after[0] for before, after in weights if len(after) > 1 and before[0] != after[0]]
     assert outputs
     assert all(count % of == 0 for count in outputs)
 

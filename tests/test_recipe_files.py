@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kernelpress.recipe import RecipeError, load_recipe
+from kernelpress.press import RecipeError, load_recipe
 
 
 def growing(form: str) -> str:

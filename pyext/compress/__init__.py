@@ -1,15 +1,19 @@
 """Passes that change a network's mathematics and return ordinary, trainable PyTorch."""
 
+from kernelpress.compress.changes import Change, Masked, Replaced, Resized
 from kernelpress.compress.evaluation import evaluate
 from kernelpress.compress.finetune import EpochRecord, FinetuneResult, TeacherLoss, finetune
 from kernelpress.compress.prune_channels import prune_channels
-from kernelpress.compress.record import LayerChange, PassRecord, SkippedLayers, load, record_of, save
+from kernelpress.compress.record import PassRecord, SkippedLayers, load, record_of, save
 
 __all__ = [
+    "Change",
     "EpochRecord",
     "FinetuneResult",
-    "LayerChange",
+    "Masked",
     "PassRecord",
+    "Replaced",
+    "Resized",
     "SkippedLayers",
     "TeacherLoss",
     "evaluate",

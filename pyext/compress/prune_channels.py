@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernelpress.compress.changes import resizes
 from kernelpress.compress.criteria import CRITERIA
 from kernelpress.compress.dependency import Axis, Dependencies, Pool, contradiction, find_dependencies
-from kernelpress.compress.record import LayerChange, PassRecord, SkippedLayers, add_record
+from kernelpress.compress.record import PassRecord, SkippedLayers, add_record
 from kernelpress.compress.resize import adapt_sizes, named_tensors, replace_tensors
 from kernelpress.measure.cost import count_flops, count_parameters
 from kernelpress.preserve import preserved
@@ -125,7 +126,7 @@ def _pruned(
         flops_after=count_flops(pruned, *inputs),
         parameters_before=count_parameters(model),
         parameters_after=count_parameters(pruned),
-        layers=_changes(model, pruned, dependencies),
+        changes=resizes(model, pruned),
         skipped=(*dependencies.skipped, *_too_small(groups, settings.round_to)),
     )
     add_record(pruned, record)
@@ -320,16 +321,6 @@ def _failure(
         return str(error)
     place = contradiction(graph, pruned, kept)
     return place and f"{place} brings channels to the wrong weights"
-
-
-def _changes(model: nn.Module, pruned: nn.Module, dependencies: Dependencies) -> tuple[LayerChange, ...]:
-    changes = []
-    old, new = dict(named_tensors(model)), dict(named_tensors(pruned))
-    for name, layer in {call.output.parameter: call.output.layer for call in dependencies.calls}.items():
-        before, after = tuple(old[name].shape), tuple(new[name].shape)
-        if before != after:
-            changes.append(LayerChange(layer, before, after))
-    return tuple(changes)
 
 
 def _too_small(groups: Sequence[_Group], round_to: int) -> tuple[SkippedLayers, ...]:

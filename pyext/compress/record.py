@@ -9,24 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelpress.compress.resize import replace_tensors, set_size_attributes, size_attributes
+from kernelpress.compress.changes import Change, Resized, replay
+from kernelpress.compress.resize import compute_weights, named_tensors, replace_tensors
 from kernelpress.files import write_atomically
 from kernelpress.files.plain import from_plain, printable
 from kernelpress.files.sealed import seal_tensors, unseal_tensors
+from kernelpress.measure.theory import Promise
+from kernelpress.preserve import undone_on_error
 
-__all__ = ["LayerChange", "PassRecord", "SkippedLayers", "add_record", "load", "record_of", "save"]
+__all__ = ["PassRecord", "SkippedLayers", "add_record", "load", "record_of", "save"]
 
-_KIND, _FORMAT = "compressed model", 1
+_KIND, _FORMAT = "compressed model", 2
 _ATTRIBUTE = "_kernelpress_record"
-
-
-@dataclass(frozen=True)
-class LayerChange:
-    """Shape of one layer's weight before and after a pass."""
-
-    layer: str
-    before: tuple[int, ...]
-    after: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -40,7 +34,8 @@ class SkippedLayers:
 
 @dataclass(frozen=True)
 class PassRecord:
-    """One pass over a model: its name and arguments, the costs before and after, and every layer it changed or skipped.
+    """One pass over a model: its name and arguments, the costs before and after, every layer it changed or skipped, and
+    what it promises beyond fewer FLOPs.
 
     FLOPs are those of the example inputs, a multiplication and its addition counting as two.
     """
@@ -51,24 +46,40 @@ class PassRecord:
     flops_after: int
     parameters_before: int
     parameters_after: int
-    layers: tuple[LayerChange, ...]
-    skipped: tuple[SkippedLayers, ...]
+    changes: tuple[Change, ...] = ()
+    skipped: tuple[SkippedLayers, ...] = ()
+    promises: tuple[Promise, ...] = ()
 
     @property
     def flops_removed(self) -> float:
         """Fraction of the FLOPs that is gone."""
         return 1 - self.flops_after / self.flops_before if self.flops_before else 0.0
 
-    def __str__(self) -> str:
-        """The changed layers as a table, then the skipped ones with their reasons."""
-        head = (
-            f"{self.name}: FLOPs {self.flops_before:,} → {self.flops_after:,} (−{self.flops_removed:.1%}), "
+    def costs(self) -> str:
+        """The costs before and after in one line."""
+        return (
+            f"FLOPs {self.flops_before:,} → {self.flops_after:,} (−{self.flops_removed:.1%}), "
             f"parameters {self.parameters_before:,} → {self.parameters_after:,}"
         )
-        width = max((len(change.layer) for change in self.layers), default=0)
-        changes = [f"  {c.layer:<{width}}  {list(c.before)} → {list(c.after)}" for c in self.layers]
-        skipped = [f"  kept {', '.join(s.layers)} ({s.channels} channels): {s.reason}" for s in self.skipped]
-        return printable("\n".join([head, *changes, *skipped]))
+
+    def layers(self) -> list[tuple[str, str]]:
+        """Every layer that was changed with what became of it; norms and such follow from the layers before."""
+        shown = [
+            c for c in self.changes if not isinstance(c, Resized) or max(map(len, c.after.values()), default=0) > 1
+        ]
+        # The parameters of a parametrised weight lie below its layer.
+        return [(printable(c.layer.partition(".parametrizations.")[0]), printable(str(c))) for c in shown]
+
+    def kept(self) -> list[str]:
+        """A line for every reason why layers were left as they were."""
+        return [printable(f"kept {', '.join(s.layers)} ({s.channels} channels): {s.reason}") for s in self.skipped]
+
+    def __str__(self) -> str:
+        """The costs, the changed layers as a table, then the skipped ones with their reasons."""
+        layers = self.layers()
+        width = max((len(layer) for layer, _ in layers), default=0)
+        lines = [*(f"{layer:<{width}}  {change}" for layer, change in layers), *self.kept()]
+        return "\n".join([f"{printable(self.name)}: {self.costs()}", *(f"  {line}" for line in lines)])
 
 
 def record_of(model: nn.Module) -> tuple[PassRecord, ...]:
@@ -83,12 +94,11 @@ def add_record(model: nn.Module, record: PassRecord) -> None:
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Writes a compressed, still trainable model to one safetensors file; its header holds the record and layer sizes.
+    """Writes a compressed, still trainable model to one safetensors file; its header holds the records of its passes.
 
     The file takes the place of an older one only when it is complete: a full disk (`OSError`) leaves the older intact.
     """
-    sizes = {name: attributes for name, module in model.named_modules() if (attributes := size_attributes(module))}
-    content = {"sizes": sizes, "passes": [asdict(record) for record in record_of(model)]}
+    content = {"passes": [asdict(record) for record in record_of(model)]}
     write_atomically(path, seal_tensors(_KIND, _FORMAT, model.state_dict(), content))
 
 
@@ -96,56 +106,44 @@ def save(model: nn.Module, path: str | Path) -> None:
 def load(path: str | Path, model: nn.Module) -> nn.Module:
     """Makes `model`, built as the original was, the compressed model that `save` wrote; changes and returns it.
 
-    It trains, even if this is called, or `model` was made, under `torch.inference_mode`. Raises `ValueError` if the
-    file is no such file, damaged, truncated or of another format, or `model` is of another architecture; `model` is
-    then unchanged.
+    The changes that its passes made are replayed, then the weights loaded. It trains, even if this is called, or
+    `model` was made, under `torch.inference_mode`. Raises `ValueError` if the file is no such file, damaged, truncated
+    or of another format, or `model` is of another architecture; `model` is then unchanged.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     tensors, content = unseal_tensors(path.read_bytes(), _KIND, _FORMAT, str(path))
-    stored = from_plain(_Content, content, f"{path}: its header")
-    _check_architecture(path, model, tensors, stored.sizes)
-
-    current = model.state_dict(keep_vars=True)
-    resized = {
-        name: torch.empty(tensor.shape, dtype=current[name].dtype, device=current[name].device)
-        for name, tensor in tensors.items()
-        if tensor.shape != current[name].shape or current[name].is_inference()
-    }
-    replace_tensors(model, resized)
-    for name, sizes in stored.sizes.items():
-        set_size_attributes(model.get_submodule(name), sizes)
-    model.load_state_dict(tensors)
-    setattr(model, _ATTRIBUTE, stored.passes)
-    return model
+    passes = from_plain(_Content, content, f"{path}: its header").passes
+    device = next((tensor.device for _, tensor in named_tensors(model)), torch.device("cpu"))
+    with undone_on_error(model):
+        try:
+            rebuilt = replay(model, [change for record in passes for change in record.changes])
+            _check_state(rebuilt, tensors)
+        except ValueError as error:
+            raise ValueError(
+                f"model: {type(model).__name__} is not the architecture saved in {path}; {printable(str(error))[:400]}"
+            ) from error
+    current = rebuilt.state_dict(keep_vars=True)
+    new = {name: tensor for name, tensor in current.items() if tensor.is_meta or tensor.is_inference()}
+    replace_tensors(rebuilt, {n: torch.empty(t.shape, dtype=t.dtype, device=device) for n, t in new.items()})
+    rebuilt.load_state_dict(tensors)
+    for module in rebuilt.modules():
+        compute_weights(module)
+    setattr(rebuilt, _ATTRIBUTE, passes)
+    return rebuilt
 
 
 @dataclass(frozen=True)
 class _Content:
-    """What the header of a file holds: the sizes that each module states, and the passes."""
+    """What the header of a file holds."""
 
-    sizes: dict[str, dict[str, Any]]
     passes: tuple[PassRecord, ...]
 
 
-def _is_size(value: Any) -> bool:
-    """A size, or the sizes of a normalised shape."""
-    sizes = value if isinstance(value, (list, tuple)) else [value]
-    return bool(sizes) and all(type(size) is int and 0 < size < 2**31 for size in sizes)
-
-
-def _check_architecture(
-    path: Path, model: nn.Module, tensors: dict[str, Tensor], sizes: dict[str, dict[str, Any]]
-) -> None:
+def _check_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     state = model.state_dict()
-    stated = {name: attributes for name, module in model.named_modules() if (attributes := size_attributes(module))}
-    missing = sorted((state.keys() ^ tensors.keys()) | (stated.keys() ^ sizes.keys()))
-    wrong = {name for name in state.keys() & tensors.keys() if state[name].dim() != tensors[name].dim()}
-    wrong |= {name for name in stated.keys() & sizes.keys() if stated[name].keys() != sizes[name].keys()}
-    wrong |= {name for name, values in sizes.items() if not all(map(_is_size, values.values()))}
-    if missing or wrong:
-        raise ValueError(
-            f"model: {type(model).__name__} is not the architecture saved in {path}; "
-            f"they differ in {printable(', '.join([*missing, *sorted(wrong)][:5]))}"
-        )
+    differing = sorted(state.keys() ^ tensors.keys())
+    differing += [name for name, t in state.items() if name in tensors and t.shape != tensors[name].shape]
+    if differing:
+        raise ValueError(f"they differ in {', '.join(differing[:5])}")

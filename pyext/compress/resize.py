@@ -11,7 +11,14 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-__all__ = ["adapt_sizes", "named_tensors", "replace_tensors", "set_size_attributes", "size_attributes"]
+__all__ = [
+    "adapt_sizes",
+    "compute_weights",
+    "named_tensors",
+    "replace_tensors",
+    "set_size_attributes",
+    "size_attributes",
+]
 
 _SIZE_ATTRIBUTES = (
     "in_channels",
@@ -46,10 +53,7 @@ def adapt_sizes(module: nn.Module, *, original: nn.Module) -> None:
 
     A weight that a hook of `torch.nn.utils` computes before each call is computed anew.
     """
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
-            with torch.no_grad():
-                hook(module, ())
+    compute_weights(module)
     new, old = _stated_shape(module), _stated_shape(original)
     sizes = size_attributes(module)
     if new == old or not sizes:
@@ -65,6 +69,14 @@ def adapt_sizes(module: nn.Module, *, original: nn.Module) -> None:
     else:
         changed = dict.fromkeys(("num_features", "num_parameters"), new[0])
     set_size_attributes(module, {name: value for name, value in changed.items() if name in sizes})
+
+
+def compute_weights(module: nn.Module) -> None:
+    """Computes what hooks of `torch.nn.utils` compute before each call: a weight of a norm, or under a mask."""
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+            with torch.no_grad():
+                hook(module, ())
 
 
 def _stated_shape(module: nn.Module) -> tuple[int, ...]:

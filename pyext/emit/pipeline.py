@@ -179,10 +179,11 @@ def _place_record(
         weighed.append(CandidateRecord(label, sum(part.milliseconds or 0.0 for part in choice.parts), None))
     name = module_of(nodes[0]) or nodes[0].name
     operations = tuple(node.name for node in nodes)
+    modules = tuple(dict.fromkeys(filter(None, map(module_of, nodes))))
     flops = _flops(graph_module, original(nodes, "channels_last"), examples)
     shape = examples[choice.chosen.output].shape
     return PlaceRecord(
-        name, operations, shape, flops, choice.chosen.label, choice.reason, choice.milliseconds, tuple(weighed)
+        name, operations, shape, flops, choice.chosen.label, choice.reason, choice.milliseconds, tuple(weighed), modules
     )
 
 

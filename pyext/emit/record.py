@@ -39,6 +39,8 @@ class PlaceRecord:
     reason: str
     milliseconds: float
     candidates: tuple[CandidateRecord, ...]
+    modules: tuple[str, ...] = ()
+    """Qualified names of the modules that its operations come from."""
 
 
 @dataclass(frozen=True)

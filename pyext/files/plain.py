@@ -6,7 +6,7 @@ import functools
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["from_plain", "printable"]
 
@@ -14,7 +14,8 @@ T = TypeVar("T")
 
 
 def from_plain(cls: type[T], value: Any, place: str) -> T:
-    """The inverse of `dataclasses.asdict`, before JSON or after it; integers have at most 64 bits.
+    """The inverse of `dataclasses.asdict`, before JSON or after it; integers have at most 64 bits. Where one of several
+    dataclasses may stand, each has a field `kind` of its own.
 
     Raises `ValueError` that starts with `place` for a missing or unknown field and a value of another type.
     """
@@ -38,8 +39,14 @@ def _checked(hint: Any, value: Any, place: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and types.NoneType in inner:
             return None
-        (hint,) = (other for other in inner if other is not types.NoneType)
-        return _checked(hint, value, place)
+        kinds = [other for other in inner if other is not types.NoneType]
+        if len(kinds) > 1:
+            kinds = [kind for kind in kinds if isinstance(value, dict) and _kind_of(kind) == value.get("kind")]
+        if not kinds:
+            raise ValueError(f"{place}: expected one of {hint}, got {_shown(value)}")
+        return _checked(kinds[0], value, place)
+    if origin is Literal and isinstance(value, str) and value in inner:
+        return value
     if origin is tuple and isinstance(value, (list, tuple)):
         return tuple(_checked(inner[0], item, f"{place}[{i}]") for i, item in enumerate(value))
     if origin in (dict, Mapping) and isinstance(value, dict):
@@ -54,6 +61,11 @@ def _checked(hint: Any, value: Any, place: str) -> Any:
     if hint in (str, bool) and isinstance(value, hint):
         return value
     raise ValueError(f"{place}: expected {getattr(hint, '__name__', hint)}, got {_shown(value)}")
+
+
+def _kind_of(cls: Any) -> Any:
+    """The name by which a dataclass is told from others that may stand in its place."""
+    return next((field.default for field in fields(cls) if field.name == "kind"), None)
 
 
 def _shown(value: Any) -> str:

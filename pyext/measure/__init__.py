@@ -5,18 +5,22 @@ from kernelpress.measure.cost import count_flops, count_parameters
 from kernelpress.measure.latency import Timing, time_alternately
 from kernelpress.measure.layerwise import LayerCost, layer_table, profile_layers
 from kernelpress.measure.profiling import Profile, profile
+from kernelpress.measure.theory import Promise, layer_flops, promised_flops
 
 __all__ = [
     "Comparison",
     "LayerCost",
     "Profile",
+    "Promise",
     "Speedup",
     "Timing",
     "compare",
     "count_flops",
     "count_parameters",
+    "layer_flops",
     "layer_table",
     "profile",
     "profile_layers",
+    "promised_flops",
     "time_alternately",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from kernelpress.measure.cost import module_of
@@ -29,7 +29,7 @@ class Speedup:
     high: float
     """Largest ratio of any one round."""
     theoretical: float | None
-    """Ratio of FLOPs; `None` where they are unknown."""
+    """Ratio of the FLOPs promised (`measure.promised_flops`); `None` where they are unknown."""
 
     @property
     def realisation(self) -> float | None:
@@ -67,7 +67,9 @@ class Comparison:
             measured=measured,
             low=min(measured, *rounds),
             high=max(measured, *rounds),
-            theoretical=base.flops / ours.flops if base.flops and ours.flops else None,
+            theoretical=base.promised_flops / ours.promised_flops
+            if base.promised_flops and ours.promised_flops
+            else None,
         )
 
     def cells(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -104,7 +106,7 @@ class Comparison:
         notes = [
             f"* baseline; {base.device}, batch {base.batch}, {base.threads} threads; "
             f"the best of {len(base.latency.rounds)} rounds' medians, contestants in turn; "
-            "realisation = measured ÷ theoretical (FLOP ratio)"
+            "realisation = measured ÷ theoretical (FLOPs; of pruned weights the non-zeros; int8 by the machine's peak)"
         ]
         reasons = sorted({entry.energy_reason for entry in self.profiles if entry.energy_reason})
         return notes + [f"energy not measured: {reason}" for reason in reasons]
@@ -148,19 +150,25 @@ def compare(
     budget_seconds: float = 1.0,
     warmup: int = 3,
     threads: int | None = None,
+    promised: Mapping[str, float] | None = None,
 ) -> Comparison:
     """Measure every contestant on `inputs`, in turn over several `rounds`; modules run in evaluation mode.
 
     A contestant is a module or callable, or a pair `(callable, its own inputs)` where it wants them in another form,
     such as channels_last. `budget_seconds` is the measuring time of each. The baseline is the first one unless named.
+    `promised`: `promised_flops` of the contestants of which their passes promise more than fewer FLOPs.
 
-    Raises `ValueError` for no contestants or an unknown baseline, `TypeError` for a contestant that is not callable.
+    Raises `ValueError` for no contestants, an unknown baseline or promise, `TypeError` for a contestant that is not
+    callable.
     """
     if not contestants:
         raise ValueError("contestants: expected at least one, got none")
     base = next(iter(contestants)) if baseline is None else baseline
     if base not in contestants:
         raise ValueError(f"baseline: expected one of {', '.join(contestants)}, got {base!r}")
+    promised = promised or {}
+    if unknown := promised.keys() - contestants.keys():
+        raise ValueError(f"promised: expected some of {', '.join(contestants)}, got {', '.join(sorted(unknown))}")
     pairs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {}
     for name, contestant in contestants.items():
         model, own_inputs = contestant if isinstance(contestant, tuple) else (contestant, inputs)
@@ -178,7 +186,7 @@ def compare(
             warmup=warmup,
         )
         profiles = tuple(describe(name, model, own, timings[name]) for name, (model, own) in pairs.items())
-    return Comparison(base, profiles)
+    return Comparison(base, tuple(replace(p, promised_flops=promised.get(p.name, p.promised_flops)) for p in profiles))
 
 
 def _bound(model: Callable[..., Any], inputs: tuple[Any, ...]) -> Callable[[], object]:

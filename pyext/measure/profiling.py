@@ -33,6 +33,8 @@ class Profile:
     weight_bytes: int | None
     flops: int | None
     """Per inference, of the whole batch; a multiplication and its addition count as two."""
+    promised_flops: float | None
+    """What of `flops` is left in theory; the same unless `compare` was told of promises."""
     parameters: int | None
     energy_joules: float | None
     energy_source: str | None
@@ -108,6 +110,7 @@ def describe(
             lambda: model(*inputs), device=device, arena_bytes=int(getattr(model, "arena_bytes", 0))
         )
         energy = energy_per_call(lambda: model(*inputs), device=device, seconds=energy_seconds)
+    flops = None if module is None else count_flops(module, *inputs)
     return Profile(
         name=name,
         device=_device_name(device),
@@ -116,7 +119,8 @@ def describe(
         latency=latency,
         peak_memory_bytes=peak,
         weight_bytes=None if module is None else weight_bytes(module),
-        flops=None if module is None else count_flops(module, *inputs),
+        flops=flops,
+        promised_flops=flops,
         parameters=None if module is None else count_parameters(module),
         energy_joules=energy.joules,
         energy_source=energy.source,

@@ -2,20 +2,22 @@
 
 from kernelpress.report.html import render_html, render_json
 from kernelpress.report.record import (
-    AccuracyPoint,
     LayerRealisation,
+    Reading,
     Report,
     Requirement,
+    StepPoint,
     commit_of,
     layer_realisations,
     now,
 )
 
 __all__ = [
-    "AccuracyPoint",
     "LayerRealisation",
+    "Reading",
     "Report",
     "Requirement",
+    "StepPoint",
     "commit_of",
     "layer_realisations",
     "now",

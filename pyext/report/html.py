@@ -6,14 +6,18 @@ import json
 from importlib import resources
 
 from kernelpress.measure.units import count_text, latency_text, memory_text, ratio_text
-from kernelpress.report.figures import accuracy_figure, latency_figure, realisation_figure
+from kernelpress.report.bars import latency_bars, realisation_bars
+from kernelpress.report.figures import accuracy_figure
 from kernelpress.report.record import Report
 
 __all__ = ["render_html", "render_json"]
 
+_ASIDES = (1, 3)
+"""Columns of a comparison below whose values the next one's stand: latency, speed-up."""
+
 
 def render_html(report: Report) -> str:
-    """One self-contained page: its figures are embedded, nothing is fetched.
+    """One self-contained page for windows of any width: its figures are embedded, nothing is fetched.
 
     Raises `ImportError` without jinja2, matplotlib or PyYAML.
     """
@@ -36,6 +40,7 @@ def render_html(report: Report) -> str:
     source = resources.files("kernelpress.report").joinpath("template.html.j2").read_text(encoding="utf-8")
     comparison = report.comparison
     header, rows = comparison.cells()
+    columns = [i for i in range(len(header)) if i - 1 not in _ASIDES and any(row[i] != "–" for row in rows)]
     return environment.from_string(source).render(
         report=report,
         headline=report.headline().split(", ", 1) if ", " in report.headline() else (report.headline(), ""),
@@ -43,14 +48,11 @@ def render_html(report: Report) -> str:
         base=comparison[comparison.baseline],
         pressed=comparison[report.pressed],
         pressed_index=[profile.name for profile in comparison.profiles].index(report.pressed),
-        header=header,
-        rows=rows,
-        figures={
-            "latency": latency_figure(comparison, report.pressed),
-            "accuracy_latency": accuracy_figure(report.accuracies, against="latency"),
-            "accuracy_flops": accuracy_figure(report.accuracies, against="flops"),
-            "realisation": realisation_figure(report.layers) if report.layers else "",
-        },
+        header=[header[column] for column in columns],
+        rows=[[(row[column], row[column + 1] if column in _ASIDES else "") for column in columns] for row in rows],
+        latencies=latency_bars(comparison, report.pressed),
+        realisations=realisation_bars(report.layers),
+        figures={against: accuracy_figure(report.points, against=against) for against in ("latency", "flops")},
         recipe_text=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
     )
 

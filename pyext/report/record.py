@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -12,28 +13,54 @@ from kernelpress.bench.machine import Machine
 from kernelpress.emit.candidates import ORIGINAL
 from kernelpress.emit.record import EmissionRecord, PlaceRecord
 from kernelpress.measure import Comparison
+from kernelpress.measure.theory import nearest_layer
 
-__all__ = ["AccuracyPoint", "LayerRealisation", "Report", "Requirement", "commit_of", "layer_realisations", "now"]
+__all__ = [
+    "LayerRealisation",
+    "Reading",
+    "Report",
+    "Requirement",
+    "StepPoint",
+    "commit_of",
+    "layer_realisations",
+    "now",
+]
 
 
 @dataclass(frozen=True)
-class AccuracyPoint:
-    """Test accuracy 0…1 at one point of the run, and what the model costs there; latency in ms where measured."""
+class StepPoint:
+    """Test accuracy 0…1 at one point of the run, and what the model costs there for one image; latency in ms where
+    measured."""
 
     name: str
     accuracy: float
     flops: int
+    promised_flops: float
+    """What of `flops` is left in theory, as `kernelpress.measure.promised_flops` counts."""
     parameters: int
     latency_ms: float | None
 
 
 @dataclass(frozen=True)
+class Reading:
+    """What one pass did: a line, a table of what it changed under `header`, and remarks."""
+
+    headline: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    remarks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class LayerRealisation:
-    """One place of the dense model beside the same place of the pressed one; times in ms, of one inference."""
+    """One or more layers of the dense model beside what stands in their place in the pressed one; times in ms, of one
+    inference."""
 
     name: str
     dense_flops: int
     pressed_flops: int
+    promised_flops: float
+    """What of `pressed_flops` is left in theory."""
     dense_ms: float
     """The original operations in the faster memory format."""
     pressed_ms: float
@@ -41,8 +68,8 @@ class LayerRealisation:
 
     @property
     def theoretical(self) -> float | None:
-        """FLOP ratio."""
-        return self.dense_flops / self.pressed_flops if self.pressed_flops and self.dense_flops else None
+        """Ratio of the FLOPs promised."""
+        return self.dense_flops / self.promised_flops if self.promised_flops and self.dense_flops else None
 
     @property
     def measured(self) -> float:
@@ -77,11 +104,14 @@ class Report:
     comparison: Comparison
     pressed: str
     """Which contestant is the product."""
-    accuracies: tuple[AccuracyPoint, ...]
+    points: tuple[StepPoint, ...]
+    """From the dense model to the pressed one as it runs."""
+    passes: Mapping[str, Reading]
+    """What each pass did, by the id of its step."""
     layers: tuple[LayerRealisation, ...]
     emission: EmissionRecord
     requirements: tuple[Requirement, ...]
-    stage_seconds: dict[str, float]
+    step_seconds: dict[str, float]
     notes: tuple[str, ...] = ()
 
     def headline(self) -> str:
@@ -102,7 +132,8 @@ class Report:
             "machine": asdict(self.machine),
             "comparison": self.comparison.to_dict(),
             "pressed": self.pressed,
-            "accuracies": [asdict(point) for point in self.accuracies],
+            "points": [asdict(point) for point in self.points],
+            "passes": {step: asdict(reading) for step, reading in self.passes.items()},
             "layers": [
                 {
                     **asdict(layer),
@@ -114,44 +145,73 @@ class Report:
             ],
             "emission": self.emission.to_json(),
             "requirements": [asdict(requirement) for requirement in self.requirements],
-            "stage_seconds": self.stage_seconds,
+            "step_seconds": self.step_seconds,
             "notes": list(self.notes),
             "recipe": self.recipe,
         }
 
 
-def layer_realisations(dense: EmissionRecord, pressed: EmissionRecord) -> tuple[LayerRealisation, ...]:
-    """Place by place, what the dense model's original operations take and what the pressed model's chosen ones do.
+def layer_realisations(
+    dense: EmissionRecord, pressed: EmissionRecord, layers: Iterable[str], costs: Mapping[str, tuple[int, float]]
+) -> tuple[LayerRealisation, ...]:
+    """Layer by layer, what the dense model's original operations take and what the pressed model's chosen ones do.
 
-    Both models have the same operations; where the two emissions drew their places differently, those that share
-    operations are taken together. A place whose original operations were not timed is left out.
+    `layers`: paths of the dense model's layers. What took a layer's place lies at its path or below it, so that path
+    pairs the two; layers that either emission fused are taken together. A place of no layer, such as a sum, counts to
+    the layer before it. `costs`: FLOPs, and those promised, by module of the pressed model. Layers whose original
+    operations were not timed are left out.
     """
+    known = tuple(layers)
     groups: list[tuple[set[str], list[PlaceRecord], list[PlaceRecord]]] = []
-    for record in (dense, pressed):
-        for place in record.places:
-            merged = (set(place.operations), [place], []) if record is dense else (set(place.operations), [], [place])
-            for group in [group for group in groups if group[0] & merged[0]]:
+    for is_dense, record in ((True, dense), (False, pressed)):
+        for names, places in _places_by_layers(record, known):
+            merged = (names, places, []) if is_dense else (names, [], places)
+            for group in [group for group in groups if group[0] & names]:
                 groups.remove(group)
                 merged = (merged[0] | group[0], group[1] + merged[1], group[2] + merged[2])
             groups.append(merged)
 
-    layers = []
-    for _, before, after in groups:
+    found = []
+    for names, before, after in sorted(groups, key=lambda group: min(map(known.index, group[0]))):
         originals = [_original_ms(place) for place in before]
         pressed_ms = sum(place.milliseconds for place in after)
         if not after or not before or pressed_ms <= 0 or any(time is None for time in originals):
             continue
-        layers.append(
+        found.append(
             LayerRealisation(
-                name=" + ".join(dict.fromkeys(place.name or place.operations[0] for place in after)),
+                name=" + ".join(sorted(names, key=known.index)),
                 dense_flops=sum(place.flops for place in before),
                 pressed_flops=sum(place.flops for place in after),
+                promised_flops=sum(place.flops * _promised_share(place, costs) for place in after),
                 dense_ms=sum(time for time in originals if time is not None),
                 pressed_ms=pressed_ms,
                 choice=" + ".join(dict.fromkeys(place.choice for place in after)),
             )
         )
-    return tuple(layers)
+    return tuple(found)
+
+
+def _places_by_layers(record: EmissionRecord, layers: tuple[str, ...]) -> list[tuple[set[str], list[PlaceRecord]]]:
+    """The places of a record with the layers they execute; those of none stand with the layer before them."""
+    found: list[tuple[set[str], list[PlaceRecord]]] = []
+    waiting: list[PlaceRecord] = []
+    for place in record.places:
+        names = {layer for path in place.modules if (layer := nearest_layer(path, layers)) is not None}
+        if names:
+            found.append((names, [*waiting, place]))
+            waiting = []
+        elif found:
+            found[-1][1].append(place)
+        else:
+            waiting.append(place)
+    return found
+
+
+def _promised_share(place: PlaceRecord, costs: Mapping[str, tuple[int, float]]) -> float:
+    """What is left in theory of the FLOPs of a place: the share of its modules together."""
+    pairs = [costs[path] for path in place.modules if path in costs]
+    flops = sum(counted for counted, _ in pairs)
+    return sum(promised for _, promised in pairs) / flops if flops else 1.0
 
 
 def _original_ms(place: PlaceRecord) -> float | None:

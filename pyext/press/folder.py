@@ -1,4 +1,4 @@
-"""Stages of a run kept on disk: each is redone only when what it depends on has changed or its files are damaged."""
+"""Steps of a run kept on disk: each is redone only when what it depends on has changed or its files are damaged."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from kernelpress.files import write_atomically
 from kernelpress.files.plain import from_plain
 from kernelpress.files.sealed import seal, unseal
 
-__all__ = ["RunFolder", "StageRecord", "stage_key"]
+__all__ = ["RunFolder", "StepRecord", "step_key"]
 
-_KIND, _FORMAT = "stage of a run", 1
+_KIND, _FORMAT = "step of a run", 1
 
 
-def stage_key(*parts: Any) -> str:
+def step_key(*parts: Any) -> str:
     """A key that changes with any of `parts`, which are plain values as JSON knows them."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
-class StageRecord:
-    """What a finished stage left: the key it was made under, its results, the digests of its files, its time in s."""
+class StepRecord:
+    """What a finished step left: the key it was made under, its results, the digests of its files, its time in s."""
 
     key: str
     results: dict[str, Any]
@@ -35,9 +35,9 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The output folder of a run: the stages' files lie in it, their records in `stages/`.
+    """The output folder of a run: the steps' files lie in it, their records in `steps/`.
 
-    A stage is finished when its record is there, which is written last: what an interruption leaves is no stage.
+    A step is finished when its record is there, which is written last: what an interruption leaves is no step.
     """
 
     path: Path
@@ -45,9 +45,9 @@ class RunFolder:
     def create(self) -> None:
         """Make the folder. Raises `NotADirectoryError` or `PermissionError` naming it."""
         try:
-            (self.path / "stages").mkdir(parents=True, exist_ok=True)
+            (self.path / "steps").mkdir(parents=True, exist_ok=True)
         except FileExistsError as error:
-            raise NotADirectoryError(f"output: {self.path} (or its stages/) is a file, not a folder") from error
+            raise NotADirectoryError(f"output: {self.path} (or its steps/) is a file, not a folder") from error
         except OSError as error:
             raise type(error)(error.errno, f"output: {self.path} cannot be made: {error.strerror}") from error
 
@@ -56,30 +56,30 @@ class RunFolder:
         write_atomically(self.path / name, content)
 
     def finish(
-        self, stage: str, key: str, results: Mapping[str, Any], files: tuple[str, ...], seconds: float
-    ) -> StageRecord:
-        """Write the record of a stage whose `files` are written already."""
+        self, step: str, key: str, results: Mapping[str, Any], files: tuple[str, ...], seconds: float
+    ) -> StepRecord:
+        """Write the record of a step whose `files` are written already."""
         digests = {name: _digest(self.path / name) for name in files}
-        record = StageRecord(key, dict(results), digests, seconds)
-        self.write(f"stages/{stage}.json", seal(_KIND, _FORMAT, asdict(record)))
+        record = StepRecord(key, dict(results), digests, seconds)
+        self.write(f"steps/{step}.json", seal(_KIND, _FORMAT, asdict(record)))
         return record
 
-    def forget(self, stage: str) -> None:
-        """Drop the record of a stage, so that it is run again."""
-        (self.path / "stages" / f"{stage}.json").unlink(missing_ok=True)
+    def forget(self, step: str) -> None:
+        """Drop the record of a step, so that it is run again."""
+        (self.path / "steps" / f"{step}.json").unlink(missing_ok=True)
 
-    def finished(self, stage: str, key: str) -> StageRecord | str:
-        """The record of `stage` if it can be used, else the reason why it has to be run; `""` where it never was."""
-        file = self.path / "stages" / f"{stage}.json"
+    def finished(self, step: str, key: str) -> StepRecord | str:
+        """The record of `step` if it can be used, else the reason why it has to be run; `""` where it never was."""
+        file = self.path / "steps" / f"{step}.json"
         try:
             content = unseal(file.read_bytes(), _KIND, _FORMAT, str(file))
-            record = from_plain(StageRecord, content, f"{file} is damaged: record")
+            record = from_plain(StepRecord, content, f"{file} is damaged: record")
         except FileNotFoundError:
             return ""
         except (OSError, ValueError) as error:
             return str(error)
         if record.key != key:
-            return "the recipe, an earlier stage, the machine or a version has changed"
+            return "the recipe, an earlier step, the machine or a version has changed"
         for name, digest in record.files.items():
             if not (self.path / name).is_file():
                 return f"{self.path / name} is missing"

@@ -1,0 +1,1 @@
+"""The compression passes that recipes know, one module each: importing it registers the pass."""
