@@ -24,8 +24,10 @@ from torch import Tensor, nn
 import kernelpress as kp
 from kernelpress import ops
 from kernelpress.emit import cuda_plan, evaluate, pipeline, plan
+from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.cuda_plan import CudaPlan
 from kernelpress.measure import device_clock
+from kernelpress.measure.latency import Timing
 from kernelpress.ops.backends import triton
 from kernelpress.ops.calls import prepared
 from kernelpress.runtime.cuda_graph import Recording, record
@@ -431,18 +433,21 @@ def test_emission_times_layers_and_models_by_the_devices_clock(monkeypatch: pyte
 
     def fake(calls: Any, device: torch.device, **options: Any) -> dict[str, Any]:
         asked.append(options)
-        return dict.fromkeys(calls)
+        return dict.fromkeys(calls, Timing(2.0, 1.0, 3.0, (2.0,), 1, 1))
 
     for module in (evaluate, pipeline):
         monkeypatch.setattr(module, "time_graphs", fake)
-        monkeypatch.setattr(module, "time_alternately", lambda *a, **k: pytest.fail("the host's clock"))
-    evaluate._timings({"layer": lambda: None}, CUDA)
-    pipeline._time_models({"model": lambda: None}, CUDA)
+        monkeypatch.setattr(module, "race", lambda *a, **k: pytest.fail("the host's clock"))
+    cache = TimingCache(torch.device("cpu"), enabled=False)
+    evaluate._time({"layer": lambda: None}, [{("layer",)}], CUDA, cache)
+    assert cache.get("layer") == 1.0
+    assert pipeline._time_models({"model": lambda: None}, CUDA) == {"model": 2.0}
     assert "flush_cache" not in asked[0]
     assert asked[1]["flush_cache"] is False
-    monkeypatch.setattr(evaluate, "time_alternately", lambda calls, **k: asked.append(k))
-    evaluate._timings({"layer": lambda: None}, torch.device("cpu"))
-    assert asked[2]["before_sample"] is evaluate.empty_inner_caches
+    monkeypatch.setattr(evaluate, "race", lambda calls, rivals, **k: asked.append(k) or {"host": 4.0})
+    evaluate._time({"host": lambda: None}, [{("host",), ("layer",)}], torch.device("cpu"), cache)
+    assert asked[2] == {"known": {"layer": 1.0}, "before_sample": evaluate.empty_inner_caches}
+    assert cache.get("host") == 4.0
 
 
 @pytest.fixture(scope="module")

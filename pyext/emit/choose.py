@@ -18,6 +18,10 @@ FUSION_MARGINS = (0.02, -0.05, -0.15)
 timed alone, with their inputs in cache; in the whole model the parts also wait for what lies between them, so the
 others let a fusion win that seemed a little slower."""
 
+TORCH_MARGIN = 0.05
+"""By what fraction of its time a call of torch must beat a native layer: in a plan it also parts what runs natively,
+and near ties are noise."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -48,6 +52,7 @@ def choose(
 def _option(evaluation: Evaluation, index: int, fusion_margin: float) -> Option[Node]:
     assert evaluation.milliseconds is not None
     margin = fusion_margin if evaluation.candidate.parts > 1 else 0.0
+    margin += 0.0 if evaluation.candidate.variant == "cpu" else TORCH_MARGIN
     return Option(evaluation.candidate.nodes, evaluation.milliseconds * (1 + margin), index)
 
 

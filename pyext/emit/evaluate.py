@@ -15,7 +15,7 @@ from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.candidates import Candidate, constant, original
 from kernelpress.emit.graph import shares_memory_within
 from kernelpress.measure.device_clock import time_graphs
-from kernelpress.measure.latency import Timing, time_alternately
+from kernelpress.measure.race import Alternative, race
 from kernelpress.ops.calls.steps import native_steps
 from kernelpress.ops.tuning import search
 from kernelpress.trace.regions import writes
@@ -40,6 +40,7 @@ Cost = Callable[[Candidate], float]
 
 SECONDS_PER_CANDIDATE = 6e-3
 ROUNDS = 3
+"""On CUDA devices."""
 
 EVICTED_BYTES = 8 << 20
 
@@ -145,12 +146,43 @@ def evaluate(
     configuration that calls run in: CUDA and Triton kernels are tuned first, unless `KERNELPRESS_AUTOTUNE=0`. `cost`
     replaces timing; `advance` is told how many candidates are done.
     """
-    evaluations: list[Evaluation] = []
+    trials: list[_Trial] = []
     for batch in _batches(candidates, examples):
-        evaluations += _evaluate_batch(graph_module, batch, examples, tolerance, cache, cost)
+        trials += _try_batch(graph_module, batch, examples, tolerance, cache, cost)
         advance(len(batch))
     cache.save()
-    return evaluations
+    alone = {trial.candidate.output: trial.key for trial in trials if _is_alone(trial.candidate)}
+    return [_evaluation(trial, alone, cache, cost) for trial in trials]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What running a candidate told, and the name under which its time is kept."""
+
+    candidate: Candidate
+    key: str
+    error: float | None
+    refusal: str | None
+
+
+def _evaluation(trial: _Trial, alone: Mapping[Node, str], cache: TimingCache, cost: Cost | None) -> Evaluation:
+    candidate, milliseconds = trial.candidate, None
+    if trial.refusal is None:
+        keys = _parts_of(candidate, alone) or (trial.key,)
+        times = [cache.get(key) for key in keys]
+        milliseconds = cost(candidate) if cost is not None else sum(times) if None not in times else None  # type: ignore[arg-type]
+    return Evaluation(candidate, milliseconds, trial.error, trial.refusal)
+
+
+def _is_alone(candidate: Candidate) -> bool:
+    """Whether it is one operation as it came."""
+    return candidate.is_original and candidate.variant == "channels_last" and len(candidate.nodes) == 1
+
+
+def _parts_of(candidate: Candidate, alone: Mapping[Node, str]) -> Alternative:
+    """Names of the operations that it runs one by one, as they came; none where one of these is no candidate."""
+    is_sequence = candidate.is_original and candidate.variant == "channels_last" and candidate.nodes <= alone.keys()
+    return tuple(alone[node] for node in candidate.nodes) if is_sequence else ()
 
 
 def _batches(candidates: Sequence[Candidate], examples: Mapping[Node, Example]) -> Iterator[list[Candidate]]:
@@ -167,20 +199,19 @@ def _batches(candidates: Sequence[Candidate], examples: Mapping[Node, Example]) 
         yield batch
 
 
-def _evaluate_batch(
+def _try_batch(
     graph_module: GraphModule,
     batch: Sequence[Candidate],
     examples: Mapping[Node, Example],
     tolerance: float | None,
     cache: TimingCache,
     cost: Cost | None,
-) -> list[Evaluation]:
+) -> list[_Trial]:
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     inputs: dict[Node, Any] = {}
     expected: dict[frozenset[Node], Any] = {}
-    checked: list[tuple[float | None, str | None]] = []
-    calls: dict[str, Callable[[], object]] = {}
-    keys: list[str] = []
+    trials: list[_Trial] = []
+    with_kernel: set[tuple[str, frozenset[Node]]] = set()
     for candidate in batch:
         is_first = candidate.nodes not in expected
         came = original(sorted(candidate.nodes, key=order.__getitem__), "channels_last") if is_first else candidate
@@ -191,33 +222,58 @@ def _evaluate_batch(
         key = _key(graph_module, candidate, examples)
         if cost is None and candidate.variant in TUNED_BACKENDS:
             key += f"; tiles {_tuned(graph_module, candidate, inputs) or 'by heuristic'}"
-        keys.append(key)
         if is_first:
             expected[candidate.nodes] = runnable(graph_module, came, inputs)()
+        same = (candidate.name, candidate.nodes)
+        if cost is None and candidate.variant == "reference" and same in with_kernel:
+            trials.append(_Trial(candidate, key, None, "not tried beside a kernel"))
+            continue
         error, refusal = _check(graph_module, candidate, inputs, expected[candidate.nodes], tolerance)
-        checked.append((error, refusal))
-        if refusal is None and cost is None and cache.get(key) is None:
-            calls.setdefault(key, _timed(graph_module, candidate, inputs))
-    if calls:
-        for key, timing in _timings(calls, _device(inputs.values())).items():
-            # Few samples, and a busy machine only ever adds to them: the fast ones tell what the layer costs.
-            cache.put(key, timing.p10)
-    return [
-        Evaluation(
-            candidate, None if refusal else cost(candidate) if cost is not None else cache.get(key), error, refusal
-        )
-        for candidate, key, (error, refusal) in zip(batch, keys, checked, strict=True)
-    ]
+        if refusal is None and not candidate.is_original:
+            with_kernel.add(same)
+        trials.append(_Trial(candidate, key, error, refusal))
+    if cost is None:
+        running = [trial for trial in trials if trial.refusal is None]
+        calls = {
+            trial.key: _timed(graph_module, trial.candidate, inputs)
+            for trial in running
+            if cache.get(trial.key) is None
+            and (trial.candidate.variant != "channels_last" or _is_alone(trial.candidate))
+        }
+        _time(calls, _rivals(running), _device(inputs.values()), cache)
+    return trials
 
 
-def _timings(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Timing]:
-    """The candidates' times as layers of a plan: from caches that hold nothing of theirs, and on CUDA devices as graphs
-    by the device's clock."""
+def _rivals(trials: Sequence[_Trial]) -> list[set[Alternative]]:
+    """What does the same work, place by place; an operation alone competes where it is part of a place, if it is."""
+    alone = {trial.candidate.output: trial.key for trial in trials if _is_alone(trial.candidate)}
+    places: dict[frozenset[Node], set[Alternative]] = {}
+    for trial in trials:
+        alternative = _parts_of(trial.candidate, alone) or (trial.key,)
+        places.setdefault(trial.candidate.nodes, set()).add(alternative)
+    contested = {name for place in places.values() if len(place) > 1 for names in place for name in names}
+    return [place for place in places.values() if len(place) > 1 or not contested.issuperset(*place)]
+
+
+def _time(
+    calls: Mapping[str, Callable[[], object]],
+    rivals: Sequence[set[Alternative]],
+    device: torch.device,
+    cache: TimingCache,
+) -> None:
+    """Remembers the candidates' times as layers of a plan: from caches that hold nothing of theirs, and on CUDA devices
+    as graphs by the device's clock."""
+    if not calls:
+        return
     if device.type == "cuda":
-        return time_graphs(calls, device, budget_seconds=SECONDS_PER_CANDIDATE, rounds=ROUNDS)
-    return time_alternately(
-        calls, budget_seconds=SECONDS_PER_CANDIDATE, rounds=ROUNDS, before_sample=empty_inner_caches
-    )
+        timings = time_graphs(calls, device, budget_seconds=SECONDS_PER_CANDIDATE, rounds=ROUNDS)
+        times = {name: timing.p10 for name, timing in timings.items()}
+    else:
+        names = {name for place in rivals for alternative in place for name in alternative}
+        known = {name: time for name in names if (time := cache.get(name)) is not None}
+        times = race(calls, rivals, known=known, before_sample=empty_inner_caches)
+    for name, milliseconds in times.items():
+        cache.put(name, milliseconds)
 
 
 def _device(values: Iterable[Any]) -> torch.device:
@@ -324,7 +380,8 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
             return float("inf")
     elif not expected.dtype.is_floating_point:
         return 0.0 if torch.equal(result, expected) else float("inf")
-    a, b = result.detach().double(), expected.detach().double()
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    a, b = result.detach().to(wide), expected.detach().to(wide)
     finite = torch.isfinite(b)
     if not finite.all():
         if not torch.equal(torch.isfinite(a), finite) or not torch.equal(
@@ -332,7 +389,7 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
         ):
             return float("inf")
         a, b = a[finite], b[finite]
-    difference, norm = float((a - b).norm()), float(b.norm())
+    difference, norm = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (a - b, b))
     error = difference / norm if norm > 0 else difference
     return error if error == error else float("inf")
 

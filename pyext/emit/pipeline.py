@@ -38,7 +38,7 @@ from kernelpress.emit.quantized import is_quantize
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
 from kernelpress.emit.ties import Comparison, compare
 from kernelpress.measure.device_clock import time_graphs
-from kernelpress.measure.latency import Timing, time_alternately
+from kernelpress.measure.race import Heat, race
 from kernelpress.preserve import outside_modes, own_tensors
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace import checked_inputs, module_of, trace
@@ -48,6 +48,8 @@ __all__ = ["emit"]
 
 MODEL_SECONDS = 0.5
 MODEL_ROUNDS = 5
+"""On CUDA devices."""
+MODEL_HEATS = (Heat(2, 2.0), Heat(10, 1.2), Heat(40, 1.0))
 
 
 def emit(
@@ -77,7 +79,8 @@ def emit(
     if tolerance is not None and not 0 < tolerance < float("inf"):
         raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
     inputs = own_tensors(checked_inputs(model, example_inputs))
-    with outside_modes(model):
+    with outside_modes(model), _progress_bar(progress) as phase:
+        phase("exporting", 1)
         traced = trace(model, inputs, dynamic_batch=dynamic_batch)
         flat = pytree.tree_leaves((inputs, {}))
         device = _device(traced, flat)
@@ -89,19 +92,24 @@ def emit(
         whole_bound = max(bound, INT8_TOLERANCE) if any(map(is_quantize, graph_module.graph.nodes)) else bound
         candidates = _candidates(graph_module)
         times = TimingCache(device, enabled=cache and cost is None)
-        with _progress_bar(len(candidates), progress) as advance:
-            evaluations = evaluate(graph_module, candidates, examples, tolerance, times, cost, advance)
+        advance = phase("timing layers", len(candidates))
+        evaluations = evaluate(graph_module, candidates, examples, tolerance, times, cost, advance)
         order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
         flat_examples = tuple(examples[node] for node in graph_module.graph.nodes if node.op == "placeholder")
+        flops: dict[frozenset[Node], int] = {}
 
         def emitted(choices: Sequence[Choice]) -> EmittedModel:
-            places = tuple(_place_record(graph_module, choice, examples, order) for choice in choices)
+            for nodes in (choice.chosen.nodes for choice in choices if choice.chosen.nodes not in flops):
+                flops[nodes] = _flops(graph_module, nodes, examples, order)
+            places = tuple(_place_record(choice, flops[choice.chosen.nodes], examples, order) for choice in choices)
             body = assemble(graph_module, [choice.chosen for choice in choices])
             record = EmissionRecord(places, device_key(device))
             return EmittedModel(body, record, flat_examples, traced.meta["contract"])
 
+        phase("timing plans", 1)
         arrangements = _arrangements(evaluations, order, FUSION_MARGINS if cost is None else FUSION_MARGINS[:1])
         best = _fastest([emitted(choices) for choices in arrangements], inputs, cache)
+        phase("comparing with the original", 1)
         body, record = _faster_of(traced, best.body, best.record, inputs, whole_bound, is_measured=cost is None)
         body = owned_copy(body)  # until here its weights are the model's own
         return EmittedModel(body, record, flat_examples, best.contract)
@@ -125,8 +133,8 @@ def _fastest(models: Sequence[EmittedModel], inputs: tuple[Any, ...], cache: boo
     device = _device_of(inputs)
     runs = [_captured(model, inputs, cache) if device.type == "cpu" else model for model in models]
     with writes_undone(*(model.body for model in models)):
-        timings = _time_models({str(i): functools.partial(run, *inputs) for i, run in enumerate(runs)}, device)
-    return models[min(range(len(models)), key=lambda i: timings[str(i)].median)]
+        milliseconds = _time_models({str(i): functools.partial(run, *inputs) for i, run in enumerate(runs)}, device)
+    return models[min(range(len(models)), key=lambda i: milliseconds[str(i)])]
 
 
 def _captured(model: EmittedModel, inputs: tuple[Any, ...], cache: bool) -> Callable[..., Any]:
@@ -137,11 +145,12 @@ def _captured(model: EmittedModel, inputs: tuple[Any, ...], cache: bool) -> Call
         return model
 
 
-def _time_models(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Timing]:
-    """Times of whole models; on CUDA devices as graphs by the device's clock."""
+def _time_models(calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Milliseconds of whole models; on CUDA devices as graphs by the device's clock."""
     if device.type == "cuda":
-        return time_graphs(calls, device, budget_seconds=MODEL_SECONDS, rounds=MODEL_ROUNDS, flush_cache=False)
-    return time_alternately(calls, budget_seconds=MODEL_SECONDS, rounds=MODEL_ROUNDS)
+        timings = time_graphs(calls, device, budget_seconds=MODEL_SECONDS, rounds=MODEL_ROUNDS, flush_cache=False)
+        return {name: timing.median for name, timing in timings.items()}
+    return race(calls, [{(name,) for name in calls}], heats=MODEL_HEATS)
 
 
 def _device_of(inputs: tuple[Any, ...]) -> torch.device:
@@ -170,7 +179,7 @@ def _candidates(graph_module: GraphModule) -> list[Candidate]:
 
 
 def _place_record(
-    graph_module: GraphModule, choice: Choice, examples: Mapping[Node, Example], order: Mapping[Node, int]
+    choice: Choice, flops: int, examples: Mapping[Node, Example], order: Mapping[Node, int]
 ) -> PlaceRecord:
     nodes = sorted(choice.chosen.nodes, key=order.__getitem__)
     weighed = [_candidate_record(evaluation) for evaluation in choice.considered]
@@ -180,7 +189,6 @@ def _place_record(
     name = module_of(nodes[0]) or nodes[0].name
     operations = tuple(node.name for node in nodes)
     modules = tuple(dict.fromkeys(filter(None, map(module_of, nodes))))
-    flops = _flops(graph_module, original(nodes, "channels_last"), examples)
     shape = examples[choice.chosen.output].shape
     return PlaceRecord(
         name, operations, shape, flops, choice.chosen.label, choice.reason, choice.milliseconds, tuple(weighed), modules
@@ -191,7 +199,11 @@ def _candidate_record(evaluation: Evaluation) -> CandidateRecord:
     return CandidateRecord(evaluation.candidate.label, evaluation.milliseconds, evaluation.error, evaluation.refusal)
 
 
-def _flops(graph_module: GraphModule, candidate: Candidate, examples: Mapping[Node, Example]) -> int:
+def _flops(
+    graph_module: GraphModule, nodes: frozenset[Node], examples: Mapping[Node, Example], order: Mapping[Node, int]
+) -> int:
+    """Of the operations as they came."""
+    candidate = original(sorted(nodes, key=order.__getitem__), "channels_last")
     inputs = {node: examples[node].random() for node in candidate.inputs}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         runnable(graph_module, candidate, inputs)()
@@ -224,10 +236,9 @@ def _faster_of(
         return body, record
     modules = {"emitted": body} | originals
     with writes_undone(*modules.values()):
-        timings = _time_models(
+        milliseconds = _time_models(
             {name: functools.partial(module, *inputs) for name, module in modules.items()}, _device_of(inputs)
         )
-    milliseconds = {name: timing.median for name, timing in timings.items()}
     fastest = min(originals, key=milliseconds.__getitem__)
     record = replace(record, original_milliseconds=milliseconds[fastest], emitted_milliseconds=milliseconds["emitted"])
     if milliseconds["emitted"] <= milliseconds[fastest]:
@@ -248,17 +259,23 @@ def _refusal(found: Comparison, tolerance: float) -> str | None:
 
 
 @contextmanager
-def _progress_bar(total: int, is_wanted: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, if that is a terminal and rich is installed."""
+def _progress_bar(is_wanted: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+    """A bar on standard error, if that is a terminal and rich is installed: a function that begins a phase of so many
+    steps and gives the one that counts them."""
     try:
         from rich.console import Console
         from rich.progress import Progress
     except ImportError:
         is_wanted = False
-    if not is_wanted or not total:
-        yield lambda count: None
+    if not is_wanted:
+        yield lambda name, steps: lambda count: None
         return
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("timing layers", total=total)
-        yield lambda count: bar.advance(task, count)
+        task = bar.add_task("")
+
+        def phase(name: str, steps: int) -> Callable[[int], None]:
+            bar.reset(task, description=name, total=steps)
+            return lambda count: bar.advance(task, count)
+
+        yield phase

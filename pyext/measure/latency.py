@@ -14,7 +14,16 @@ import torch
 
 from kernelpress.preserve import random_state_kept
 
-__all__ = ["Timing", "garbage_collection_paused", "threads_set_to", "time_alternately", "timing_of"]
+__all__ = [
+    "SAMPLE_SECONDS",
+    "Timing",
+    "garbage_collection_paused",
+    "quantile",
+    "sample_milliseconds",
+    "threads_set_to",
+    "time_alternately",
+    "timing_of",
+]
 
 SAMPLE_SECONDS = 50e-6
 """A sample lasts at least this long: shorter calls are repeated inside one, so that the clock costs under 1 %."""
@@ -48,7 +57,7 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def _sample(call: Callable[[], object], repeats: int) -> float:
+def sample_milliseconds(call: Callable[[], object], repeats: int) -> float:
     """Milliseconds per call over `repeats` back-to-back calls."""
     start = time.perf_counter_ns()
     for _ in range(repeats):
@@ -118,7 +127,7 @@ def time_alternately(
     measured: dict[str, list[list[float]]] = {name: [] for name in candidates}
     with torch.no_grad(), garbage_collection_paused(), random_state_kept():
         for name, call in candidates.items():
-            seconds = min(_sample(call, 1) for _ in range(warmup)) * 1e-3
+            seconds = min(sample_milliseconds(call, 1) for _ in range(warmup)) * 1e-3
             calls = max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9)))
             affordable = int(budget_seconds / rounds / max(calls * seconds, 1e-9))
             calls_per_sample[name] = calls
@@ -126,12 +135,12 @@ def time_alternately(
         for _ in range(rounds):
             for name, call in candidates.items():
                 # The candidate that ran before has displaced this one's data from the caches.
-                _sample(call, 1)
+                sample_milliseconds(call, 1)
                 samples = []
                 for _ in range(samples_per_round[name]):
                     if before_sample is not None:
                         before_sample()
-                    samples.append(_sample(call, calls_per_sample[name]))
+                    samples.append(sample_milliseconds(call, calls_per_sample[name]))
                 measured[name].append(samples)
     return {name: timing_of(measured[name], warmup, calls_per_sample[name]) for name in candidates}
 
@@ -142,15 +151,15 @@ def timing_of(rounds: Sequence[Sequence[float]], warmup: int, calls_per_sample: 
     best = sorted(rounds[medians.index(min(medians))])
     return Timing(
         median=min(medians),
-        p10=_quantile(best, 0.1),
-        p90=_quantile(best, 0.9),
+        p10=quantile(best, 0.1),
+        p90=quantile(best, 0.9),
         rounds=medians,
         warmup=warmup,
         calls=sum(map(len, rounds)) * calls_per_sample,
     )
 
 
-def _quantile(ordered: list[float], fraction: float) -> float:
+def quantile(ordered: list[float], fraction: float) -> float:
     """The `fraction` quantile of an ascending list, interpolated between neighbours."""
     position = fraction * (len(ordered) - 1)
     low = math.floor(position)
