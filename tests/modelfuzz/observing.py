@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,14 @@ __all__ = [
     "plain_sizes",
     "relative_error",
     "result_of",
+    "sharing",
     "signature",
+    "slope_of",
     "state_of",
 ]
+
+STEP = 1e-6
+"""Of a slope."""
 
 
 @contextmanager
@@ -134,21 +139,48 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 def gradients_of(run: Callable[..., Any], call: Call, dtype: torch.dtype) -> list[Tensor] | None:
     """Of the outputs along one random direction, for each floating-point input; None where there are none."""
-    positional, named = pytree.tree_map(lambda x: x.to(dtype) if is_float(x) else x, call.arguments())
-    inputs = [leaf.requires_grad_() for leaf in pytree.tree_leaves((positional, named)) if is_float(leaf)]
-    result = result_of(run, positional, named)
-    if isinstance(result, Exception):
-        return None
-    outputs = [leaf for leaf in pytree.tree_leaves(result) if is_float(leaf) and leaf.requires_grad]
+    inputs, outputs = _differentiated(run, call, dtype)
     if not outputs or not inputs:
         return None
-    generator = torch.Generator().manual_seed(call.seed)
-    along = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
     try:
-        found = torch.autograd.grad(outputs, inputs, along, allow_unused=True)
+        found = torch.autograd.grad(outputs, inputs, _directions(outputs, call), allow_unused=True)
     except RuntimeError:
         return None
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
+
+
+def slope_of(run: Callable[..., Any], call: Call, position: int, direction: Tensor) -> float:
+    """What `gradients_of` says by calculus, by a small step of one input in float64."""
+
+    def value(step: float) -> float:
+        _, outputs = _differentiated(run, call, torch.float64, {position: step * direction})
+        return sum(float((o * d).sum()) for o, d in zip(outputs, _directions(outputs, call), strict=True))
+
+    return (value(STEP) - value(-STEP)) / (2 * STEP)
+
+
+def _differentiated(
+    run: Callable[..., Any], call: Call, dtype: torch.dtype, moved: Mapping[int, Tensor] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Floating-point inputs, some of them `moved`, and the outputs that depend on them."""
+    inputs: list[Tensor] = []
+
+    def taken(value: Any) -> Any:
+        if not is_float(value):
+            return value
+        step = (moved or {}).get(len(inputs))
+        value = value.to(dtype) if step is None else value.to(dtype) + step
+        inputs.append(value.requires_grad_())
+        return value
+
+    positional, named = pytree.tree_map(taken, call.arguments())
+    result = result_of(run, positional, named)
+    return inputs, [leaf for leaf in pytree.tree_leaves(result) if is_float(leaf) and leaf.requires_grad]
+
+
+def _directions(outputs: Sequence[Tensor], call: Call) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(call.seed)
+    return [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
 
 
 def sharing(given: Any, first: Any, second: Any) -> set[tuple[int, int]]:
