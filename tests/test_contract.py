@@ -295,6 +295,12 @@ def test_arguments_go_by_name_as_in_the_model() -> None:
             emitted(*inputs, **named)
 
 
+def test_what_a_norm_hides_at_the_example_is_still_told_apart() -> None:
+    model = OneImage(lambda conv, x: F.instance_norm(0.3 * conv(x if x.shape[0] == 1 else 2 * x)))
+    emitted, x = emit(model, images(1)), images(1)
+    torch.testing.assert_close(emitted(x), model(x), rtol=2e-5, atol=2e-5)
+
+
 def test_the_summary_tells_the_batch_or_why_it_is_fixed() -> None:
     assert "batch: dimension 0 of x: any size" in emit(OneImage(lambda conv, x: conv(x)), images(1)).summary()
     looped = OneImage(lambda conv, x: torch.stack([conv(x[i : i + 1]) for i in range(x.shape[0])]))

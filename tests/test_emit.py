@@ -531,3 +531,16 @@ def test_gradients_run_through_what_was_written_in_place():
     emitted = kp.emit(Written().eval(), x.detach(), cost=lambda _: 1.0, progress=False)
     (got,) = torch.autograd.grad(emitted(x).sum(), x)
     assert torch.equal(got, expected)
+
+
+def test_what_the_model_makes_contiguous_is_made_so_however_it_comes():
+    class Ordered(nn.Module):
+        def forward(self, x):
+            return x.contiguous(), x.contiguous(memory_format=torch.channels_last)
+
+    x = torch.randn(2, 3, 4, 5)
+    emitted = kp.emit(Ordered().eval(), x, cost=lambda _: 1.0, progress=False)
+    for form in (x, x.transpose(2, 3).contiguous().transpose(2, 3), x[:1].expand(2, 3, 4, 5)):
+        for result, expected in zip(emitted(form), Ordered()(form), strict=True):
+            assert torch.equal(result, expected)
+            assert (result.data_ptr() == form.data_ptr()) == (expected.data_ptr() == form.data_ptr())
