@@ -2,7 +2,6 @@
 
 import copy
 import errno
-import itertools
 import json
 import math
 import os
@@ -11,18 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from emitting import FUSED_BACKENDS, Apply, assert_as_exact_as, emit_fused, ops_of
-from hypothesis import given
-from hypothesis import strategies as st
 from support import with_random_norms
 from torch import nn
 
 import kernelpress as kp
 from kernelpress.emit import evaluate, pipeline
 from kernelpress.emit.canonical import canonicalize
-from kernelpress.emit.cover import Option, cheapest_cover, regions
 from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.record import EmissionRecord
+from kernelpress.emit.tolerance import relative_error
 from kernelpress.trace import TraceError, trace
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -329,7 +326,7 @@ def test_models_of_other_dtypes_emit_to_what_can_run_them(dtype, bound):
     x = torch.randn(2, 8, 9, 9, dtype=dtype)
     emitted = kp.emit(model, x, progress=False)
     assert "[cpu]" not in "".join(place.choice for place in emitted.record.places)
-    assert evaluate.relative_error(emitted(x), model(x)) <= bound
+    assert relative_error(emitted(x), model(x)) <= bound
 
 
 def test_emission_leaves_the_model_and_its_training_mode_alone():
@@ -464,33 +461,6 @@ def test_a_missing_file_and_an_archive_of_another_kind_are_refused(tmp_path):
     torch.export.save(program, tmp_path / "plain.pt2")
     with pytest.raises(ValueError, match="no emitted model"):
         kp.load(tmp_path / "plain.pt2")
-
-
-@given(
-    st.integers(1, 6), st.lists(st.tuples(st.frozensets(st.integers(0, 5), min_size=1), st.integers(1, 9)), max_size=9)
-)
-def test_the_cover_is_the_cheapest_of_all(count, drawn):
-    elements = list(range(count))
-    options = [Option(frozenset({i}), 5.0, i) for i in elements]
-    options += [Option(s, float(c), 10 + i) for i, (s, c) in enumerate(drawn) if s <= set(elements)]
-    cover = cheapest_cover(elements, options)
-    assert sorted(e for option in cover for e in option.elements) == elements
-    exact = (
-        sum(option.cost for option in selection)
-        for size in range(1, count + 1)
-        for selection in itertools.combinations(options, size)
-        if sorted(e for option in selection for e in option.elements) == elements
-    )
-    assert sum(option.cost for option in cover) == min(exact)
-
-
-def test_elements_without_an_option_cannot_be_covered():
-    with pytest.raises(ValueError, match="options"):
-        cheapest_cover([0, 1], [Option(frozenset({0}), 1.0, 0)])
-
-
-def test_regions_are_what_groups_connect():
-    assert regions([0, 1, 2, 3, 4], [frozenset({0, 2}), frozenset({2, 4})]) == [[0, 2, 4], [1], [3]]
 
 
 def test_who_writes_into_a_result_changes_nothing_else():

@@ -11,7 +11,7 @@ from support import with_random_norms
 from torch import nn
 
 import kernelpress as kp
-from kernelpress.emit.evaluate import INT8_TOLERANCE, relative_error
+from kernelpress.emit.tolerance import INT8_TOLERANCE, relative_error
 from kernelpress.runtime.torch_private import define_quantized_ops
 
 pytestmark = pytest.mark.usefixtures("own_cache", "every_match_is_exact")

@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 import kernelpress as kp
-from kernelpress.emit.evaluate import relative_error
+from kernelpress.emit.tolerance import relative_error
 from kernelpress.runtime.torch_private import associative_scan, map_rows, pytree, scan, while_loop
 from kernelpress.trace import trace
 

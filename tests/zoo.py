@@ -27,7 +27,7 @@ from emitting import prefer
 from torch import Tensor, nn
 
 import kernelpress as kp
-from kernelpress.emit.evaluate import relative_error
+from kernelpress.emit.tolerance import relative_error
 from kernelpress.files import write_atomically
 from kernelpress.runtime.torch_private import pytree
 

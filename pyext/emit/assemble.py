@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from kernelpress.emit.candidates import Candidate, constant, mark_channels_last
+from kernelpress.emit.candidates import Candidate, constant, form_of, mark_channels_last, turned
 from kernelpress.emit.graph import attribute
 from kernelpress.emit.quantized import merge_dequantize
+from kernelpress.ops.layout import PIXELS, Layout
 from kernelpress.trace.regions import is_written
 
 __all__ = ["assemble", "channels_last_copy", "copy_of", "owned_copy", "with_constants"]
@@ -42,22 +43,37 @@ def owned_copy(graph_module: GraphModule) -> GraphModule:
 
 
 def assemble(graph_module: GraphModule, chosen: Sequence[Candidate]) -> GraphModule:
-    """A copy of the graph in which the chosen fragments stand for the nodes they cover."""
+    """A copy of the graph in which the chosen fragments stand for the nodes they cover, each on values in the forms
+    that it reads."""
     by_output = {candidate.output: candidate for candidate in chosen}
     covered = {node for candidate in chosen for node in candidate.nodes}
     graph = Graph()
     graph.set_codegen(graph_module.graph._codegen)
     new: dict[Node, Node] = {}
+    forms: dict[tuple[Node, Layout], Node] = {}
+
+    def read(node: Node, form: Layout | None) -> Node:
+        if form is None:
+            return new[node]
+        if (node, form) not in forms:
+            forms[node, form] = turned(graph, new[node], form)
+        return forms[node, form]
+
     for node in graph_module.graph.nodes:
         if node in by_output:
             candidate = by_output[node]
-            known = {own: new[outer] for own, outer in zip(candidate.placeholders, candidate.inputs, strict=True)}
-            result = graph.graph_copy(candidate.fragment, known)
+            given = zip(candidate.placeholders, candidate.inputs, candidate.reads, strict=True)
+            result = graph.graph_copy(candidate.fragment, {own: read(outer, form) for own, outer, form in given})
             assert isinstance(result, Node)
-            new[node] = result
+            new[node], form = result, candidate.gives
             result.meta = dict(node.meta)
         elif node not in covered:
-            new[node] = graph.node_copy(node, new.__getitem__)
+            new[node] = graph.node_copy(node, lambda source: read(source, form_of(source, PIXELS)))
+            form = form_of(node, PIXELS)
+        else:
+            continue
+        if form is not None:
+            forms[node, form] = new[node]
     merge_dequantize(graph)
     return with_constants(graph_module, graph)
 

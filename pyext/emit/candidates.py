@@ -1,8 +1,8 @@
-"""The ways to execute each place: kernelpress layers on every backend, and the original operations in both memory
-formats.
+"""The ways to execute each place: kernelpress layers on every backend, and the original operations in both forms.
 
 A candidate carries a fragment, a small graph that computes its output from its inputs: the same fragment is timed and,
-if chosen, copied into the emitted graph.
+if chosen, copied into the emitted graph. The form of a value is the `Layout` of its memory: images between operations
+lie as whoever computes them gives them, and are turned where somebody reads them otherwise.
 """
 
 from __future__ import annotations
@@ -16,16 +16,33 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.emit.fuse import Match
-from kernelpress.emit.graph import attribute, channels_last_if_image, shape, value
+from kernelpress.emit.graph import attribute, channels_last_if_image, value
 from kernelpress.ops import registry
+from kernelpress.ops.layout import DENSE, PIXELS, Layout
 from kernelpress.trace.regions import is_written
 
-__all__ = ["ORIGINAL", "Candidate", "candidates_for", "constant", "mark_channels_last", "original"]
+__all__ = [
+    "FORMS",
+    "ORIGINAL",
+    "Candidate",
+    "candidates_for",
+    "constant",
+    "conversion",
+    "form_of",
+    "mark_channels_last",
+    "original",
+    "turned",
+]
 
 aten = torch.ops.aten
 
 ORIGINAL = "aten"
 """Name of the candidates that are the original operations."""
+
+FORMS = (PIXELS, DENSE)
+"""Those that images may lie in: as our layers take and give them, and as torch makes them."""
+
+MEMORY_FORMATS = {PIXELS: torch.channels_last, DENSE: torch.contiguous_format}
 
 CHANNELS_LAST_CONSTANT = "kernelpress_channels_last"
 
@@ -35,7 +52,9 @@ class Candidate:
     """One way to compute `output` from `inputs`, in place of the graph's `nodes`.
 
     `name` is the op and `variant` its backend; for the original operations they are "aten" and the memory format.
-    The placeholders of `fragment` stand for `inputs`, in their order.
+    The placeholders of `fragment` stand for `inputs`, in their order, which come in the forms `reads`. `gives` is the
+    form of the output. None is the form of what is no image between operations, and of graph inputs: they lie as they
+    lie.
     """
 
     name: str
@@ -43,6 +62,8 @@ class Candidate:
     nodes: frozenset[Node]
     output: Node
     inputs: tuple[Node, ...]
+    reads: tuple[Layout | None, ...]
+    gives: Layout | None
     fragment: Graph
     parts: int = 1
 
@@ -66,7 +87,7 @@ def candidates_for(match: Match, order: Mapping[Node, int]) -> list[Candidate]:
     """Every way to execute the nodes of `match`; `order` is the position of each node in the graph."""
     nodes = sorted(match.nodes, key=order.__getitem__)
     layers = [_layer(match, entry.backend) for entry in registry.operator(match.op).implementations]
-    return [*layers, original(nodes, "channels_last"), original(nodes, "contiguous")]
+    return [*layers, *(original(nodes, form) for form in FORMS)]
 
 
 def constant(graph_module: GraphModule, node: Node) -> Any:
@@ -110,47 +131,65 @@ class _Fragment:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         return self.graph.call_function(target, args, kwargs)
 
+    def candidate(
+        self, name: str, variant: str, nodes: frozenset[Node], output: Node, result: Node, form: Layout, parts: int = 1
+    ) -> Candidate:
+        """The finished graph, which computes `result` for `output`, as a candidate whose images lie in `form`."""
+        self.graph.output(result)
+        reads = tuple(form_of(node, form) for node in self.inputs)
+        gives = form_of(output, form)
+        return Candidate(name, variant, nodes, output, tuple(self.inputs), reads, gives, self.graph, parts)
+
 
 def _layer(match: Match, backend: str) -> Candidate:
     fragment = _Fragment()
     operator = registry.operator(match.op)
     fragment.declare(given for given in match.arguments.values() if isinstance(given, Node))
     given = {name: fragment.own(a) if isinstance(a, Node) else a for name, a in match.arguments.items()}
-    if isinstance(given.get("input_scale"), Node):
-        given["input_scale"] = fragment.call(aten.flatten.using_ints, given["input_scale"], 1)
+    for name in match.flattened:
+        given[name] = fragment.call(aten.flatten.using_ints, given[name], 1)
     tensors = [given.pop(name, None) for name in operator.tensors]
     while tensors and tensors[-1] is None:
         tensors.pop()
     result = fragment.call(getattr(torch.ops.kernelpress, match.op).default, *tensors, **given, backend=backend)
-    if match.op == "global_avg_pool2d" and len(shape(match.output) or ()) == 4:
-        result = fragment.call(aten.unsqueeze.default, fragment.call(aten.unsqueeze.default, result, -1), -1)
-    fragment.graph.output(result)
-    return Candidate(match.op, backend, match.nodes, match.output, tuple(fragment.inputs), fragment.graph, match.parts)
+    return fragment.candidate(match.op, backend, match.nodes, match.output, result, PIXELS, match.parts)
 
 
-def original(nodes: list[Node], memory_format: str) -> Candidate:
-    """The operations `nodes`, in execution order, as they came; the last one computes the output.
-
-    In "channels_last" they take and give images as all of the emitted graph does; in "contiguous" the conversions of
-    images in and out belong to the candidate.
-    """
+def original(nodes: list[Node], form: Layout) -> Candidate:
+    """The operations `nodes`, in execution order, as they came, on images in `form`; the last one computes the
+    output."""
     fragment = _Fragment()
     inner = set(nodes)
-    outer = [source for node in nodes for source in node.all_input_nodes if source not in inner]
+    outer = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in inner)
     fragment.declare(outer)
-    for source in dict.fromkeys(outer):
-        if source.op == "get_attr":
-            if memory_format == "channels_last":
-                mark_channels_last(fragment.own(source))
-        elif memory_format == "contiguous" and _is_image(source):
+    for source in outer:
+        if source.op == "get_attr" and form is PIXELS:
+            mark_channels_last(fragment.own(source))
+        elif source.op == "placeholder" and form is DENSE and _is_image(source):
             fragment.replace(source, fragment.call(aten.contiguous.default, fragment.own(source)))
     for node in nodes:
         fragment.replace(node, fragment.graph.node_copy(node, fragment.own))
-    result = fragment.own(nodes[-1])
-    if memory_format == "contiguous" and _is_image(nodes[-1]):
-        result = fragment.call(aten.contiguous.default, result, memory_format=torch.channels_last)
+    return fragment.candidate(ORIGINAL, form.name, frozenset(nodes), nodes[-1], fragment.own(nodes[-1]), form)
+
+
+def conversion(node: Node, given: Layout, wanted: Layout) -> Candidate:
+    """`node`, an image that lies as `given`, turned into the form `wanted`; nothing is computed."""
+    fragment = _Fragment()
+    result = turned(fragment.graph, fragment.own(node), wanted)
     fragment.graph.output(result)
-    return Candidate(ORIGINAL, memory_format, frozenset(nodes), nodes[-1], tuple(fragment.inputs), fragment.graph)
+    return Candidate("conversion", wanted.name, frozenset(), node, (node,), (given,), wanted, fragment.graph)
+
+
+def turned(graph: Graph, node: Node, form: Layout) -> Node:
+    """A call in `graph` that turns the image `node` into `form`."""
+    result = graph.call_function(aten.contiguous.default, (node,), {"memory_format": MEMORY_FORMATS[form]})
+    result.meta = dict(node.meta)
+    return result
+
+
+def form_of(node: Node, form: Layout) -> Layout | None:
+    """`form` if `node` is an image that an operation computes, else None."""
+    return form if node.op == "call_function" and _is_image(node) else None
 
 
 def _is_image(node: Node) -> bool:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
 
 from kernelpress.emit.candidates import Candidate
-from kernelpress.emit.cover import Option, cheapest_cover, regions
+from kernelpress.emit.cover import Forms, Option, cheapest_cover, regions
 from kernelpress.emit.evaluate import Evaluation
+from kernelpress.ops.layout import PIXELS, Layout
 
 __all__ = ["FUSION_MARGINS", "Choice", "choose"]
+
+Turning = Callable[[Node, Layout, Layout], float]
 
 FUSION_MARGINS = (0.02, -0.05, -0.15)
 """By what fraction of its time a layer fused from several must beat them. The first is what counts where layers are
@@ -36,35 +40,89 @@ class Choice:
 
 
 def choose(
-    evaluations: Sequence[Evaluation], order: Mapping[Node, int], fusion_margin: float = FUSION_MARGINS[0]
+    evaluations: Sequence[Evaluation],
+    order: Mapping[Node, int],
+    turning: Turning,
+    fusion_margin: float = FUSION_MARGINS[0],
 ) -> list[Choice]:
-    """One choice per place, in execution order; together they cover every node that a candidate covers exactly once."""
-    nodes = sorted({node for e in evaluations for node in e.candidate.nodes}, key=order.__getitem__)
-    options = [_option(e, i, fusion_margin) for i, e in enumerate(evaluations) if e.milliseconds is not None]
+    """One choice per place, in execution order; together they cover every node that a candidate covers exactly once.
+
+    `turning(node, given, wanted)` are the milliseconds of turning a value into another form.
+    """
+    running = _with_useful_forms([e for e in evaluations if e.milliseconds is not None])
+    options = [_option(e, i, fusion_margin) for i, e in enumerate(running)]
+    nodes = sorted({node for option in options for node in option.elements}, key=order.__getitem__)
+    forms = _forms(options, set(nodes), turning)
     choices: list[Choice] = []
-    for region in regions(nodes, [option.elements for option in options]):
+    for region in regions(nodes, [*(option.elements for option in options), *_meetings(options)]):
         inside = set(region)
-        cover = cheapest_cover(region, [option for option in options if option.elements <= inside])
-        choices += [_explain(evaluations, options, option, order) for option in cover]
+        cover = cheapest_cover(region, [option for option in options if option.elements <= inside], forms)
+        choices += [_explain(evaluations, running, options, option, order) for option in cover]
     return sorted(choices, key=lambda choice: order[choice.chosen.output])
 
 
-def _option(evaluation: Evaluation, index: int, fusion_margin: float) -> Option[Node]:
+def _with_useful_forms(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Leaves the candidates in other forms than the usual one out if none of them is the fastest at its place: turning
+    values, which costs time, then gains nothing anywhere."""
+    usual = [e for e in evaluations if _is_usual(e.candidate)]
+    fastest: dict[frozenset[Node], float] = {}
+    for e in usual:
+        fastest[e.candidate.nodes] = min(_time_of(e), fastest.get(e.candidate.nodes, math.inf))
+    gains = any(_time_of(e) < fastest.get(e.candidate.nodes, math.inf) for e in evaluations)
+    return list(evaluations) if gains else usual
+
+
+def _is_usual(candidate: Candidate) -> bool:
+    return all(form in (None, PIXELS) for form in (*candidate.reads, candidate.gives))
+
+
+def _time_of(evaluation: Evaluation) -> float:
     assert evaluation.milliseconds is not None
-    margin = fusion_margin if evaluation.candidate.parts > 1 else 0.0
-    margin += 0.0 if evaluation.candidate.variant == "cpu" else TORCH_MARGIN
-    return Option(evaluation.candidate.nodes, evaluation.milliseconds * (1 + margin), index)
+    margin = 0.0 if evaluation.candidate.variant == "cpu" else TORCH_MARGIN
+    return evaluation.milliseconds * (1 + margin)
+
+
+def _option(evaluation: Evaluation, index: int, fusion_margin: float) -> Option[Node]:
+    candidate = evaluation.candidate
+    cost = _time_of(evaluation) * (1 + fusion_margin if candidate.parts > 1 else 1)
+    gives = None if candidate.gives is None else (candidate.output, candidate.gives)
+    reads = tuple((x, form) for x, form in zip(candidate.inputs, candidate.reads, strict=True) if form is not None)
+    return Option(candidate.nodes, cost, index, gives, reads)
+
+
+def _forms(options: Sequence[Option[Node]], covered: set[Node], turning: Turning) -> Forms:
+    """What is outside of all options gives and reads images as usual."""
+    made = {option.gives[0] for option in options if option.gives}
+    read = {value for option in options for value, _ in option.reads}
+    given = dict.fromkeys(read - made, PIXELS)
+    wanted = {value: PIXELS for value in made if not covered.issuperset(value.users)}  # type: ignore[attr-defined]
+    return Forms(given, wanted, turning)
+
+
+def _meetings(options: Sequence[Option[Node]]) -> list[frozenset[Node]]:
+    """The nodes whose covers depend on each other through the form of a value."""
+    named: dict[Hashable, tuple[set[Hashable], set[Node]]] = {}
+    for option in options:
+        for value, form in (*option.reads, *([option.gives] if option.gives else [])):
+            forms, nodes = named.setdefault(value, (set(), set()))
+            forms.add(form)
+            nodes |= option.elements
+    return [frozenset(nodes) for forms, nodes in named.values() if len(forms) > 1]
 
 
 def _explain(
-    evaluations: Sequence[Evaluation], options: Sequence[Option[Node]], option: Option[Node], order: Mapping[Node, int]
+    evaluations: Sequence[Evaluation],
+    running: Sequence[Evaluation],
+    options: Sequence[Option[Node]],
+    option: Option[Node],
+    order: Mapping[Node, int],
 ) -> Choice:
-    best = evaluations[option.index]
+    best = running[option.index]
     place = sorted(option.elements, key=order.__getitem__)
     considered = tuple(e for e in evaluations if e.candidate.nodes == option.elements)
     smaller = [other for other in options if other.elements < option.elements]
     try:
-        parts = tuple(evaluations[part.index] for part in cheapest_cover(place, smaller)) if smaller else ()
+        parts = tuple(running[part.index] for part in cheapest_cover(place, smaller)) if smaller else ()
     except ValueError:
         parts = ()
     assert best.milliseconds is not None

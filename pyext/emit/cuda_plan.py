@@ -14,7 +14,7 @@ from torch.fx import Interpreter, Node
 
 from kernelpress.emit.assemble import owned_copy
 from kernelpress.emit.emitted import EmittedModel
-from kernelpress.emit.evaluate import Example
+from kernelpress.emit.examples import Example
 from kernelpress.emit.graph import operator_of
 from kernelpress.emit.recapture import fingerprint, reduced
 from kernelpress.ops import registry

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from kernelpress.emit.direct import Direct
-from kernelpress.emit.evaluate import Example
+from kernelpress.emit.examples import Example
 from kernelpress.emit.portable import Portable
 from kernelpress.emit.record import EmissionRecord, summary_table
 from kernelpress.runtime.torch_private import pytree

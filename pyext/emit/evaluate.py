@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Interpreter, Node, map_arg
+from torch.fx import GraphModule, Node, map_arg
 
 from kernelpress.emit.cache import TimingCache
-from kernelpress.emit.candidates import Candidate, constant, original
-from kernelpress.emit.graph import shares_memory_within
+from kernelpress.emit.candidates import Candidate, constant, conversion, original
+from kernelpress.emit.examples import Example
+from kernelpress.emit.tolerance import INT8_TOLERANCE, relative_error, tolerance_of
 from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.race import Alternative, race
 from kernelpress.ops.calls.steps import native_steps
+from kernelpress.ops.layout import DENSE, PIXELS, Layout
 from kernelpress.ops.tuning import search
-from kernelpress.trace.regions import writes
 
-__all__ = [
-    "INT8_TOLERANCE",
-    "TOLERANCES",
-    "TURNED_SHARE",
-    "Cost",
-    "Evaluation",
-    "Example",
-    "empty_inner_caches",
-    "evaluate",
-    "example_values",
-    "relative_error",
-    "runnable",
-    "tolerance_of",
-]
+__all__ = ["Conversions", "Cost", "Evaluation", "evaluate", "runnable"]
 
 Cost = Callable[[Candidate], float]
 """Milliseconds of a candidate, given instead of measured."""
@@ -44,52 +32,11 @@ ROUNDS = 3
 
 EVICTED_BYTES = 8 << 20
 
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
-
-TURNED_SHARE = 0.01
-"""Largest share of the elements of a comparison, an index or a rounding that may turn over, where the floats decided on
-are within 10 × the tolerance of the original's, element by element; or 10 × the tolerance where that is more. Of normal
-floats 0.8 % lie within 1 % of a threshold in the middle. Orders (sort, topk) have no such bound: elements change places
-with their equals."""
-
-INT8_TOLERANCE = 5e-3
-"""Of int8 values: one that lies between two steps may be rounded to either, but few do. Tensors of a typical size
-(30, root mean square) stay below it if one value in fifty is off by a step."""
-
 TUNED_BACKENDS = frozenset({"cuda", "triton"})
 
 LARGEST_BATCH_OF_CANDIDATES = 48
 LARGEST_BATCH_OF_BYTES = 256 << 20
 """Candidates are timed in turn in batches; what their inputs occupy together is bounded."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """How a value of the graph looks when the example inputs run through: a tensor's form, or a plain value."""
-
-    shape: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    dtype: torch.dtype | None = None
-    device: torch.device | None = None
-    plain: Any = None
-
-    def random(self) -> Any:
-        """A fresh tensor of this form: standard normal floats, int8 values of the whole range, zeros of other
-        dtypes; a plain value as it is."""
-        if self.dtype is None:
-            return self.plain
-        empty = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-        if self.dtype == torch.int8:
-            return empty.random_(-128, 128)
-        return empty.normal_() if self.dtype.is_floating_point else empty.zero_()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tensor."""
-        return 0 if self.dtype is None else torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    def __str__(self) -> str:
-        return repr(self.plain) if self.dtype is None else f"{self.dtype}{list(self.shape)}/{list(self.stride)}"
 
 
 @dataclass(frozen=True)
@@ -100,34 +47,6 @@ class Evaluation:
     milliseconds: float | None
     error: float | None
     refusal: str | None = None
-
-
-def example_values(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[Node, Example]:
-    """Runs the graph once on `inputs` (flat, one per placeholder) and notes the form of every value.
-
-    Images between operations are noted as channels_last, which is what the emitted graph hands on, graph inputs as the
-    caller lays them out, and tensors whose elements share memory as dense ones. Writes into buffers are left out.
-    """
-    examples: dict[Node, Example] = {}
-
-    class Recorder(Interpreter):
-        def run_node(self, node: Node) -> Any:
-            result = self.env[node.args[0]] if writes(node) else super().run_node(node)  # type: ignore[index]
-            examples[node] = _example(result, is_input=node.op == "placeholder")
-            return result
-
-    with torch.no_grad():
-        Recorder(graph_module).run(*inputs, enable_io_processing=False)
-    return examples
-
-
-def _example(result: Any, *, is_input: bool) -> Example:
-    if not isinstance(result, Tensor) or result.layout != torch.strided:
-        return Example(plain=result if isinstance(result, (int, float, bool)) else None)
-    stride = torch.empty_like(result).stride() if shares_memory_within(result) else result.stride()
-    if result.dim() == 4 and not is_input:
-        stride = torch.empty(result.shape, device="meta").contiguous(memory_format=torch.channels_last).stride()
-    return Example(tuple(result.shape), tuple(stride), result.dtype, result.device)
 
 
 def evaluate(
@@ -174,14 +93,19 @@ def _evaluation(trial: _Trial, alone: Mapping[Node, str], cache: TimingCache, co
     return Evaluation(candidate, milliseconds, trial.error, trial.refusal)
 
 
+def _is_as_it_came(candidate: Candidate) -> bool:
+    """Whether it is operations as they came, in the memory that the emitted graph hands on."""
+    return candidate.is_original and candidate.gives is not DENSE
+
+
 def _is_alone(candidate: Candidate) -> bool:
     """Whether it is one operation as it came."""
-    return candidate.is_original and candidate.variant == "channels_last" and len(candidate.nodes) == 1
+    return _is_as_it_came(candidate) and len(candidate.nodes) == 1
 
 
 def _parts_of(candidate: Candidate, alone: Mapping[Node, str]) -> Alternative:
     """Names of the operations that it runs one by one, as they came; none where one of these is no candidate."""
-    is_sequence = candidate.is_original and candidate.variant == "channels_last" and candidate.nodes <= alone.keys()
+    is_sequence = _is_as_it_came(candidate) and candidate.nodes <= alone.keys()
     return tuple(alone[node] for node in candidate.nodes) if is_sequence else ()
 
 
@@ -208,22 +132,19 @@ def _try_batch(
     cost: Cost | None,
 ) -> list[_Trial]:
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
-    inputs: dict[Node, Any] = {}
+    values = _Values(examples)
     expected: dict[frozenset[Node], Any] = {}
     trials: list[_Trial] = []
     with_kernel: set[tuple[str, frozenset[Node]]] = set()
     for candidate in batch:
-        is_first = candidate.nodes not in expected
-        came = original(sorted(candidate.nodes, key=order.__getitem__), "channels_last") if is_first else candidate
-        # The operations as they came may be told sizes that a layer of ours does not need.
-        for node in (*candidate.inputs, *came.inputs):
-            if node not in inputs:
-                inputs[node] = examples[node].random()
+        inputs = values.of(candidate)
         key = _key(graph_module, candidate, examples)
         if cost is None and candidate.variant in TUNED_BACKENDS:
             key += f"; tiles {_tuned(graph_module, candidate, inputs) or 'by heuristic'}"
-        if is_first:
-            expected[candidate.nodes] = runnable(graph_module, came, inputs)()
+        if candidate.nodes not in expected:
+            # The operations as they came may be told sizes that a layer of ours does not need.
+            came = original(sorted(candidate.nodes, key=order.__getitem__), PIXELS)
+            expected[candidate.nodes] = runnable(graph_module, came, values.of(came))()
         same = (candidate.name, candidate.nodes)
         if cost is None and candidate.variant == "reference" and same in with_kernel:
             trials.append(_Trial(candidate, key, None, "not tried beside a kernel"))
@@ -235,13 +156,61 @@ def _try_batch(
     if cost is None:
         running = [trial for trial in trials if trial.refusal is None]
         calls = {
-            trial.key: _timed(graph_module, trial.candidate, inputs)
+            trial.key: _timed(graph_module, trial.candidate, values.of(trial.candidate))
             for trial in running
-            if cache.get(trial.key) is None
-            and (trial.candidate.variant != "channels_last" or _is_alone(trial.candidate))
+            if cache.get(trial.key) is None and (not _is_as_it_came(trial.candidate) or _is_alone(trial.candidate))
         }
-        _time(calls, _rivals(running), _device(inputs.values()), cache)
+        _time(calls, _rivals(running), values.device, cache)
     return trials
+
+
+class _Values:
+    """Random values of graph nodes, the same in every form that they are read in."""
+
+    def __init__(self, examples: Mapping[Node, Example]) -> None:
+        self._examples = examples
+        self._known: dict[tuple[Node, Layout | None], Any] = {}
+
+    def of(self, candidate: Candidate) -> dict[Node, Any]:
+        """The inputs of a candidate, each in the form that it reads."""
+        forms = zip(candidate.inputs, candidate.reads, strict=True)
+        return {node: self._value(node, form) for node, form in forms}
+
+    def _value(self, node: Node, form: Layout | None) -> Any:
+        if (node, None) not in self._known:
+            self._known[node, None] = self._examples[node].random()
+        if (node, form) not in self._known:
+            assert form is not None
+            self._known[node, form] = form.copy(self._known[node, None])
+        return self._known[node, form]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the first tensor."""
+        tensors = (value for value in self._known.values() if isinstance(value, Tensor))
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+class Conversions:
+    """Milliseconds of turning values into other forms, measured when they are asked for, each once."""
+
+    def __init__(
+        self, graph_module: GraphModule, examples: Mapping[Node, Example], cache: TimingCache, cost: Cost | None
+    ) -> None:
+        self._graph_module, self._examples, self._cache, self._cost = graph_module, examples, cache, cost
+
+    def __call__(self, node: Node, given: Layout, wanted: Layout) -> float:
+        """Milliseconds of turning `node`, which lies as `given`, into `wanted`."""
+        candidate = conversion(node, given, wanted)
+        if self._cost is not None:
+            return self._cost(candidate)
+        key = _key(self._graph_module, candidate, self._examples)
+        if self._cache.get(key) is None:
+            values = _Values(self._examples)
+            calls = {key: runnable(self._graph_module, candidate, values.of(candidate))}
+            _time(calls, [{(key,)}], values.device, self._cache)
+            self._cache.save()
+        return self._cache.get(key) or 0.0
 
 
 def _rivals(trials: Sequence[_Trial]) -> list[set[Alternative]]:
@@ -274,10 +243,6 @@ def _time(
         times = race(calls, rivals, known=known, before_sample=empty_inner_caches)
     for name, milliseconds in times.items():
         cache.put(name, milliseconds)
-
-
-def _device(values: Iterable[Any]) -> torch.device:
-    return next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu"))
 
 
 def empty_inner_caches() -> None:
@@ -357,52 +322,16 @@ def _check(
     return error, None if error <= tolerance else f"error {error:.1e} is above the tolerance {tolerance:.1e}"
 
 
-def tolerance_of(dtype: torch.dtype | None) -> float:
-    """The largest relative error of values of `dtype` unless another is asked for; that of float64 for what are no
-    floats."""
-    if dtype is None or not dtype.is_floating_point:
-        return TOLERANCES[torch.float64]
-    return TOLERANCES.get(dtype, TOLERANCES[torch.float32])
-
-
-def relative_error(result: Tensor, expected: Tensor) -> float:
-    """‖result − expected‖ / ‖expected‖ in float64; infinite where shape, dtype or the places of NaN and ±∞ differ,
-    where int8 values differ by more than one step, and values of other dtypes at all."""
-    if result.shape != expected.shape or result.dtype != expected.dtype or result.layout != expected.layout:
-        return float("inf")
-    if expected.layout != torch.strided:
-        result, expected = result.to_dense(), expected.to_dense()
-    if expected.is_complex():
-        result, expected = (torch.view_as_real(t.resolve_conj()) for t in (result, expected))
-    if expected.dtype == torch.int8:
-        steps = result.int() - expected.int()
-        if bool((steps.abs() > 1).any()):
-            return float("inf")
-    elif not expected.dtype.is_floating_point:
-        return 0.0 if torch.equal(result, expected) else float("inf")
-    wide = torch.promote_types(expected.dtype, torch.float32)
-    a, b = result.detach().to(wide), expected.detach().to(wide)
-    finite = torch.isfinite(b)
-    if not finite.all():
-        if not torch.equal(torch.isfinite(a), finite) or not torch.equal(
-            a[~finite].nan_to_num(), b[~finite].nan_to_num()
-        ):
-            return float("inf")
-        a, b = a[finite], b[finite]
-    difference, norm = (float(torch.linalg.vector_norm(t, dtype=torch.float64)) for t in (a - b, b))
-    error = difference / norm if norm > 0 else difference
-    return error if error == error else float("inf")
-
-
 def _key(graph_module: GraphModule, candidate: Candidate, examples: Mapping[Node, Example]) -> str:
     """What the time of a candidate depends on: its operations, their arguments, and the form of every tensor."""
     names: dict[Node, str] = {}
     lines: list[str] = []
-    inputs = iter(candidate.inputs)
+    inputs = zip(candidate.inputs, candidate.reads, strict=True)
     for node in candidate.fragment.nodes:
         names[node] = f"%{len(names)}"
         if node.op == "placeholder":
-            lines.append(str(examples[next(inputs)]))
+            outer, form = next(inputs)
+            lines.append(str(examples[outer].laid(form)))
         elif node.op == "get_attr":
             tensor = constant(graph_module, node)
             lines.append(f"{tensor.dtype}{list(tensor.shape)}/{list(tensor.stride())}")

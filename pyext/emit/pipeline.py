@@ -20,25 +20,18 @@ from kernelpress.emit.candidates import Candidate, candidates_for, original
 from kernelpress.emit.canonical import canonicalize
 from kernelpress.emit.choose import FUSION_MARGINS, Choice, choose
 from kernelpress.emit.emitted import EmittedModel
-from kernelpress.emit.evaluate import (
-    INT8_TOLERANCE,
-    TURNED_SHARE,
-    Cost,
-    Evaluation,
-    Example,
-    evaluate,
-    example_values,
-    runnable,
-    tolerance_of,
-)
+from kernelpress.emit.evaluate import Conversions, Cost, Evaluation, evaluate, runnable
+from kernelpress.emit.examples import Example, example_values
 from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.plan import capture
 from kernelpress.emit.quantized import is_quantize
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
 from kernelpress.emit.ties import Comparison, compare
+from kernelpress.emit.tolerance import INT8_TOLERANCE, TURNED_SHARE, tolerance_of
 from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.race import Heat, race
+from kernelpress.ops.layout import PIXELS
 from kernelpress.preserve import outside_modes, own_tensors
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace import checked_inputs, module_of, trace
@@ -107,7 +100,9 @@ def emit(
             return EmittedModel(body, record, flat_examples, traced.meta["contract"])
 
         phase("timing plans", 1)
-        arrangements = _arrangements(evaluations, order, FUSION_MARGINS if cost is None else FUSION_MARGINS[:1])
+        turning = Conversions(graph_module, examples, times, cost)
+        margins = FUSION_MARGINS if cost is None else FUSION_MARGINS[:1]
+        arrangements = _arrangements(evaluations, order, turning, margins)
         best = _fastest([emitted(choices) for choices in arrangements], inputs, cache)
         phase("comparing with the original", 1)
         body, record = _faster_of(traced, best.body, best.record, inputs, whole_bound, is_measured=cost is None)
@@ -116,12 +111,12 @@ def emit(
 
 
 def _arrangements(
-    evaluations: Sequence[Evaluation], order: Mapping[Node, int], margins: Sequence[float]
+    evaluations: Sequence[Evaluation], order: Mapping[Node, int], turning: Conversions, margins: Sequence[float]
 ) -> list[list[Choice]]:
     """The different covers that these margins lead to."""
     found: dict[frozenset[Candidate], list[Choice]] = {}
     for margin in margins:
-        choices = choose(evaluations, order, margin)
+        choices = choose(evaluations, order, turning, margin)
         found.setdefault(frozenset(choice.chosen for choice in choices), choices)
     return list(found.values())
 
@@ -173,7 +168,7 @@ def _candidates(graph_module: GraphModule) -> list[Candidate]:
         for candidate in candidates_for(match, order):
             found.setdefault((candidate.label, candidate.nodes), candidate)
     for node in sorted({node for match in matches for node in match.nodes}, key=order.__getitem__):
-        alone = original([node], "channels_last")
+        alone = original([node], PIXELS)
         found.setdefault((alone.label, alone.nodes), alone)
     return sorted(found.values(), key=lambda candidate: order[candidate.output])
 
@@ -203,7 +198,7 @@ def _flops(
     graph_module: GraphModule, nodes: frozenset[Node], examples: Mapping[Node, Example], order: Mapping[Node, int]
 ) -> int:
     """Of the operations as they came."""
-    candidate = original(sorted(nodes, key=order.__getitem__), "channels_last")
+    candidate = original(sorted(nodes, key=order.__getitem__), PIXELS)
     inputs = {node: examples[node].random() for node in candidate.inputs}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         runnable(graph_module, candidate, inputs)()

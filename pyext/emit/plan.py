@@ -13,7 +13,7 @@ from kernelpress.emit.arena import ArenaLayout, Lifetime, lay_out
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.cuda_plan import CudaPlan
 from kernelpress.emit.emitted import EmittedModel
-from kernelpress.emit.evaluate import Example
+from kernelpress.emit.examples import Example
 from kernelpress.emit.lower import NativeStep, Place, Program, TorchStep, View, lower, views_of
 from kernelpress.emit.native_steps import Bases, Chain, NativeSteps, tensor_at
 from kernelpress.emit.recapture import fingerprint, reduced

@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from kernelpress.emit.emitted import EmittedModel
-from kernelpress.emit.evaluate import Example
+from kernelpress.emit.examples import Example
 
 __all__ = ["fingerprint", "recapture", "reduced"]
 

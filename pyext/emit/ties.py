@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from kernelpress.emit.evaluate import relative_error
+from kernelpress.emit.tolerance import relative_error
 from kernelpress.preserve import random_state_kept
 from kernelpress.runtime.torch_private import HigherOrderOperator, OpOverload, pytree
 from kernelpress.trace.regions import writes_undone

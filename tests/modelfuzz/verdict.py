@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import kernelpress as kp
-from kernelpress.emit.evaluate import tolerance_of
+from kernelpress.emit.tolerance import tolerance_of
 from kernelpress.runtime.torch_private import pytree
 from modelfuzz.calls import HARMLESS, draw_calls
 from modelfuzz.observing import (

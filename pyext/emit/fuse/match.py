@@ -15,7 +15,8 @@ class Match:
     """One kernelpress layer that can stand for `nodes`, of which only `output` is read by the rest of the graph.
 
     `arguments` are the op's by name; graph nodes among them are its inputs. `parts` counts the layers fused into one:
-    1 for a convolution with its epilogue, 2 for a separable convolution, 3 for an inverted residual.
+    1 for a convolution with its epilogue, 2 for a separable convolution, 3 for an inverted residual. The arguments
+    `flattened` are [N, C, 1, 1] in the graph, [N, C] in the op.
     """
 
     op: str
@@ -23,3 +24,4 @@ class Match:
     output: Node
     arguments: dict[str, Any]
     parts: int = 1
+    flattened: tuple[str, ...] = ()

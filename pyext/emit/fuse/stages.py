@@ -40,7 +40,8 @@ class Stage:
         if self.kind == "pointwise_conv2d":
             given["input_scale"] = self.input_scale
         given |= self.geometry | {"activation": self.activation}
-        return Match(self.kind, self.nodes, self.output, given)
+        flattened = () if self.input_scale is None else ("input_scale",)
+        return Match(self.kind, self.nodes, self.output, given, flattened=flattened)
 
 
 def stages_at(graph_module: GraphModule, node: Node) -> Iterator[Stage]:
