@@ -17,7 +17,7 @@ from kernelpress.bench import Case, Roofline, Row, cases, measure_roofline, tabl
 from kernelpress.bench.contest import judged
 from kernelpress.bench.ours import fused
 from kernelpress.bench.run import measure_case
-from kernelpress.measure.latency import threads_set_to
+from kernelpress.runtime.clock import threads_set_to
 
 TABLE_WIDTH = 160
 

@@ -169,7 +169,7 @@ def _profile(options: argparse.Namespace) -> int:
     from kernelpress import measure
     from kernelpress.emit import EmittedModel
     from kernelpress.measure.contestants import torch_contestants
-    from kernelpress.measure.latency import threads_set_to
+    from kernelpress.runtime.clock import threads_set_to
 
     model = _model(options.model)
     with threads_set_to(options.threads):

@@ -26,10 +26,10 @@ from kernelpress import ops
 from kernelpress.emit import cuda_plan, evaluate, pipeline, plan
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.cuda_plan import CudaPlan
-from kernelpress.measure import device_clock
-from kernelpress.measure.latency import Timing
 from kernelpress.ops.backends import triton
 from kernelpress.ops.calls import prepared
+from kernelpress.runtime import device_clock
+from kernelpress.runtime.clock import Timing
 from kernelpress.runtime.cuda_graph import Recording, record
 
 ROOT = Path(__file__).resolve().parent.parent

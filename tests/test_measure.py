@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 from kernelpress import measure
-from kernelpress.measure import latency
 from kernelpress.measure.energy import energy_per_call
-from kernelpress.measure.latency import Timing
 from kernelpress.measure.memory import peak_memory_bytes
 from kernelpress.measure.theory import int8_peak_ratio
 from kernelpress.measure.units import count_text, latency_text, memory_text, text_table
+from kernelpress.runtime import clock as runtime_clock
+from kernelpress.runtime.clock import Timing
 
 CPU = torch.device("cpu")
 
@@ -35,7 +35,7 @@ def sleeper(milliseconds: float):
 def wait(monkeypatch):
     """Lets so many milliseconds pass, and no others, on the clock that calls are timed by."""
     clock = [0.0]
-    monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter_ns=lambda: clock[0]))
+    monkeypatch.setattr(runtime_clock, "time", SimpleNamespace(perf_counter_ns=lambda: clock[0]))
 
     def wait(milliseconds: float) -> None:
         clock[0] += milliseconds * 1e6

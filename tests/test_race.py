@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kernelpress.measure import latency
 from kernelpress.measure.race import Heat, race
+from kernelpress.runtime import clock as runtime_clock
 
 HEATS = (Heat(2, 2.0), Heat(3, 1.2), Heat(4, 1.0))
 
@@ -20,7 +20,7 @@ class Track:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
         self.runs: dict[str, int] = {}
-        monkeypatch.setattr(latency, "time", SimpleNamespace(perf_counter_ns=lambda: self.now))
+        monkeypatch.setattr(runtime_clock, "time", SimpleNamespace(perf_counter_ns=lambda: self.now))
 
     def call(self, name: str, *milliseconds: float) -> Callable[[], None]:
         """Lasts the last of `milliseconds` from the call on that the others do not reach."""

@@ -14,9 +14,9 @@ import kernelpress
 from kernelpress import ops
 from kernelpress.bench import Case, ours
 from kernelpress.bench.shapes import Call
-from kernelpress.measure.device_clock import time_graphs, time_on_device
-from kernelpress.measure.latency import Timing, time_alternately
 from kernelpress.ops import registry
+from kernelpress.runtime.clock import Timing, time_alternately
+from kernelpress.runtime.device_clock import time_graphs, time_on_device
 
 __all__ = ["DRY", "Call", "Place", "on_device"]
 

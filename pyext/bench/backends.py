@@ -14,11 +14,11 @@ from kernelpress.bench.contest import KINDS, TF32_TOLERANCE, TOLERANCE, Contesta
 from kernelpress.bench.layers import Layer, layers
 from kernelpress.bench.shapes import Call
 from kernelpress.bench.tables import console_table, number_text
-from kernelpress.measure.device_clock import time_graphs
-from kernelpress.measure.latency import Timing, threads_set_to, time_alternately
 from kernelpress.measure.units import ABSENT, latency_text, ratio_text
 from kernelpress.ops import registry
 from kernelpress.ops.registry import Tensors
+from kernelpress.runtime.clock import Timing, threads_set_to, time_alternately
+from kernelpress.runtime.device_clock import time_graphs
 
 if TYPE_CHECKING:
     from rich.table import Table

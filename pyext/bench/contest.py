@@ -11,7 +11,7 @@ from torch import Tensor
 from kernelpress.bench.layers import Layer
 from kernelpress.bench.roofline import Ceilings
 from kernelpress.bench.shapes import Call
-from kernelpress.measure.latency import Timing
+from kernelpress.runtime.clock import Timing
 
 __all__ = [
     "KINDS",

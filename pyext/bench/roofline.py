@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from kernelpress.measure.latency import threads_set_to
 from kernelpress.runtime import native
+from kernelpress.runtime.clock import threads_set_to
 
 __all__ = ["Ceilings", "Roofline", "measure_roofline"]
 

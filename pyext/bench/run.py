@@ -16,7 +16,7 @@ from kernelpress.bench.peers import peers as peer_calls
 from kernelpress.bench.roofline import Roofline, measure_roofline
 from kernelpress.bench.shapes import Case, cases
 from kernelpress.bench.tables import console_table, layer_cells
-from kernelpress.measure.latency import threads_set_to, time_alternately
+from kernelpress.runtime.clock import threads_set_to, time_alternately
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -15,11 +15,11 @@ from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.candidates import Candidate, constant, conversion, original
 from kernelpress.emit.examples import Example
 from kernelpress.emit.tolerance import INT8_TOLERANCE, relative_error, tolerance_of
-from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.race import Alternative, race
 from kernelpress.ops.calls.steps import native_steps
 from kernelpress.ops.layout import DENSE, PIXELS, Layout
 from kernelpress.ops.tuning import search
+from kernelpress.runtime.device_clock import time_graphs
 
 __all__ = ["Conversions", "Cost", "Evaluation", "evaluate", "runnable"]
 

@@ -29,10 +29,10 @@ from kernelpress.emit.quantized import is_quantize
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
 from kernelpress.emit.ties import Comparison, compare
 from kernelpress.emit.tolerance import INT8_TOLERANCE, TURNED_SHARE, tolerance_of
-from kernelpress.measure.device_clock import time_graphs
 from kernelpress.measure.race import Heat, race
 from kernelpress.ops.layout import PIXELS
 from kernelpress.preserve import outside_modes, own_tensors
+from kernelpress.runtime.device_clock import time_graphs
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace import checked_inputs, module_of, trace
 from kernelpress.trace.regions import regions, writes_undone

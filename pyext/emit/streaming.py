@@ -13,7 +13,7 @@ import torch
 
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.lower import NativeStep, Place, Program, View, views_of
-from kernelpress.measure.latency import time_alternately
+from kernelpress.runtime.clock import time_alternately
 from kernelpress.runtime.torch_private import pytree
 
 __all__ = ["LEAST_BYTES", "choose_chains", "private_bytes"]

@@ -2,10 +2,10 @@
 
 from kernelpress.measure.comparison import Comparison, Speedup, compare
 from kernelpress.measure.cost import count_flops, count_parameters
-from kernelpress.measure.latency import Timing, time_alternately
 from kernelpress.measure.layerwise import LayerCost, layer_table, profile_layers
 from kernelpress.measure.profiling import Profile, profile
 from kernelpress.measure.theory import Promise, layer_flops, promised_flops
+from kernelpress.runtime.clock import Timing, time_alternately
 
 __all__ = [
     "Comparison",

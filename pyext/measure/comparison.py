@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from kernelpress.measure.cost import module_of
-from kernelpress.measure.latency import threads_set_to, time_alternately
 from kernelpress.measure.profiling import Profile, describe
 from kernelpress.measure.units import count_text, energy_text, latency_text, memory_text, ratio_text, text_table
 from kernelpress.preserve import evaluation
+from kernelpress.runtime.clock import threads_set_to, time_alternately
 
 __all__ = ["Comparison", "Speedup", "compare"]
 

@@ -10,10 +10,10 @@ import torch
 
 from kernelpress.measure.cost import count_flops, count_parameters, module_of
 from kernelpress.measure.energy import energy_per_call
-from kernelpress.measure.latency import Timing, threads_set_to, time_alternately
 from kernelpress.measure.memory import peak_memory_bytes, weight_bytes
 from kernelpress.measure.units import count_text, energy_text, latency_text, memory_text
 from kernelpress.preserve import evaluation
+from kernelpress.runtime.clock import Timing, threads_set_to, time_alternately
 
 __all__ = ["Profile", "describe", "profile"]
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kernelpress.measure.latency import SAMPLE_SECONDS, garbage_collection_paused, quantile, sample_milliseconds
 from kernelpress.preserve import random_state_kept
+from kernelpress.runtime.clock import SAMPLE_SECONDS, garbage_collection_paused, quantile, sample_milliseconds
 
 __all__ = ["Heat", "race"]
 

@@ -192,6 +192,10 @@ class Operator:
             raise ValueError(f"{self.name}: expected an op with a kernel on {backend!r}")
         return entry.kernel
 
+    def kernels(self) -> tuple[Kernel, ...]:
+        """Ours, on every backend."""
+        return tuple(entry.kernel for entry in self.implementations if entry.kernel is not None)
+
     def call_reference(self, tensors: Tensors, options: Any) -> Any:
         """The op in plain PyTorch."""
         return self.reference(*tensors, **options._asdict())

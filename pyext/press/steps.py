@@ -18,12 +18,12 @@ import kernelpress
 from kernelpress import compress, data, measure, models
 from kernelpress.emit.cache import device_key
 from kernelpress.measure.contestants import TORCH_WAYS, torch_contestants
-from kernelpress.measure.latency import threads_set_to
 from kernelpress.preserve import random_state_kept
 from kernelpress.press.folder import RunFolder, StepRecord
 from kernelpress.press.recipe import Recipe, RunStep
 from kernelpress.press.registry import PassContext, known_passes
 from kernelpress.press.sections import START, EmitSection, MeasureSection, TrainSection
+from kernelpress.runtime.clock import threads_set_to
 
 __all__ = ["PRODUCT", "Run", "dense_name", "depends_on", "do", "file_of"]
 

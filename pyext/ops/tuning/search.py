@@ -23,6 +23,8 @@ from kernelpress.ops.calls import prepared
 from kernelpress.ops.checks import describe
 from kernelpress.ops.registry import Candidates, Problem, Tensors
 from kernelpress.ops.tuning import stored
+from kernelpress.runtime.clock import time_alternately
+from kernelpress.runtime.device_clock import time_graphs
 from kernelpress.runtime.interception import is_intercepted, is_plain
 
 __all__ = ["Tuning", "autotune", "best_known", "chosen", "milliseconds", "tune"]
@@ -196,10 +198,6 @@ def _measured(
 def milliseconds(calls: Mapping[str, Callable[[], Tensor]], device: torch.device) -> dict[str, float]:
     """Median times, in turn: as CUDA graphs by the device's clock, the second-level cache flushed before each sample;
     on what stands in for a device by the host's clock."""
-    # Imported here, as measuring models takes the ops.
-    from kernelpress.measure.device_clock import time_graphs
-    from kernelpress.measure.latency import time_alternately
-
     if device.type == "cuda":
         timings = time_graphs(calls, device)
     else:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from kernelpress.measure.latency import Timing, garbage_collection_paused, timing_of
+from kernelpress.runtime.clock import Timing, garbage_collection_paused, timing_of
 from kernelpress.runtime.cuda_graph import record
 from kernelpress.runtime.torch_private import sleep
 
