@@ -26,8 +26,8 @@ def named_paths(text: str) -> list[str]:
 
 
 def is_there(path: str) -> bool:
-    """From the root, or below one of the folders of sources; `<family>` stands for one at least."""
-    pattern = path.replace("<family>", "*").rstrip("/")
+    """From the root, or below one of the folders of sources; `<family>` and the like stand for one at least."""
+    pattern = re.sub(r"<\w+>", "*", path).rstrip("/")
     return any(
         next(folder.glob(pattern), None) or next(folder.glob(f"*/{pattern}"), None)
         for folder in (ROOT, ROOT / "pyext", ROOT / "kernels")

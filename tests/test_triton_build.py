@@ -62,13 +62,13 @@ def test_every_tile_compiles_for_every_target(family: str) -> None:
 @pytest.mark.slow
 def test_a_damaged_memory_of_builds_is_made_anew(tmp_path: Path) -> None:
     known = tmp_path / "triton-quantize.json"
-    triton_builds.build("quantize", known=known)
+    triton_builds.build("int8_quantize", known=known)
     good, whole = triton_builds.remembered(known), known.read_bytes()
     assert good
     for damaged in (b"", b"{}", whole.replace(b"registers", b"registerz", 1), whole[:-9]):
         known.write_bytes(damaged)
         assert triton_builds.remembered(known) == {}
-    triton_builds.build("quantize", known=known)
+    triton_builds.build("int8_quantize", known=known)
     assert triton_builds.remembered(known) == good
 
 
