@@ -46,6 +46,12 @@ def test_who_is_far_behind_leaves_early(track: Track) -> None:
     assert track.runs == {"a": 1 + 2 + 1 + 3 + 1 + 4, "b": 1 + 2 + 1 + 3, "c": 1 + 2}
 
 
+def test_a_race_may_end_when_it_is_decided(track: Track) -> None:
+    calls = {"a": track.call("a", 1.0), "b": track.call("b", 3.0)}
+    assert race(calls, [{("a",), ("b",)}], heats=HEATS, until_decided=True) == pytest.approx({"a": 1.0, "b": 3.0})
+    assert track.runs == {"a": 3, "b": 3}
+
+
 def test_times_of_a_sequence_add_up(track: Track) -> None:
     track.race([{("a",), ("b", "c")}], a=1.0, b=0.9, c=0.8)
     assert track.runs["b"] == track.runs["c"] < track.runs["a"]

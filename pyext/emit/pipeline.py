@@ -145,7 +145,7 @@ def _time_models(calls: Mapping[str, Callable[[], object]], device: torch.device
     if device.type == "cuda":
         timings = time_graphs(calls, device, budget_seconds=MODEL_SECONDS, rounds=MODEL_ROUNDS, flush_cache=False)
         return {name: timing.median for name, timing in timings.items()}
-    return race(calls, [{(name,) for name in calls}], heats=MODEL_HEATS)
+    return race(calls, [{(name,) for name in calls}], heats=MODEL_HEATS, until_decided=True)
 
 
 def _device_of(inputs: tuple[Any, ...]) -> torch.device:

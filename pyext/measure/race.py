@@ -36,12 +36,14 @@ def race(
     known: Mapping[str, float] | None = None,
     before_sample: Callable[[], object] = lambda: None,
     heats: Collection[Heat] = HEATS,
+    until_decided: bool = False,
 ) -> dict[str, float]:
     """Milliseconds of each call: the tenth percentile of its samples, as a busy machine only ever adds to them.
 
     Each collection in `rivals` holds alternatives for one piece of work; a call that loses against one wherever it
     competes leaves the race. `known`: milliseconds of rivals that were measured before. `before_sample` runs before
-    each sample and is not timed: to empty caches, say. Gradients are off meanwhile, and so is the garbage collector;
+    each sample and is not timed: to empty caches, say. `until_decided` ends the race where all others have left, however
+    little is known of the winner. Gradients are off meanwhile, and so is the garbage collector;
     random states are put back. What a call raises passes through.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
@@ -52,6 +54,8 @@ def race(
                 samples[name] += _samples(calls[name], heat.samples, before_sample)
             best = {**(known or {}), **{name: min(taken) for name, taken in samples.items()}}
             running &= _ahead(rivals, best, heat.limit)
+            if until_decided and len(running) < 2:
+                break
     return {name: quantile(sorted(taken), 0.1) for name, taken in samples.items()}
 
 

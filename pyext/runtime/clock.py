@@ -68,9 +68,8 @@ def sample_milliseconds(call: Callable[[], object], repeats: int) -> float:
 
 @contextmanager
 def garbage_collection_paused() -> Iterator[None]:
-    """Run the block without the garbage collector, after a collection."""
+    """Run the block without the garbage collector."""
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
