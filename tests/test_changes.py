@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from kernelpress import compress
-from kernelpress.compress.changes import Change, Masked, NewLayer, Replaced, Resized, mask_layer, replace_layer
+from kernelpress.compress.changes import (
+    Change,
+    Masked,
+    NewLayer,
+    Replaced,
+    Resized,
+    copied,
+    mask_layer,
+    replace_layer,
+)
 from kernelpress.compress.record import PassRecord, add_record
 from kernelpress.files.sealed import seal_tensors
 
@@ -73,6 +82,27 @@ def test_masked_weight_keeps_its_zeros_in_training(tmp_path: Path) -> None:
     torch.optim.SGD(loaded.parameters(), 0.1).step()
     loaded(X)
     assert torch.equal(loaded.conv.weight != 0, mask != 0)
+
+
+def test_masked_model_is_copied_while_it_trains() -> None:
+    """Its weights are then no leaves, which torch does not copy."""
+    model = Block()
+    mask_layer(model, "conv", torch.ones(8, 8, 3, 3))
+    model(X).sum().backward()
+    copy_of_it = copied(model)
+    torch.testing.assert_close(copy_of_it(X), model(X), rtol=0, atol=0)
+    assert copy_of_it.again is copy_of_it.conv is not model.conv
+
+
+def test_what_no_mask_fits_is_named() -> None:
+    model = Block()
+    with pytest.raises(ValueError, match=r"mask: expected the shape of weight, \[8, 8, 3, 3\], got \[8, 8, 1, 1\]"):
+        mask_layer(model, "conv", torch.ones(8, 8, 1, 1))
+    del model.conv.weight
+    model.conv.register_buffer("weight", torch.ones(8, 8, 3, 3))
+    with pytest.raises(ValueError, match=r"conv.weight: expected a parameter, which alone can be masked"):
+        mask_layer(model, "conv", torch.ones(8, 8, 3, 3))
+    assert not model.conv._forward_pre_hooks
 
 
 def test_changes_follow_each_other_on_what_earlier_ones_made(tmp_path: Path) -> None:

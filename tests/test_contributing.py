@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md and docs/architecture.md name files that exist; every kernel took the steps that a new one takes."""
+"""CONTRIBUTING.md and docs/architecture.md name files that exist; whatever there is took the steps of something new."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kernelpress import compress, ops
 from kernelpress.kernels import reference
 from kernelpress.ops import registry
 from kernelpress.runtime import native
@@ -25,9 +26,14 @@ def named_paths(text: str) -> list[str]:
     return sorted({token for token in re.findall(r"`([^`\n]+)`", text) if PATH.fullmatch(token)} - WRITTEN_LATER)
 
 
+def any_name(path: str) -> str:
+    """A pattern in which what stands in angle brackets is any name."""
+    return re.sub(r"<\w+>", "*", path)
+
+
 def is_there(path: str) -> bool:
     """From the root, or below one of the folders of sources; `<family>` and the like stand for one at least."""
-    pattern = re.sub(r"<\w+>", "*", path).rstrip("/")
+    pattern = any_name(path).rstrip("/")
     return any(
         next(folder.glob(pattern), None) or next(folder.glob(f"*/{pattern}"), None)
         for folder in (ROOT, ROOT / "pyext", ROOT / "kernels")
@@ -48,7 +54,7 @@ def test_files_that_do_not_exist_are_seen() -> None:
 
 
 def source(path: str) -> str:
-    return "".join(file.read_text(encoding="utf-8") for file in sorted(ROOT.glob(path.replace("<family>", "*"))))
+    return "".join(file.read_text(encoding="utf-8") for file in sorted(ROOT.glob(any_name(path))))
 
 
 def listed_kernels() -> dict[str, str]:
@@ -57,42 +63,94 @@ def listed_kernels() -> dict[str, str]:
     return dict(re.findall(r"KERNEL\((\w+), (\w+)\)", listed))
 
 
+def has_struct(arguments: str) -> bool:
+    """Whether the struct says how many of its fields are addresses, those before the first integer."""
+    body = source("kernels/cpu/args.h").partition(f"struct {arguments} {{")[2].partition("};")[0]
+    stated, fields = re.search(r"kAddresses = (\d+)", body), body.partition("int64_t ")[0]
+    return stated is not None and int(stated[1]) == fields.count("*")
+
+
 def has_own_test(kernel: str) -> bool:
     texts = (file.read_text(encoding="utf-8") for file in ROOT.glob("tests/test_*.py"))
     return any("cpu_variant" in text and f'"{kernel}"' in text for text in texts)
 
 
-STEPS: dict[str, Callable[[str, str], bool]] = {
-    "kernels/reference/": lambda kernel, arguments: hasattr(reference, kernel),
-    "kernels/cpu/args.h": lambda kernel, arguments: f"struct {arguments} {{" in source("kernels/cpu/args.h"),
-    "kernels/cpu/<family>.cpp": lambda kernel, arguments: (
-        f"\nvoid {kernel}(const {arguments}&" in source("kernels/cpu/<family>.cpp")
+def has_pattern(op: str) -> bool:
+    return op in CALLED_BY_LAYERS or f'"{op}"' in source("pyext/emit/fuse/*.py")
+
+
+CALLED_BY_LAYERS = {"quantize_rows"}
+SCHEMAS = ARCHITECTURE.partition("\n## Ops")[2].partition("\n## ")[0]
+
+Steps = dict[str, Callable[[str], bool]]
+
+OP_STEPS: Steps = {
+    "kernels/reference/": lambda op: op in reference.__all__ and callable(getattr(reference, op)),
+    "pyext/ops/<family>.py": lambda op: re.search(rf"\n@op\([^@]*\ndef _?{op}\(", source("pyext/ops/*.py")) is not None,
+    "pyext/ops/__init__.py": lambda op: op in ops.__all__ and callable(getattr(ops, op)),
+    "docs/architecture.md": lambda op: f"\n{op}(" in SCHEMAS,
+    "pyext/emit/fuse/": has_pattern,
+    "tests/test_<family>.py": lambda op: re.search(rf'"{op}"|ops\.{op}\(', source("tests/test_*.py")) is not None,
+}
+KERNEL_STEPS: Steps = {
+    "kernels/cpu/args.h": lambda kernel: has_struct(listed_kernels()[kernel]),
+    "kernels/cpu/<family>.cpp": lambda kernel: (
+        f"\nvoid {kernel}(const {listed_kernels()[kernel]}&" in source("kernels/cpu/<family>.cpp")
     ),
-    "docs/architecture.md": lambda kernel, arguments: f"\n{kernel}(x, " in ARCHITECTURE,
-    "pyext/ops/<family>.py": lambda kernel, arguments: any(
-        found.backend == "cpu" for found in registry.operator(kernel).implementations
+    "pyext/ops/<family>.py": lambda kernel: any(
+        op.on("cpu") is not None and op.kernel("cpu").name == kernel for op in registry.operators()
     ),
-    "tests/test_<family>.py": lambda kernel, arguments: has_own_test(kernel),
+    "tests/test_<family>.py": has_own_test,
+}
+PASS_STEPS: Steps = {
+    "pyext/compress/<pass>.py": lambda name: (
+        f"\ndef {name}(" in source(f"pyext/compress/{name}.py") and name in compress.__all__
+    ),
+    "compress/changes.py": lambda name: (
+        "from kernelpress.compress.changes import" in source(f"pyext/compress/{name}.py")
+    ),
+    "measure/cost.py": lambda name: "PassRecord(" in source(f"pyext/compress/{name}.py"),
+    "pyext/press/passes/<pass>.py": lambda name: f'register(Pass("{name}", ' in source(f"pyext/press/passes/{name}.py"),
+    "tests/test_<pass>.py": lambda name: source(f"tests/test_{name}.py") != "",
 }
 
+OPS = [operator.name for operator in registry.operators()]
+KERNELS = [kernel for kernel in listed_kernels() if kernel != "chain"]  # made by a plan from other layers
+PASSES = [path.stem for path in ROOT.glob("pyext/press/passes/[a-z]*.py")]
 
-def test_the_steps_to_a_cpu_kernel_are_those_that_are_checked() -> None:
-    section = CONTRIBUTING.partition("**A CPU kernel**")[2].partition("**A CUDA kernel**")[0]
-    steps = re.split(r"\n\d\. ", section)[1:]
-    assert [next(path for path in STEPS if f"`{path}`" in step) for step in steps] == list(STEPS)
+LISTS = pytest.mark.parametrize(
+    ("title", "steps", "all_there"),
+    [("An op", OP_STEPS, OPS), ("A CPU kernel", KERNEL_STEPS, KERNELS), ("A compression pass", PASS_STEPS, PASSES)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 
 
-@pytest.mark.parametrize("step", STEPS)
-def test_every_cpu_kernel_has_taken_every_step(step: str) -> None:
-    kernels = listed_kernels()
-    del kernels["chain"]  # made by a plan from other layers
-    assert len(kernels) >= 8
-    assert [kernel for kernel, arguments in kernels.items() if not STEPS[step](kernel, arguments)] == []
+@LISTS
+def test_the_steps_that_are_listed_are_those_that_are_checked(title: str, steps: Steps, all_there: list[str]) -> None:
+    section = re.split(r"\n\n(?=\*\*|## )", CONTRIBUTING.partition(f"\n**{title}**")[2])[0]
+    listed = re.split(r"\n\d\. ", section)[1:]
+    assert len(listed) == len(steps)
+    assert [f"`{path}`" in step for step, path in zip(listed, steps, strict=True)] == [True] * len(steps)
+
+
+@LISTS
+def test_whatever_there_is_has_taken_every_step(title: str, steps: Steps, all_there: list[str]) -> None:
+    assert all_there
+    missed = {path: [name for name in all_there if not has_taken(name)] for path, has_taken in steps.items()}
+    assert {path: names for path, names in missed.items() if names} == {}
+
+
+@pytest.mark.parametrize("steps", [OP_STEPS, PASS_STEPS], ids=["op", "pass"])
+def test_steps_that_were_left_out_are_seen(steps: Steps) -> None:
+    absent = "not_" + "there"  # nor is the whole word in this file
+    assert [path for path, has_taken in steps.items() if has_taken(absent)] == []
+    assert not has_struct(absent)
+    assert not has_own_test(absent)
 
 
 @pytest.mark.skipif(native.cpu() is None, reason=f"no native module: {native.load().absent_because}")
 def test_the_native_module_offers_the_kernels_listed_and_no_others() -> None:
     module = native.cpu()
     offered = {name for name in vars(module.Plan) if not name.startswith("_")}
-    assert offered - {"copy", "external", "join", "run"} == listed_kernels().keys() - {"chain"}
-    assert all(hasattr(module, kernel) for kernel in listed_kernels() if kernel != "chain")
+    assert offered - {"copy", "external", "join", "run"} == set(KERNELS)
+    assert all(hasattr(module, kernel) for kernel in KERNELS)

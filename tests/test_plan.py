@@ -1,6 +1,7 @@
 """Plans: the same numbers as the emitted model, over one arena, for many calls and threads."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch import nn
 import kernelpress as kp
 from kernelpress.emit.arena import ALIGNMENT, Lifetime, lay_out
 from kernelpress.measure.memory import peak_memory_bytes
+from kernelpress.ops import registry
+from kernelpress.ops.backends.cpu import cpu_implementation
 from kernelpress.runtime import native
 
 HAS_NATIVE = native.cpu() is not None
@@ -127,6 +130,20 @@ def test_our_models_run_natively_from_end_to_end(name):
 def test_a_stem_reads_the_callers_image_without_a_copy():
     emitted = emit(nn.Conv2d(3, 8, 3), torch.randn(1, 3, 9, 9))
     assert kp.capture(emitted, torch.randn(1, 3, 9, 9)).steps == ["native conv2d"]
+
+
+@needs_native
+def test_a_kernel_that_wants_a_workspace_is_no_native_step(monkeypatch):
+    """Steps would give it no memory there."""
+    x = torch.randn(2, 3, 9, 9)
+    emitted, operator = emit(nn.MaxPool2d(2), x), registry.operator("max_pool2d")
+    assert kp.capture(emitted, x).native_steps == 1
+    kernel = replace(operator.kernel("cpu"), workspace=lambda problem, device: 64)
+    changed = replace(operator, implementations=(cpu_implementation(kernel), operator.on("reference")))
+    monkeypatch.setitem(registry._OPERATORS, "max_pool2d", changed)
+    plan = kp.capture(emitted, x)
+    assert plan.native_steps == 0
+    torch.testing.assert_close(plan(x), emitted(x), rtol=0, atol=0)
 
 
 @needs_native

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -214,6 +216,30 @@ def test_model_with_fixed_batch_is_exported_static_with_a_warning() -> None:
         graph = trace(_OneImageOnly(), torch.randn(1, 4))
     assert graph.meta["contract"].dynamic_batch is False
     _assert_same_outputs(_OneImageOnly(), graph, (1, 4))
+
+
+class _MaskedAndCounting(nn.Module):
+    def __init__(self, counts: bool) -> None:
+        super().__init__()
+        self.conv = nn.utils.prune.random_unstructured(nn.Conv2d(3, 4, 3), "weight", 0.5)
+        self.norm = nn.utils.weight_norm(nn.Conv2d(4, 4, 1))
+        self.counts, self.last = counts, torch.zeros(())
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x))
+        if self.counts:
+            self.last = y.sum()
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
+def test_weights_that_hooks_compute_are_traced_without_a_warning() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        graph = trace(_MaskedAndCounting(counts=False), torch.randn(2, 3, 5, 5))
+    assert {"conv.weight_orig", "conv.weight_mask"} <= {str(n.target) for n in graph.graph.nodes if n.op == "get_attr"}
+    with pytest.warns(UserWarning, match="assigned during export"):
+        trace(_MaskedAndCounting(counts=True), torch.randn(2, 3, 5, 5))
 
 
 def test_static_batch_on_request_has_integer_shapes() -> None:

@@ -1,8 +1,12 @@
 // Argument blocks of the CPU kernels.
 //
-// Every field is eight bytes wide, addresses first, in the order of the tables in docs/architecture.md, so that a block can be
-// filled from a flat list of integers and a captured plan can patch its addresses. Absent tensors are null. Sizes and strides count
-// elements; memory is channels_last float32; a `*_stride` is the distance between two neighbouring pixels.
+// Every field is eight bytes wide, so that a block can be filled from a flat list of words; they come in this order, as a `Kernel`
+// gives them in Python: addresses of operands, of outputs and of the workspace, if there is one, `kAddresses` in all, which a captured
+// plan patches; sizes and strides; the window; activations, the last of them the op's `activation`; scalars, each a `double`.
+//
+// Absent tensors are null. Sizes and strides count elements; memory is channels_last float32; a `*_stride` is the distance between two
+// neighbouring pixels, at least their channels, so that channel slices of a wider tensor need no copy; an image is
+// height · width · stride long.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +24,7 @@ struct Window {
   int64_t reach_w() const { return (kernel_w - 1) * dilation_w + 1; }
 };
 
+// One group; x in any memory format.
 struct Conv2dArgs {
   static constexpr int kAddresses = 5;
   const float *x, *weight, *bias, *residual;
@@ -70,6 +75,7 @@ struct InvertedResidualArgs {
   Activation expand_activation, depthwise_activation, activation;
 };
 
+// x in any memory format.
 struct SeparableStemArgs {
   static constexpr int kAddresses = 8;
   const float *x, *stem_weight, *stem_bias, *depthwise_weight, *depthwise_bias, *pointwise_weight, *pointwise_bias;
@@ -101,6 +107,7 @@ struct ChainArgs {
   ChainLayer layers[kMostLayers];
 };
 
+// y [batch, channels].
 struct GlobalAvgPool2dArgs {
   static constexpr int kAddresses = 2;
   const float* x;

@@ -5,6 +5,7 @@ A change keeps its place: what replaces a layer lies at or below the layer's pat
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,18 @@ from kernelpress.compress.resize import (
     size_attributes,
 )
 
-__all__ = ["Change", "Masked", "NewLayer", "Replaced", "Resized", "mask_layer", "replace_layer", "replay", "resizes"]
+__all__ = [
+    "Change",
+    "Masked",
+    "NewLayer",
+    "Replaced",
+    "Resized",
+    "copied",
+    "mask_layer",
+    "replace_layer",
+    "replay",
+    "resizes",
+]
 
 _NORM = ("num_features", "eps", "momentum", "affine", "track_running_stats")
 _LAYERS: Mapping[str, tuple[type[nn.Module], tuple[str, ...]]] = {
@@ -178,6 +190,23 @@ def replay(model: nn.Module, changes: Sequence[Change]) -> nn.Module:
     return model
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy, also of weights that hooks of `torch.nn.utils` (masks among them) have computed with gradients,
+    which torch refuses. Raises `ValueError` where a model cannot be copied.
+    """
+    computed = [
+        value
+        for module in model.modules()
+        for value in vars(module).values()
+        if isinstance(value, Tensor) and not value.is_leaf
+    ]
+    memo = {id(tensor): tensor.detach().clone() for tensor in computed}
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ValueError(f"model: {type(model).__name__} cannot be copied: {error}") from error
+
+
 def resizes(before: nn.Module, after: nn.Module) -> tuple[Resized, ...]:
     """The layers of `after` that have other sizes than the same layers of `before`."""
     old_state, new_state = before.state_dict(), after.state_dict()
@@ -208,9 +237,19 @@ def replace_layer(model: nn.Module, layer: str, *by: nn.Module) -> Replaced:
 
 
 def mask_layer(model: nn.Module, layer: str, mask: Tensor, parameter: str = "weight") -> Masked:
-    """Keeps at zero what `mask`, of the parameter's shape, or an earlier mask has zeros for, and returns the change."""
+    """Keeps at zero what `mask`, of the parameter's shape, or an earlier mask has zeros for, and returns the change.
+
+    Raises `ValueError` for what is neither a parameter nor masked already, such as a constant or a weight that is
+    computed (`module._parameters` does not have it), and for a mask of another shape.
+    """
     module = _module(model, layer)
-    if (earlier := module._buffers.get(f"{parameter}_mask")) is None:
+    earlier = module._buffers.get(f"{parameter}_mask")
+    masked = module._parameters.get(parameter) if earlier is None else earlier
+    if masked is None:
+        raise ValueError(f"{_joined(layer, parameter)}: expected a parameter, which alone can be masked")
+    if mask.shape != masked.shape:
+        raise ValueError(f"mask: expected the shape of {parameter}, {[*masked.shape]}, got {[*mask.shape]}")
+    if earlier is None:
         prune.custom_from_mask(module, parameter, mask)
     else:
         module._buffers[f"{parameter}_mask"] = earlier * mask

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelpress.compress.changes import resizes
+from kernelpress.compress.changes import copied, resizes
 from kernelpress.compress.criteria import CRITERIA
 from kernelpress.compress.dependency import Axis, Dependencies, Pool, contradiction, find_dependencies
 from kernelpress.compress.record import PassRecord, SkippedLayers, add_record
@@ -80,7 +79,7 @@ def prune_channels(
         # A clone has no marks of the caller's compilers, such as a dynamic batch.
         inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
         if any(tensor.is_inference() for _, tensor in named_tensors(model)):
-            model = _copy(model)
+            model = copied(model)
         return _pruned(model, inputs, settings, ignored, data)
 
 
@@ -268,7 +267,7 @@ def _kept_positions(labels: Tensor, removing: frozenset[int]) -> Tensor:
 
 
 def _apply(model: nn.Module, dependencies: Dependencies, removing: frozenset[int]) -> nn.Module:
-    pruned = _copy(model)
+    pruned = copied(model)
     old = dict(named_tensors(pruned))
     new: dict[str, Tensor] = {}
     kept = {axis: _kept_positions(labels, removing) for axis, labels in dependencies.axes.items()}
@@ -291,21 +290,6 @@ def _apply(model: nn.Module, dependencies: Dependencies, removing: frozenset[int
     for name, module in model.named_modules():
         adapt_sizes(pruned.get_submodule(name), original=module)
     return pruned
-
-
-def _copy(model: nn.Module) -> nn.Module:
-    """A deep copy, also of weights that hooks of `torch.nn.utils` have computed with gradients, which torch refuses."""
-    computed = [
-        value
-        for module in model.modules()
-        for value in vars(module).values()
-        if isinstance(value, Tensor) and not value.is_leaf
-    ]
-    memo = {id(tensor): tensor.detach().clone() for tensor in computed}
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:
-        raise ValueError(f"model: {type(model).__name__} cannot be copied: {error}") from error
 
 
 def _failure(

@@ -28,7 +28,7 @@ class Promise:
 
     layer: str
     density: float = 1.0
-    """The share of its weights that is not zero."""
+    """The share that is not zero, of the weights that earlier passes left: promises multiply."""
     is_int8: bool = False
 
     def __post_init__(self) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from kernelpress.preserve import outside_modes
 from kernelpress.runtime.torch_private import FakeTensor, OpOverload, pytree
@@ -64,6 +69,7 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
     with outside_modes(model), torch.no_grad(), warnings.catch_warnings():
         # torch.export's own use of a deprecated pytree name.
         warnings.filterwarnings("ignore", category=FutureWarning, message=".*LeafSpec.*")
+        _ignore_computed_weights(model)
         _set_eval_mode(model)
         for exported in exports(model, inputs, dynamic_batch=dynamic_batch):
             module = _functional(exported.program)
@@ -76,6 +82,23 @@ def trace(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, dynamic
         warnings.warn(f"{name} fixes its batch size: exported for the batch of example_inputs only", stacklevel=2)
     module.meta["contract"] = contract
     return module
+
+
+def _ignore_computed_weights(model: nn.Module) -> None:
+    """Silences what torch.export says of weights that hooks compute before each call, under a mask or of a norm: they
+    are computed in the graph as well. What a model assigns beside them is still told."""
+    names = "|".join(map(re.escape, _computed_weights(model)))
+    if names:
+        listed = rf"The tensor attributes? (self\.({names})(, )?)+ (was|were) assigned during export"
+        warnings.filterwarnings("ignore", category=UserWarning, message=listed)
+
+
+def _computed_weights(model: nn.Module) -> Iterator[str]:
+    for path, module in model.named_modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, WeightNorm | SpectralNorm | BasePruningMethod):
+                name = hook._tensor_name if isinstance(hook, BasePruningMethod) else hook.name
+                yield f"{path}.{name}" if path else name
 
 
 def checked_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:

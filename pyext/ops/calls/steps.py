@@ -43,6 +43,8 @@ def native_reason(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: 
     reason = entry.reason_against(problem)
     if reason is not None:
         return reason
+    if len(problem.outputs) > 1 or entry.kernel.workspace is not None:
+        return "a step has one output and no workspace"
     for name, t in zip(problem.operator.tensors, problem.tensors, strict=True):
         layout = entry.kernel.layouts.get(name)
         if t is not None and layout is not None and layout.spacing(t.shape, t.stride) is None:
