@@ -42,9 +42,9 @@ def race(
 
     Each collection in `rivals` holds alternatives for one piece of work; a call that loses against one wherever it
     competes leaves the race. `known`: milliseconds of rivals that were measured before. `before_sample` runs before
-    each sample and is not timed: to empty caches, say. `until_decided` ends the race where all others have left, however
-    little is known of the winner. Gradients are off meanwhile, and so is the garbage collector;
-    random states are put back. What a call raises passes through.
+    each sample and is not timed: to empty caches, say. `until_decided` ends the race where all others have left,
+    however little is known of the winner. Gradients are off meanwhile, and so is the garbage collector; random states
+    are put back. What a call raises passes through.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     running = set(calls)
