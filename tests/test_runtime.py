@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from kernelpress.runtime import torch_private
 
@@ -167,6 +168,7 @@ def test_objects_have_the_attributes() -> None:
         Tensor: torch.empty(1),
         nn.Conv2d: nn.Conv2d(1, 1, 1),
         torch_private.profiler: torch_private.profiler,
+        prune.BasePruningMethod: next(iter(prune.identity(nn.Linear(1, 1), "weight")._forward_pre_hooks.values())),
     }
     missing = [name for name, owner in torch_private.ATTRIBUTES.items() if not hasattr(examples[owner], name)]
     assert not missing

@@ -20,6 +20,7 @@ from torch.autograd import profiler
 from torch.fx.graph import _PyTreeCodeGen as PyTreeCodeGen
 from torch.fx.graph import _PyTreeInfo as PyTreeInfo
 from torch.library import _scoped_library as scoped_library
+from torch.nn.utils import prune
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as disable_current_modes
@@ -178,6 +179,7 @@ ATTRIBUTES = {
     "_overloadname": OpOverload,
     "_parameters": nn.Module,
     "_schema": OpOverload,  # of the public `name()` and `tags`, neither tells arguments
+    "_tensor_name": prune.BasePruningMethod,
     "_version": torch.Tensor,  # counts writes
 }
 """Private attributes → whose they are. They are read where they are needed."""
