@@ -60,11 +60,11 @@ def _processor_name() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    for line in lines:
-        key, _, value = line.partition(":")
-        if key.strip() == "model name" and value.strip():
-            return value.strip()
-    return platform.processor() or platform.machine()
+    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = said.get("model name") or platform.processor() or platform.machine()
+    if any(map(str.isdigit, name)) or "cpu family" not in said:
+        return name
+    return f"{name} family {said['cpu family']} model {said['model']}"  # a guest's may be no more than a brand
 
 
 def _version(package: str) -> str | None:
