@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from peers.contest import RUNTIMES, ModelResult, compare
 from recording import RESULTS, model_cells, save, title_of, verdict_on
 from rich.console import Console
 from rich.table import Table
 
 from kernelpress import models
+from kernelpress.bench.model_contest import RUNTIMES, ModelResult, compare
 from kernelpress.bench.tables import console_table
 
 __all__ = ["DEFAULT_MODELS", "main", "positive", "table"]

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench_models import DEFAULT_MODELS, positive, table
-from peers.contest import ModelResult, Runtime, compare
 from recording import RESULTS, save
 from rich.console import Console
 
 from kernelpress import models
+from kernelpress.bench.model_contest import ModelResult, Runtime, compare
 
 __all__ = ["main"]
 

@@ -23,7 +23,7 @@ ROOFLINE = Roofline(
 
 
 def model_result(**rounds_ms: tuple[float, ...]) -> Any:
-    from peers.contest import ModelResult, RuntimeResult
+    from kernelpress.bench.model_contest import ModelResult, RuntimeResult
 
     results = [
         RuntimeResult(name, "as it is", rounds, 1e-6, 0.0) if rounds else RuntimeResult(name, skipped="not installed")
@@ -34,7 +34,7 @@ def model_result(**rounds_ms: tuple[float, ...]) -> Any:
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1", "mobilenet_v2"])
 def test_the_plain_twin_computes_the_same_without_our_layers(name: str) -> None:
-    from peers.networks import to_plain
+    from kernelpress.bench.twins import to_plain
 
     network = models.create(name, num_classes=10).eval()
     twin = to_plain(models.create(name, num_classes=10)).eval()
@@ -48,15 +48,15 @@ def test_the_plain_twin_computes_the_same_without_our_layers(name: str) -> None:
 
 
 def test_a_fused_activation_has_no_plain_twin() -> None:
-    from peers.networks import to_plain
+    from kernelpress.bench.twins import to_plain
 
     with pytest.raises(ValueError, match="relu fused into a layer"):
         to_plain(nn.Sequential(layers.Conv2d(3, 4, 3, activation="relu")))
 
 
 def test_prepared_weights_are_the_same_in_every_process_and_values_keep_their_size(tmp_path: Path) -> None:
-    from peers.networks import build, prepare
-    from peers.protocol import Job
+    from kernelpress.bench.twins import build, prepare
+    from kernelpress.bench.worker import Job
 
     job = Job("mobilenet_v1", "eager", str(tmp_path), 1, 2, 1)
     network = prepare(job, 32, seed=3)
@@ -72,29 +72,38 @@ def test_prepared_weights_are_the_same_in_every_process_and_values_keep_their_si
 
 @pytest.mark.slow
 def test_runtimes_answer_in_turn_agree_and_are_skipped_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peers import contest
+    from kernelpress.bench import model_contest as contest
+    from kernelpress.bench import processes
 
-    monkeypatch.setattr(contest, "SETTLE_SECONDS", 0.0)
+    monkeypatch.setattr(processes, "SETTLE_SECONDS", 0.0)
     runtimes = [
         contest.Runtime("eager", "eager", ("contiguous",)),
         contest.Runtime("eager channels_last", "eager", ("channels_last",)),
+        contest.Runtime("kernelpress", "ours", ("loaded",), needs_emitted=True),
         contest.Runtime("nobody", "no_such_runtime"),
     ]
     said: list[str] = []
     result = contest.compare(
         "resnet20", runtimes=runtimes, threads=1, size=16, rounds=2, iterations=2, report=said.append
     )
-    eager, channels_last, nobody = result.runtimes
-    for runtime in (eager, channels_last):
+    eager, channels_last, ours, nobody = result.runtimes
+    for runtime in (eager, channels_last, ours):
         assert runtime.skipped is None
         assert len(runtime.rounds_ms) == 2
         assert min(runtime.rounds_ms) > 0
         assert runtime.relative_error is not None
         assert runtime.relative_error < 1e-4
+        assert runtime.start is not None
+        assert min(runtime.start.import_s, runtime.start.load_s, runtime.start.first_s) > 0
+        assert runtime.peak_bytes is None or runtime.peak_bytes > 0
+        assert (runtime.joules is None) != (runtime.energy_reason is None)
+    assert result.flops is not None
+    assert result.emission_s is not None
+    assert result.weight_bytes == pytest.approx(4 * result.parameters, rel=0.05)
     assert nobody.rounds_ms == ()
     assert nobody.skipped is not None
     assert "no_such_runtime" in nobody.skipped
-    assert len(said) == 3
+    assert len(said) == 4
 
 
 class Answer:
@@ -112,7 +121,7 @@ class Answer:
 
 
 def test_a_runtime_that_computes_something_else_leaves_the_contest() -> None:
-    from peers import contest
+    from kernelpress.bench import model_contest as contest
 
     running: Any = {"eager": Answer([1.0, -2.0]), "close": Answer([1.0, -2.0001]), "wrong": Answer([1.0, -2.1])}
     broken = Answer([float("nan"), 1.0])

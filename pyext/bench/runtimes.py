@@ -1,7 +1,4 @@
-"""The contestants, each in a process of its own: `python -m peers.runtimes JOB.json RUNTIME [SETTING]`.
-
-They import nothing of kernelpress that an older checkout may lack.
-"""
+"""Runtimes of whole networks, each in a process: `python -m kernelpress.bench.runtimes JOB.json RUNTIME [SETTING]`."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from typing import Any
 
 import torch
 
-from peers.networks import build, build_plain_in
-from peers.protocol import Contestant, Job, serve
+from kernelpress.bench.twins import build, build_plain_in
+from kernelpress.bench.worker import Contestant, Job, serve
 
 __all__ = ["LOADERS"]
 
@@ -44,15 +41,21 @@ def _inductor(job: Job, memory_format: str) -> Contestant:
 
 
 def _ours(job: Job, kind: str) -> Contestant:
-    """The emitted model, or its plan where the kind is `captured`; the input is in PyTorch's default memory format, as
-    that of the other runtimes."""
+    """The emitted model, or its plan where the kind is `captured`, or that of its file where `loaded`; the input is in
+    PyTorch's default memory format, as that of the other runtimes."""
     import kernelpress as kp
 
     x = torch.from_numpy(job.load_input())
-    emitted = kp.emit(build(job, plain=False), (x,))
-    is_captured = kind == "captured"
-    settings = f"emitted{' and captured' * is_captured}, contiguous input"
-    return _without_gradients(kp.capture(emitted, x) if is_captured else emitted, x, settings)
+    emitted = kp.load(job.emitted_file) if kind == "loaded" else kp.emit(build(job, plain=False), (x,))
+    model = emitted if kind == "uncaptured" else kp.capture(emitted, x)
+    return _without_gradients(model, x, f"{_KINDS[kind]}, contiguous input")
+
+
+_KINDS = {
+    "uncaptured": "emitted",
+    "captured": "emitted and captured",
+    "loaded": "emitted before, loaded and captured",
+}
 
 
 def _openvino(job: Job) -> Contestant:

@@ -1,7 +1,9 @@
-"""How the driver and a runtime's process talk: JSON lines on stdout, one command a line on stdin.
+"""The process of one contestant in a comparison of whole networks, and how it talks: JSON lines on stdout, one command
+a line on stdin.
 
-The process loads its model, calls it until warm, saves its output and says it is ready. Then it sleeps on stdin: at
-`round` it times a burst and answers with the median, at the end of input it ends. So one runtime works at a time.
+It loads its model, calls it until warm, saves its output and says that it is ready. Then it sleeps on stdin: at `round`
+it times a burst and answers with the median, at `memory` it tells what it holds, at the end of input it ends. So one
+works at a time.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,11 +29,13 @@ Array = NDArray[np.float32]
 WARMUP_CALLS = 10
 SETTLE_CALLS = 5
 """Calls before each burst, for caches and threads to be back after the others' turns."""
+RESET_PEAK = "5"
+"""Written to /proc/self/clear_refs: the highest resident memory is counted anew (Linux, proc(5))."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to run: a network of `kernelpress.models` with the weights, input and ONNX file that lie in `folder`."""
+    """What to run: a network by name, with the weights, input and further files that lie in `folder`."""
 
     model: str
     runtime: str
@@ -39,6 +43,8 @@ class Job:
     threads: int
     batch: int
     iterations: int
+    begun: float = 0.0
+    """When the process was started, in seconds of the system's clock."""
 
     @property
     def weights_file(self) -> Path:
@@ -47,6 +53,10 @@ class Job:
     @property
     def onnx_file(self) -> Path:
         return Path(self.folder) / "model.onnx"
+
+    @property
+    def emitted_file(self) -> Path:
+        return Path(self.folder) / "model.pt2"
 
     @property
     def input_file(self) -> Path:
@@ -61,9 +71,9 @@ class Job:
         return np.load(self.input_file, allow_pickle=False)
 
     def save(self) -> Path:
-        """Writes the job beside its files, for a process to read."""
+        """Writes the job, begun now, beside its files, for a process to read."""
         path = Path(self.folder) / f"job-{self.runtime}.json"
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+        path.write_text(json.dumps(asdict(replace(self, begun=time.time()))), encoding="utf-8")
         return path
 
 
@@ -77,23 +87,32 @@ class Contestant:
 
 
 def serve(job_file: str, load: Callable[[Job], Contestant]) -> None:
-    """Runs a runtime's process. A package that is absent is reported as a skip."""
+    """Runs a contestant's process. A package that is absent is reported as a skip."""
     answers = _private_stdout()
     job = Job(**json.loads(Path(job_file).read_text(encoding="utf-8")))
     torch.set_num_threads(job.threads)
+    imported, held = time.time(), _resident_bytes("VmRSS")
     try:
         contestant = load(job)
     except ImportError as error:
         _say(answers, skipped=f"{error}; `pip install kernelpress[peers]` installs it")
         return
+    loaded = time.time()
+    result = contestant.call()
+    seconds = {"import_s": imported - job.begun, "load_s": loaded - imported, "first_s": time.time() - loaded}
     for _ in range(WARMUP_CALLS):
         result = contestant.call()
     np.save(job.output_file, contestant.to_array(result))
-    _say(answers, settings=contestant.settings)
+    _count_peak_anew()
+    _say(answers, settings=contestant.settings, seconds=seconds)
     for line in sys.stdin:
-        if line.strip() != "round":
-            raise ValueError(f"command: expected 'round', got {line.strip()!r}")
-        _say(answers, median_ms=_burst_median(contestant.call, job.iterations))
+        if line.strip() == "round":
+            _say(answers, median_ms=_burst_median(contestant.call, job.iterations))
+        elif line.strip() == "memory":
+            peak = _resident_bytes("VmHWM")
+            _say(answers, peak_bytes=None if peak is None or held is None else peak - held)
+        else:
+            raise ValueError(f"command: expected 'round' or 'memory', got {line.strip()!r}")
 
 
 def _private_stdout() -> TextIO:
@@ -117,3 +136,19 @@ def _burst_median(call: Callable[[], object], iterations: int) -> float:
         call()
         samples.append((time.perf_counter_ns() - start) * 1e-6)
     return statistics.median(samples)
+
+
+def _resident_bytes(field: str) -> int | None:
+    """`VmRSS`, the memory of this process now, or `VmHWM`, its peak; `None` where the system does not tell."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:"))
+
+
+def _count_peak_anew() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text(RESET_PEAK, encoding="ascii")
+    except OSError:
+        return  # then the peak is that since the process began

@@ -1,4 +1,4 @@
-"""The networks of a comparison: one set of random weights, as our model, as plain PyTorch and as ONNX."""
+"""A network of a comparison and its twins: one set of random weights, as our model, as plain PyTorch and as ONNX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kernelpress import layers, models
-from peers.protocol import Job
+from kernelpress.bench.worker import Job
 
 __all__ = ["build", "build_plain_in", "export_onnx", "prepare", "to_plain"]
 
@@ -25,7 +25,7 @@ def prepare(job: Job, size: int, seed: int) -> nn.Module:
     layer to layer, and folding it is real work.
     """
     torch.manual_seed(seed)
-    network = to_plain(models.create(job.model))
+    network = to_plain(models.build(job.model))
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -40,7 +40,7 @@ def prepare(job: Job, size: int, seed: int) -> nn.Module:
 
 def build(job: Job, *, plain: bool) -> nn.Module:
     """The network of `job` with its weights, for inference: plain PyTorch, or ours."""
-    network = models.create(job.model)
+    network = models.build(job.model)
     if plain:
         network = to_plain(network)
     network.load_state_dict(load_file(job.weights_file))
