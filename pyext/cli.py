@@ -1,4 +1,4 @@
-"""The command line: `press`, `profile`, `bench`, `doctor`.
+"""The command line: `press`, `profile`, `compare`, `bench`, `doctor`.
 
 Exit status: 0 done, 1 the result is not what the recipe requires, 2 the user's mistake (one line, no traceback; set
 `KERNELPRESS_TRACEBACK=1` to see where it rose), 130 interrupted.
@@ -7,6 +7,7 @@ Exit status: 0 done, 1 the result is not what the recipe requires, 2 the user's 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -74,6 +75,17 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--per-layer", action="store_true", help="also time and FLOPs of every layer")
     profile.add_argument("--emit", action="store_true", help="also the model emitted onto native kernels and captured")
     profile.set_defaults(run=_profile)
+
+    compare = commands.add_parser("compare", help="networks in eager PyTorch, torch.compile and kernelpress, as a page")
+    compare.add_argument("models", nargs="+", metavar="MODEL", help="as in profile, without files")
+    compare.add_argument(
+        "--output", type=Path, default=Path("results/compare"), metavar="DIR", help="default %(default)s"
+    )
+    compare.add_argument("--batch", type=_positive, default=1, help="images per inference (default 1)")
+    compare.add_argument("--size", type=_positive, default=224, help="height and width of the images (default 224)")
+    compare.add_argument("--threads", type=_positive, help="torch's number of threads (default: as it is)")
+    compare.add_argument("--rounds", type=_positive, default=4, help="of each runtime in turn (default 4)")
+    compare.set_defaults(run=_compare)
 
     bench = commands.add_parser("bench", help="kernel microbenchmarks")
     bench.add_argument("--family", help="one family of kernels (default: all)")
@@ -148,18 +160,22 @@ def _press(options: argparse.Namespace) -> int:
 
 
 def _print_comparison(console: Console, comparison: Any, ours: str | None = None) -> None:
+    header, rows = comparison.cells()
+    _print_table(console, header, rows, [entry.name == ours for entry in comparison.profiles])
+    for note in comparison.notes():
+        console.print(note, style="dim", markup=False)
+
+
+def _print_table(console: Console, header: list[str], rows: list[list[str]], is_ours: list[bool]) -> None:
     from rich.table import Table
 
-    header, rows = comparison.cells()
     table = Table(box=None, header_style="bold")
     for index, title in enumerate(header):
         table.add_column(title, justify="left" if index == 0 else "right", no_wrap=True)
-    for entry, row in zip(comparison.profiles, rows, strict=True):
-        table.add_row(*row, style="bold green" if entry.name == ours else None)
+    for row, stands_out in zip(rows, is_ours, strict=True):
+        table.add_row(*row, style="bold green" if stands_out else None)
     console.print()
     console.print(table)
-    for note in comparison.notes():
-        console.print(note, style="dim", markup=False)
 
 
 def _profile(options: argparse.Namespace) -> int:
@@ -191,6 +207,50 @@ def _profile(options: argparse.Namespace) -> int:
             console.print(
                 "\n" + measure.layer_table(measure.profile_layers(model, image)), markup=False, soft_wrap=True
             )
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    console = _console()
+    import torch
+
+    from kernelpress import models
+    from kernelpress.bench import describe_machine
+    from kernelpress.bench.contest import OURS
+    from kernelpress.bench.model_contest import STOCK_AND_OURS, compare
+    from kernelpress.files import write_atomically
+    from kernelpress.report import Accuracy, NetworkComparison, commit_of, now, render_networks
+
+    for name in options.models:
+        models.build(name)
+    accuracies, results = {}, []
+    options.output.mkdir(parents=True, exist_ok=True)
+    for name in options.models:
+        published = models.published(name) if name in models.names() else ()
+        if published and published[0].accuracy is not None:
+            accuracies[name] = Accuracy(published[0].accuracy, published[0].accuracy_source)
+        results.append(
+            compare(
+                name,
+                runtimes=STOCK_AND_OURS,
+                threads=options.threads or torch.get_num_threads(),
+                batch=options.batch,
+                size=options.size,
+                rounds=options.rounds,
+                report=lambda text: console.print(text, style="dim", markup=False),
+            )
+        )
+        comparison = NetworkComparison(
+            now(), commit_of(Path(__file__).parent), describe_machine(), tuple(results), accuracies
+        )
+        told = json.dumps(comparison.to_dict(), indent=1, ensure_ascii=False)
+        write_atomically(options.output / "comparison.json", told.encode())
+        write_atomically(options.output / "comparison.html", render_networks(comparison).encode())
+    header, rows = comparison.cells()
+    _print_table(console, header, rows, [row[1] == OURS for row in rows])
+    for note in comparison.notes():
+        console.print(note, style="dim", markup=False)
+    console.print(f"\nwritten: {options.output / 'comparison.html'}, comparison.json", markup=False)
     return 0
 
 

@@ -28,7 +28,7 @@ from kernelpress.measure.energy import energy_per_call
 from kernelpress.measure.memory import weight_bytes
 from kernelpress.runtime.clock import threads_set_to
 
-__all__ = ["RUNTIMES", "ModelResult", "Runtime", "RuntimeResult", "compare"]
+__all__ = ["RUNTIMES", "STOCK_AND_OURS", "ModelResult", "Runtime", "RuntimeResult", "compare"]
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,12 @@ RUNTIMES = (
     Runtime("OpenVINO", "openvino", needs_onnx=True),
     Runtime(OURS, "ours", ("captured",)),
 )
+STOCK_AND_OURS = (
+    RUNTIMES[0],
+    Runtime("torch.compile", "inductor", ("contiguous",)),
+    Runtime(OURS, "ours", ("loaded",), needs_emitted=True),
+)
+"""What a user has without further packages."""
 
 
 @dataclass(frozen=True)

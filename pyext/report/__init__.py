@@ -1,6 +1,7 @@
-"""The report of a press run: one self-contained HTML page, and the same as JSON."""
+"""The report of a press run, and that of a comparison of networks: a self-contained HTML page each."""
 
 from kernelpress.report.html import render_html, render_json
+from kernelpress.report.networks import Accuracy, NetworkComparison, render_networks
 from kernelpress.report.record import (
     LayerRealisation,
     Reading,
@@ -13,7 +14,9 @@ from kernelpress.report.record import (
 )
 
 __all__ = [
+    "Accuracy",
     "LayerRealisation",
+    "NetworkComparison",
     "Reading",
     "Report",
     "Requirement",
@@ -23,4 +26,5 @@ __all__ = [
     "now",
     "render_html",
     "render_json",
+    "render_networks",
 ]

@@ -1,10 +1,11 @@
-"""The figure of accuracy in a report, as an SVG in a data URI."""
+"""The figures of accuracy in a report, as SVG in data URIs."""
 
 from __future__ import annotations
 
 import base64
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kernelpress.report.record import StepPoint
@@ -12,7 +13,7 @@ from kernelpress.report.record import StepPoint
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["accuracy_figure"]
+__all__ = ["Point", "accuracy_figure", "scatter"]
 
 INK = "#1d2433"
 MUTED = "#8a93a6"
@@ -41,32 +42,45 @@ def _as_uri(figure: Figure) -> str:
     return "data:image/svg+xml;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
+@dataclass(frozen=True)
+class Point:
+    """A point of a scatter plot with its label; `is_ours` has the colour of the product."""
+
+    label: str
+    x: float
+    y: float
+    is_ours: bool
+
+
 def accuracy_figure(points: Sequence[StepPoint], *, against: str) -> str:
     """Test accuracy over latency in ms (`against="latency"`) or over MFLOPs (`against="flops"`)."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     if against not in ("latency", "flops"):
         raise ValueError(f"against: expected latency or flops, got {against!r}")
     shown = [
-        (point, cost)
+        Point(f"{point.name}\n{100 * point.accuracy:.1f} %", cost, 100 * point.accuracy, point is points[-1])
         for point in points
         if (cost := point.latency_ms if against == "latency" else point.flops * 1e-6) is not None
     ]
+    return scatter(shown, "latency [ms]" if against == "latency" else "MFLOP per image", "test accuracy [%]")
+
+
+def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
+    """Labelled points."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(5.2, 3.4), layout="constrained")
         axes = figure.subplots()
-        for point, cost in shown:
-            is_final = point is points[-1]
-            colour = ACCENT if is_final else MUTED
-            axes.scatter([cost], [100 * point.accuracy], s=70 if is_final else 46, color=colour, zorder=3)
+        for point in points:
+            colour = ACCENT if point.is_ours else MUTED
+            axes.scatter([point.x], [point.y], s=70 if point.is_ours else 46, color=colour, zorder=3)
             axes.annotate(
-                f"{point.name}\n{100 * point.accuracy:.1f} %", (cost, 100 * point.accuracy),
-                xytext=(7, 0), textcoords="offset points", fontsize=11, va="center",
-            )  # fmt: skip
+                point.label, (point.x, point.y), xytext=(7, 0), textcoords="offset points", fontsize=11, va="center"
+            )
         axes.margins(y=0.3)
-        axes.set_xlim(0, 1.35 * max(cost for _, cost in shown))
-        axes.set_xlabel("latency [ms]" if against == "latency" else "MFLOP per image")
-        axes.set_ylabel("test accuracy [%]")
+        axes.set_xlim(0, 1.35 * max(point.x for point in points))
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
         axes.grid()
         return _as_uri(figure)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from importlib import resources
+from typing import Any
 
-from kernelpress.measure.units import count_text, latency_text, memory_text, ratio_text
+from kernelpress.measure.units import ABSENT, count_text, latency_text, memory_text, ratio_text
 from kernelpress.report.bars import latency_bars, realisation_bars
 from kernelpress.report.figures import accuracy_figure
 from kernelpress.report.record import Report
 
-__all__ = ["render_html", "render_json"]
+__all__ = ["render_html", "render_json", "rendered"]
 
 _ASIDES = (1, 3)
 """Columns of a comparison below whose values the next one's stand: latency, speed-up."""
@@ -22,26 +23,14 @@ def render_html(report: Report) -> str:
     Raises `ImportError` without jinja2, matplotlib or PyYAML.
     """
     try:
-        import jinja2
-        import matplotlib as _  # noqa: F401
         import yaml
     except ImportError as error:
         raise ImportError(f"the report takes {error.name}: pip install 'kernelpress[all]'") from error
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {
-        "count": count_text,
-        "latency": latency_text,
-        "memory": memory_text,
-        "ratio": ratio_text,
-    }
-    source = resources.files("kernelpress.report").joinpath("template.html.j2").read_text(encoding="utf-8")
     comparison = report.comparison
     header, rows = comparison.cells()
-    columns = [i for i in range(len(header)) if i - 1 not in _ASIDES and any(row[i] != "–" for row in rows)]
-    return environment.from_string(source).render(
+    columns = [i for i in range(len(header)) if i - 1 not in _ASIDES and any(row[i] != ABSENT for row in rows)]
+    return rendered(
+        "run.html.j2",
         report=report,
         headline=report.headline().split(", ", 1) if ", " in report.headline() else (report.headline(), ""),
         comparison=comparison,
@@ -55,6 +44,31 @@ def render_html(report: Report) -> str:
         figures={against: accuracy_figure(report.points, against=against) for against in ("latency", "flops")},
         recipe_text=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
     )
+
+
+def rendered(template: str, **values: Any) -> str:
+    """A page from a template of this folder. Raises `ImportError` without jinja2 or matplotlib."""
+    try:
+        import jinja2
+        import matplotlib as _  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"the report takes {error.name}: pip install 'kernelpress[all]'") from error
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(
+            lambda name: resources.files("kernelpress.report").joinpath(name).read_text(encoding="utf-8")
+        ),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "count": count_text,
+        "latency": latency_text,
+        "memory": memory_text,
+        "ratio": ratio_text,
+    }
+    return environment.get_template(template).render(**values)
 
 
 def render_json(report: Report) -> str:
