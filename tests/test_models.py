@@ -2,23 +2,33 @@
 
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from kernelpress import models
+from kernelpress.measure.cost import count_parameters
+from kernelpress.models import registry
 from kernelpress.models.resnet import PaddedShortcut
 
 Shapes = dict[str, tuple[int, ...]]
 
 SMALL_INPUT_NETWORKS = {
-    "mobilenet_v1": {"alpha": 0.25, "small_input": True},
+    "alexnet": {"small_input": True},
+    "mobilenet_v1": {"width_multiplier": 0.25, "small_input": True},
     "mobilenet_v2": {"width_mult": 0.35, "small_input": True},
+    "mobilenet_v3_large": {"width_mult": 0.35, "small_input": True},
+    "mobilenet_v3_small": {"small_input": True},
     "resnet18": {"small_input": True},
     "resnet20": {},
     "resnet34": {"small_input": True},
     "resnet50": {"small_input": True},
+    "squeezenet1_0": {"small_input": True},
+    "squeezenet1_1": {"small_input": True},
 }
 
 
@@ -91,33 +101,77 @@ def test_state_dict_has_torchvisions_keys_and_shapes(name: str, expected: Shapes
     assert shapes_of(models.create(name)) == expected
 
 
+FIGURES = [
+    ("alexnet", {}, "61,100,840", "714 M", "torchvision"),
+    ("mobilenet_v1", {}, "4.2 M", "569 M", "Howard et al. 2017, table 6"),
+    ("mobilenet_v1", {"width_multiplier": 0.75}, "2.6 M", "325 M", "Howard et al. 2017, table 6"),
+    ("mobilenet_v1", {"width_multiplier": 0.5}, "1.3 M", "149 M", "Howard et al. 2017, table 6"),
+    ("mobilenet_v1", {"width_multiplier": 0.25}, "0.5 M", "41 M", "Howard et al. 2017, table 6"),
+    ("mobilenet_v1", {"resolution_multiplier": 6 / 7}, "4.2 M", "418 M", "Howard et al. 2017, table 7"),
+    ("mobilenet_v1", {"resolution_multiplier": 5 / 7}, "4.2 M", "290 M", "Howard et al. 2017, table 7"),
+    ("mobilenet_v1", {"resolution_multiplier": 4 / 7}, "4.2 M", "186 M", "Howard et al. 2017, table 7"),
+    ("mobilenet_v2", {}, "3,504,872", "301 M", "torchvision"),
+    ("mobilenet_v3_large", {}, "5,483,032", "217 M", "torchvision"),
+    ("mobilenet_v3_small", {}, "2,542,856", "57 M", "torchvision"),
+    ("resnet18", {}, "11,689,512", "1814 M", "torchvision"),
+    ("resnet20", {}, "0.27 M", None, "He et al. 2016, table 6"),
+    ("resnet34", {}, "21,797,672", "3664 M", "torchvision"),
+    ("resnet50", {}, "25,557,032", "4089 M", "torchvision"),
+    ("squeezenet1_0", {}, "1,248,424", "819 M", "torchvision"),
+    ("squeezenet1_1", {}, "1,235,496", "349 M", "torchvision"),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "parameters"),
+    ("name", "options", "parameters", "multiply_adds", "source"),
     [
-        ("resnet18", 11_689_512),
-        ("resnet34", 21_797_672),
-        ("resnet50", 25_557_032),
-        ("resnet20", 269_722),
-        ("mobilenet_v1", 4_231_976),
-        ("mobilenet_v2", 3_504_872),
+        pytest.param(*row, id=f"{row[0]} {row[1] or ''}: {row[2]} parameters, {row[3]} multiply-adds in {row[4]}")
+        for row in FIGURES
     ],
 )
-def test_parameter_count_is_the_published_one(name: str, parameters: int) -> None:
-    assert sum(parameter.numel() for parameter in models.create(name).parameters()) == parameters
-
-
-@pytest.mark.parametrize(
-    ("name", "macs"),
-    [("resnet18", 1.81e9), ("resnet50", 4.09e9), ("mobilenet_v1", 0.569e9), ("mobilenet_v2", 0.301e9)],
-)
-def test_multiplications_at_224_are_the_published_ones(name: str, macs: float) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
-    network = models.create(name).eval()
-    network, x = network.to("meta"), torch.empty(1, 3, 224, 224, device="meta")
+def test_costs_are_the_published_ones(
+    name: str, options: dict[str, Any], parameters: str | None, multiply_adds: str | None, source: str
+) -> None:
+    with torch.device("meta"):
+        network = models.create(name, **options).eval()
+        x = torch.empty(1, 3, 224, 224)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         network(x)
-    assert counter.get_total_flops() / 2 == pytest.approx(macs, rel=0.01)
+    published = models.published(name, **options)
+    assert source.endswith(published.source)
+    assert_is(count_parameters(network), published.parameters, parameters)
+    assert_is(counter.get_total_flops() / 2, published.multiply_adds, multiply_adds)
+
+
+def assert_is(count: float, published: float | None, stated: str | None) -> None:
+    """What we state is what the source does, and the count is that: in all digits, or, where it states millions, but
+    for 1 % and the last digit, since papers round down too, and count a layer more or less."""
+    if stated is None:
+        assert published is None
+        return
+    number, _, million = stated.replace(",", "").partition(" ")
+    factor = 1e6 if million else 1
+    assert published == pytest.approx(float(number) * factor, rel=1e-12)
+    last_digit = factor * 10.0 ** -len(number.partition(".")[2])
+    assert abs(count - published) <= (max(0.01 * published, last_digit) if million else 0)
+
+
+def test_figures_of_every_network_and_variant_are_checked() -> None:
+    assert {name for name, *_ in FIGURES} == set(models.names())
+    checked = [(name, options) for name, options, *_ in FIGURES]
+    for name in models.names():
+        for variant in registry.ARCHITECTURES[name].published:
+            assert (name, dict(variant.options)) in checked
+            assert variant.accuracy is None or variant.accuracy_source
+
+
+def test_a_variant_that_nobody_published_is_refused_with_those_that_are() -> None:
+    with pytest.raises(
+        ValueError, match=r"^options: figures of mobilenet_v1 are published for none; width_multiplier=0.75; "
+    ):
+        models.published("mobilenet_v1", width_multiplier=0.9)
+    with pytest.raises(ValueError, match=r"^name: expected one of alexnet, "):
+        models.published("lenet")
 
 
 def test_names_lists_what_create_accepts() -> None:
@@ -125,17 +179,38 @@ def test_names_lists_what_create_accepts() -> None:
 
 
 @pytest.mark.parametrize("name", SMALL_INPUT_NETWORKS)
-def test_small_images_of_one_channel_give_logits_and_a_gradient_everywhere(name: str) -> None:
+def test_small_images_of_one_channel_give_logits_and_a_step_down_the_gradient_a_lower_loss(name: str) -> None:
     network = models.create(name, num_classes=7, in_channels=1, **SMALL_INPUT_NETWORKS[name])
-    logits = network(torch.randn(2, 1, 32, 32))
-    assert logits.shape == (2, 7)
-    logits.square().sum().backward()
-    without = [key for key, parameter in network.named_parameters() if parameter.grad is None]
-    assert without == []
-    assert network.eval()(torch.randn(0, 1, 32, 32)).shape == (0, 7)
+    for batch in (0, 1):
+        assert network.eval()(torch.randn(batch, 1, 32, 32)).shape == (batch, 7)
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # the same units before and after the step
+    x, labels = torch.randn(4, 1, 32, 32), torch.arange(4)
+    loss = F.cross_entropy(network.train()(x), labels)
+    loss.backward()
+    gradients = [parameter.grad for parameter in network.parameters()]
+    assert [key for key, parameter in network.named_parameters() if parameter.grad is None] == []
+    length = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    with torch.no_grad():
+        for parameter, gradient in zip(network.parameters(), gradients, strict=True):
+            parameter -= 1e-2 / length * gradient
+        assert F.cross_entropy(network(x), labels) < loss
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2", "resnet18", "resnet20"])
+@pytest.mark.parametrize("options", [{}, {"small_input": True}], ids=["224", "small input"])
+@pytest.mark.parametrize("name", SMALL_INPUT_NETWORKS)
+def test_the_smallest_images_work_and_smaller_ones_are_refused(name: str, options: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        network = models.create(name, num_classes=7, **(options if name != "resnet20" else {})).eval()
+        least = getattr(network, "smallest_image", 1)
+        assert network(torch.empty(1, 3, least, least)).shape == (1, 7)
+        for shape in ((1, 3, least - 1, least), (1, 3, least, least - 1), (3, least, least)):
+            with pytest.raises(ValueError, match=r"^x: expected images \[N, C, H, W\] of at least"):
+                network(torch.empty(shape))
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small", "resnet20", "squeezenet1_1"])
 def test_network_exports_with_dynamic_batch(name: str) -> None:
     network = models.create(name, num_classes=7, in_channels=1, **SMALL_INPUT_NETWORKS[name]).eval()
     batch = torch.export.Dim("batch", min=2)
@@ -172,7 +247,7 @@ def test_padded_shortcut_has_nothing_to_train_but_is_saved() -> None:
 
 
 def test_width_multipliers_scale_channels_in_multiples_of_eight() -> None:
-    half = models.mobilenet_v1(alpha=0.5)
+    half = models.mobilenet_v1(width_multiplier=0.5)
     assert half.classifier.in_features == 512
     narrow = models.mobilenet_v2(width_mult=0.35)
     assert sum(parameter.numel() for parameter in narrow.parameters()) == 1_677_128
@@ -184,7 +259,7 @@ def conv_shapes(network: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def test_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"^name: expected one of mobilenet_v1, .*, got 'resnet19'$"):
+    with pytest.raises(ValueError, match=r"^name: expected one of alexnet, .*, got 'resnet19'$"):
         models.create("resnet19")
 
 
@@ -194,8 +269,13 @@ def test_unknown_name_is_refused_with_the_known_ones() -> None:
         ("resnet18", "num_classes", 0, ValueError),
         ("resnet20", "width", -16, ValueError),
         ("resnet50", "in_channels", "3", TypeError),
-        ("mobilenet_v1", "alpha", 0.0, ValueError),
+        ("mobilenet_v1", "width_multiplier", 0.0, ValueError),
+        ("mobilenet_v1", "resolution_multiplier", -1.0, ValueError),
         ("mobilenet_v2", "width_mult", float("nan"), ValueError),
+        ("mobilenet_v3_large", "width_mult", float("inf"), ValueError),
+        ("mobilenet_v3_small", "norm_eps", 0, ValueError),
+        ("squeezenet1_0", "num_classes", None, TypeError),
+        ("alexnet", "in_channels", 0, ValueError),
     ],
 )
 def test_bad_option_is_named(name: str, option: str, value: object, error: type[Exception]) -> None:
@@ -204,8 +284,37 @@ def test_bad_option_is_named(name: str, option: str, value: object, error: type[
 
 
 def test_option_of_another_network_is_refused() -> None:
-    with pytest.raises(TypeError, match="alpha"):
-        models.create("resnet18", alpha=0.5)
+    with pytest.raises(TypeError, match="width_mult"):
+        models.create("resnet18", width_mult=0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "channels"),
+    [
+        ("mobilenet_v1", "width_multiplier", 32),
+        ("mobilenet_v2", "width_mult", 32),
+        ("mobilenet_v3_large", "width_mult", 16),
+        ("mobilenet_v3_small", "width_mult", 16),
+    ],
+)
+def test_a_width_without_channels_is_refused(name: str, option: str, channels: int) -> None:
+    with pytest.raises(ValueError, match=f"^{option}: expected a width that leaves some of {channels} channels, got "):
+        models.create(name, **{option: 0.01})
+
+
+def test_the_resolution_multiplier_resizes_images() -> None:
+    half = models.mobilenet_v1(width_multiplier=0.25, resolution_multiplier=0.5).eval()
+    whole = models.mobilenet_v1(width_multiplier=0.25).eval()
+    whole.load_state_dict(half.state_dict())
+    x = torch.randn(2, 3, 64, 97)
+    with torch.no_grad():
+        torch.testing.assert_close(half(x), whole(F.interpolate(x, (32, 48), mode="bilinear")))
+
+
+def test_relu6_bounds_what_mobilenet_v1_computes() -> None:
+    network = models.mobilenet_v1(width_multiplier=0.25, relu6=True).eval()
+    with torch.no_grad():
+        assert float(network.features(100 * torch.randn(2, 3, 32, 32)).max()) <= 6
 
 
 def randomise_statistics(network: nn.Module) -> None:

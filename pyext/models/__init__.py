@@ -1,9 +1,30 @@
 """Networks made of kernelpress layers, created by name: `models.create("mobilenet_v2", num_classes=10)`."""
 
+from kernelpress.models.alexnet import alexnet
+from kernelpress.models.architecture import Published
 from kernelpress.models.mobilenet_v1 import mobilenet_v1
 from kernelpress.models.mobilenet_v2 import mobilenet_v2
-from kernelpress.models.registry import create, names
+from kernelpress.models.mobilenet_v3 import mobilenet_v3_large, mobilenet_v3_small
+from kernelpress.models.registry import create, names, published
 from kernelpress.models.resnet import resnet18, resnet20, resnet34, resnet50
 from kernelpress.models.sources import build
+from kernelpress.models.squeezenet import squeezenet1_0, squeezenet1_1
 
-__all__ = ["build", "create", "mobilenet_v1", "mobilenet_v2", "names", "resnet18", "resnet20", "resnet34", "resnet50"]
+__all__ = [
+    "Published",
+    "alexnet",
+    "build",
+    "create",
+    "mobilenet_v1",
+    "mobilenet_v2",
+    "mobilenet_v3_large",
+    "mobilenet_v3_small",
+    "names",
+    "published",
+    "resnet18",
+    "resnet20",
+    "resnet34",
+    "resnet50",
+    "squeezenet1_0",
+    "squeezenet1_1",
+]

@@ -4,16 +4,18 @@ import torch
 from torch import Tensor, nn
 
 from kernelpress.layers import Linear, PointwiseConv2d
+from kernelpress.models.architecture import Architecture, KeyMap, Published, numbered
 from kernelpress.models.blocks import (
+    check_images,
     check_positive,
     conv_norm_act,
     depthwise_norm_act,
     initialise,
-    make_divisible,
     pointwise_norm_act,
+    scaled,
 )
 
-__all__ = ["InvertedBottleneck", "MobileNetV2", "mobilenet_v2"]
+__all__ = ["ARCHITECTURES", "InvertedBottleneck", "MobileNetV2", "mobilenet_v2"]
 
 _STEM_CHANNELS = 32
 _LAST_CHANNELS = 1280
@@ -63,16 +65,16 @@ class MobileNetV2(nn.Module):
     ) -> None:
         super().__init__()
         check_positive(num_classes=num_classes, in_channels=in_channels, width_mult=width_mult)
-        channels = make_divisible(_STEM_CHANNELS * width_mult)
+        channels = scaled("width_mult", width_mult, _STEM_CHANNELS)
         stages: list[nn.Module] = [conv_norm_act(in_channels, channels, 3, 1 if small_input else 2, nn.ReLU6)]
         for index, (expansion, base_channels, repeats, first_stride) in enumerate(_STAGES):
-            out_channels = make_divisible(base_channels * width_mult)
+            out_channels = scaled("width_mult", width_mult, base_channels)
             for repeat in range(repeats):
                 downsamples = repeat == 0 and not (small_input and index == 1)
                 stride = first_stride if downsamples else 1
                 stages.append(InvertedBottleneck(channels, out_channels, stride, expansion))
                 channels = out_channels
-        last_channels = make_divisible(_LAST_CHANNELS * max(1.0, width_mult))
+        last_channels = scaled("width_mult", max(1.0, width_mult), _LAST_CHANNELS)
         stages.append(pointwise_norm_act(channels, last_channels, nn.ReLU6))
         self.features = nn.Sequential(*stages)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
@@ -83,6 +85,7 @@ class MobileNetV2(nn.Module):
         nn.init.zeros_(head.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x)
         logits: Tensor = self.classifier(torch.flatten(self.avgpool(self.features(x)), 1))
         return logits
 
@@ -103,3 +106,40 @@ def mobilenet_v2(
         small_input=small_input,
         dropout=dropout,
     )
+
+
+_PAPER = "Sandler et al. 2018, arXiv 1801.04381"
+_BLOCK = (
+    (r"\.conv_pw\.", ".conv.0.0."),
+    (r"\.bn1\.", ".conv.0.1."),
+    (r"\.conv_dw\.", ".conv.1.0."),
+    (r"\.bn2\.", ".conv.1.1."),
+    (r"\.conv_pwl\.", ".conv.2."),
+    (r"\.bn3\.", ".conv.3."),
+)
+# The first block does not expand.
+_FIRST_BLOCK = (
+    (r"^blocks\.0\.0\.conv_dw\.", "features.1.conv.0.0."),
+    (r"^blocks\.0\.0\.bn1\.", "features.1.conv.0.1."),
+    (r"^blocks\.0\.0\.conv_pw\.", "features.1.conv.1."),
+    (r"^blocks\.0\.0\.bn2\.", "features.1.conv.2."),
+)
+_ENDS = (
+    (r"^conv_stem\.", "features.0.0."),
+    (r"^bn1\.", "features.0.1."),
+    (r"^conv_head\.", "features.18.0."),
+    (r"^bn2\.", "features.18.1."),
+    (r"^classifier\.", "classifier.1."),
+)
+_TIMM = KeyMap(
+    "timm", (*_ENDS, *_FIRST_BLOCK, *numbered(tuple(r for _, _, r, _ in _STAGES), "features.{}.", 1), *_BLOCK)
+)
+
+ARCHITECTURES = (
+    Architecture(
+        "mobilenet_v2",
+        mobilenet_v2,
+        (Published(_PAPER, 3_504_872, 301e6, "torchvision", 72.0, f"{_PAPER}, table 4"),),
+        (KeyMap("torchvision"), _TIMM),
+    ),
+)

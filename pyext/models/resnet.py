@@ -6,9 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from kernelpress.layers import Conv2d, Linear, PointwiseConv2d
-from kernelpress.models.blocks import check_positive, initialise
+from kernelpress.models.architecture import Architecture, KeyMap, Published
+from kernelpress.models.blocks import check_images, check_positive, initialise
 
 __all__ = [
+    "ARCHITECTURES",
     "BasicBlock",
     "Bottleneck",
     "CifarResNet",
@@ -101,6 +103,7 @@ class ResNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x)
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
@@ -160,6 +163,7 @@ class CifarResNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
+        check_images(x)
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         logits: Tensor = self.fc(torch.flatten(self.avgpool(x), 1))
@@ -191,3 +195,19 @@ def resnet50(*, num_classes: int = 1000, in_channels: int = 3, small_input: bool
 def resnet20(*, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
     """ResNet-20 for 32×32 images: 0.27 M parameters and 41 MMAC at `width` 16."""
     return CifarResNet(3, num_classes=num_classes, in_channels=in_channels, width=width)
+
+
+_PAPER = "He et al. 2016, arXiv 1512.03385"
+_MAPS = (KeyMap("torchvision"),)
+
+
+def _published(parameters: int, multiply_adds: float, accuracy: float) -> tuple[Published, ...]:
+    return (Published(_PAPER, parameters, multiply_adds, "torchvision", accuracy, "torchvision, IMAGENET1K_V1"),)
+
+
+ARCHITECTURES = (
+    Architecture("resnet18", resnet18, _published(11_689_512, 1.814e9, 69.758), _MAPS),
+    Architecture("resnet34", resnet34, _published(21_797_672, 3.664e9, 73.314), _MAPS),
+    Architecture("resnet50", resnet50, _published(25_557_032, 4.089e9, 76.130), _MAPS),
+    Architecture("resnet20", resnet20, (Published(_PAPER, 0.27e6, None, "table 6"),)),
+)
