@@ -1,5 +1,7 @@
 """This checkout beside another revision of the project: whole networks, captured and not, in processes run in turn.
 
+Each revision runs `kernelpress.bench.runtimes` of its own, so it must have it.
+
 python benchmarks/checkouts.py main~5 --models mobilenet_v1 resnet18
 """
 

@@ -226,9 +226,9 @@ def _compare(options: argparse.Namespace) -> int:
     accuracies, results = {}, []
     options.output.mkdir(parents=True, exist_ok=True)
     for name in options.models:
-        published = models.published(name) if name in models.names() else ()
-        if published and published[0].accuracy is not None:
-            accuracies[name] = Accuracy(published[0].accuracy, published[0].accuracy_source)
+        published = models.published(name) if name in models.names() else None
+        if published is not None and published.accuracy is not None:
+            accuracies[name] = Accuracy(published.accuracy, published.accuracy_source)
         results.append(
             compare(
                 name,

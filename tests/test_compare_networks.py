@@ -49,6 +49,7 @@ def test_the_page_shows_four_costs_and_accuracies_only_where_some_are_published(
     assert "&lt;somebody&gt;" in page
 
 
+@pytest.mark.slow
 def test_networks_are_measured_one_by_one_and_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
