@@ -137,6 +137,20 @@ def test_every_batch_size_is_answered_rightly_or_refused(name: str) -> None:
                 answers(emitted, model, images(size))
 
 
+def test_one_image_whose_results_are_merely_apart_in_memory_is_not_taken_for_a_batch_of_them() -> None:
+    def pooled_twice(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = conv(x).mean((2, 3), keepdim=True)
+        return (y.flip(3) if x.shape[0] == 1 else y), y
+
+    model = OneImage(pooled_twice)
+    emitted = emit(model, images(1))
+    for run in (emitted, kp.capture(emitted, images(1))):
+        first, second = run(images(1))
+        first.zero_()
+        assert bool(second.any())
+    assert not answers(emitted, model, images(2))
+
+
 SIZES: dict[str, tuple[Callable[..., Any], int]] = {
     "resized to the input": (lambda conv, x: F.interpolate(F.max_pool2d(conv(x), 2), size=x.shape[-2:]), 16),
     "pooled over the map": (lambda conv, x: F.avg_pool2d(conv(x), x.shape[-2:]).flatten(1), 16),

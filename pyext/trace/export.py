@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
+import itertools
 import os
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -94,8 +95,9 @@ def proven(graph: nn.Module, model: nn.Module, inputs: tuple[Any, ...], contract
     if _is_abstract(model, inputs):
         return contract
     with _MemoryReads() as reads:
-        if not _agree(graph, model, inputs, is_exact=contract.dynamic_batch):
-            return None
+        outputs = _outputs_of_both(graph, model, inputs)
+    if not _agree(outputs, is_exact=contract.dynamic_batch):
+        return None
     if reads.happened:
         if contract.dynamic_batch:
             return None
@@ -103,7 +105,7 @@ def proven(graph: nn.Module, model: nn.Module, inputs: tuple[Any, ...], contract
     small = [n for n in (0, 1) if contract.dynamic_batch and _holds_at(n, graph, model, inputs, contract)]
     contract = replace(contract, small=frozenset(small))
     if (reordered := _rotated(inputs)) is not None:
-        contract = replace(contract, any_key_order=_agree(graph, model, inputs, reordered))
+        contract = replace(contract, any_key_order=_agree(_outputs_of_both(graph, model, inputs, reordered)))
     try:
         contract.require(inputs)
     except ValueError:
@@ -148,7 +150,7 @@ def _holds_at(size: int, graph: nn.Module, model: nn.Module, inputs: tuple[Any, 
         replace(contract, small=frozenset({size})).require(resized)
     except ValueError:
         return False
-    return _agree(graph, model, resized)
+    return _agree(_outputs_of_both(graph, model, resized))
 
 
 def _batch_carriers(inputs: tuple[Any, ...]) -> list[frozenset[int]]:
@@ -208,23 +210,35 @@ def _rotated(inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
     return reordered if pytree.tree_structure(reordered) != pytree.tree_structure(inputs) else None
 
 
-def _agree(
-    graph: nn.Module,
-    model: nn.Module,
-    inputs: tuple[Any, ...],
-    of_model: tuple[Any, ...] | None = None,
-    *,
-    is_exact: bool = True,
-) -> bool:
-    """Whether both give the same for `inputs`, within few roundings if it `is_exact`; false where one of them fails.
-    `of_model` are the inputs of the model, if they are others."""
-    runs = ((model, inputs if of_model is None else of_model), (graph, inputs))
+def _outputs_of_both(
+    graph: nn.Module, model: nn.Module, inputs: tuple[Any, ...], of_model: tuple[Any, ...] | None = None
+) -> tuple[Any, Any] | None:
+    """What graph and model give for `inputs`, or for those of the model if they are others; None where either fails."""
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # fx prints the code of what fails
-            expected, got = (pytree.tree_flatten(_plain(run_apart(*run))) for run in runs)
+            expected = run_apart(model, inputs if of_model is None else of_model)
+            return run_apart(graph, inputs), expected
     except Exception:
+        return None
+
+
+def _agree(outputs: tuple[Any, Any] | None, *, is_exact: bool = True) -> bool:
+    """Whether both came and are the same, within few roundings and apart in memory where they are to be if it
+    `is_exact`."""
+    if outputs is None:
         return False
-    return got[1] == expected[1] and all(_is_same(a, b, is_exact) for a, b in zip(got[0], expected[0], strict=True))
+    (got, got_spec), (expected, spec) = (pytree.tree_flatten(_plain(output)) for output in outputs)
+    if got_spec != spec or (is_exact and not _shared(got) <= _shared(expected)):
+        return False
+    return all(_is_same(a, b, is_exact) for a, b in zip(got, expected, strict=True))
+
+
+def _shared(outputs: Sequence[Any]) -> set[tuple[int, int]]:
+    """Pairs of outputs that lie in the same memory: a branch may differ in nothing else."""
+    strided = [isinstance(t, Tensor) and t.layout == torch.strided and t.numel() > 0 for t in outputs]
+    places = [t.untyped_storage().data_ptr() if told else None for t, told in zip(outputs, strided, strict=True)]
+    pairs = itertools.combinations(range(len(outputs)), 2)
+    return {(i, j) for i, j in pairs if places[i] is not None and places[i] == places[j]}
 
 
 def _plain(outputs: Any) -> Any:

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,9 +93,10 @@ class Changed(TorchFunctionMode):
 
 
 def channels_last(value: Any) -> Any:
-    """Images in channels_last memory, anything else as it is."""
+    """Images in channels_last memory, those of one channel too, which torch takes to be so already; anything else as
+    it is."""
     is_image = isinstance(value, Tensor) and value.dim() == 4
-    return value.contiguous(memory_format=torch.channels_last) if is_image else value
+    return torch.empty_like(value, memory_format=torch.channels_last).copy_(value) if is_image else value
 
 
 def result_of(run: Callable[..., Any], positional: Any, named: Any) -> Any:
@@ -139,11 +140,11 @@ def state_of(model: nn.Module) -> dict[str, Any]:
 
 def gradients_of(run: Callable[..., Any], call: Call, dtype: torch.dtype) -> list[Tensor] | None:
     """Of the outputs along one random direction, for each floating-point input; None where there are none."""
-    inputs, outputs = _differentiated(run, call, dtype)
+    inputs, outputs, directions = _differentiated(run, call, dtype)
     if not outputs or not inputs:
         return None
     try:
-        found = torch.autograd.grad(outputs, inputs, _directions(outputs, call), allow_unused=True)
+        found = torch.autograd.grad(outputs, inputs, directions, allow_unused=True)
     except RuntimeError:
         return None
     return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
@@ -153,16 +154,17 @@ def slope_of(run: Callable[..., Any], call: Call, position: int, direction: Tens
     """What `gradients_of` says by calculus, by a small step of one input in float64."""
 
     def value(step: float) -> float:
-        _, outputs = _differentiated(run, call, torch.float64, {position: step * direction})
-        return sum(float((o * d).sum()) for o, d in zip(outputs, _directions(outputs, call), strict=True))
+        _, outputs, directions = _differentiated(run, call, torch.float64, {position: step * direction})
+        return sum(float((o * d).sum()) for o, d in zip(outputs, directions, strict=True))
 
     return (value(STEP) - value(-STEP)) / (2 * STEP)
 
 
 def _differentiated(
     run: Callable[..., Any], call: Call, dtype: torch.dtype, moved: Mapping[int, Tensor] | None = None
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Floating-point inputs, some of them `moved`, and the outputs that depend on them."""
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Floating-point inputs, some of them `moved`, the outputs that depend on them or on weights, and a direction for
+    each: the same one, whichever others depend on weights."""
     inputs: list[Tensor] = []
 
     def taken(value: Any) -> Any:
@@ -175,12 +177,11 @@ def _differentiated(
 
     positional, named = pytree.tree_map(taken, call.arguments())
     result = result_of(run, positional, named)
-    return inputs, [leaf for leaf in pytree.tree_leaves(result) if is_float(leaf) and leaf.requires_grad]
-
-
-def _directions(outputs: Sequence[Tensor], call: Call) -> list[Tensor]:
     generator = torch.Generator().manual_seed(call.seed)
-    return [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
+    floats = [leaf for leaf in pytree.tree_leaves(result) if is_float(leaf)]
+    drawn = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in floats]
+    told = [(o, d) for o, d in zip(floats, drawn, strict=True) if o.requires_grad]
+    return inputs, [o for o, _ in told], [d for _, d in told]
 
 
 def sharing(given: Any, first: Any, second: Any) -> set[tuple[int, int]]:
