@@ -15,7 +15,8 @@ namespace kernelpress::KERNELPRESS_ISA {
 namespace {
 
 constexpr int64_t kBlockFloats = 128 * 1024;  // of V
-constexpr int64_t kMostTiles = 56;            // of a block: beyond, M leaves the inner caches
+constexpr int64_t kLeastTiles = 28;           // of a block that has them: with fewer, U is read too often
+constexpr int64_t kMostTiles = 56;            // with more, M leaves the inner caches
 constexpr int64_t kStripTiles = 14;           // transformed at a time, their columns in the first-level cache
 constexpr double kInputCost = 0.35;           // of transforming a tile, beside its products with one panel
 
@@ -176,12 +177,13 @@ struct Winograd {
 
   void run() const {
     const int64_t tiles = args.batch * down * across, panels = ceil_div(args.c_out, kPanel);
-    const int64_t fitting = maximum(1, minimum(kBlockFloats / (kPositions * depth), kMostTiles) / kTileRows) * kTileRows;
+    const int64_t fitting = maximum(kLeastTiles, minimum(kBlockFloats / (kPositions * depth), kMostTiles));
     over_grid(split_work(tiles, kPositions * args.c_in, panels, kInputCost), tiles, panels,
               [&](int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
-                const int64_t blocks = ceil_div(end - begin, fitting);
-                const int64_t step = minimum(fitting, round_up(ceil_div(end - begin, blocks), kTileRows));
-                for (int64_t t = begin; t < end; t += step) block(t, minimum(t + step, end), first_panel, last_panel);
+                const int64_t count = end - begin, blocks = ceil_div(count, fitting);
+                for (int64_t i = 0; i < blocks; ++i) {
+                  block(begin + count * i / blocks, begin + count * (i + 1) / blocks, first_panel, last_panel);
+                }
               });
   }
 };
