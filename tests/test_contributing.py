@@ -98,7 +98,9 @@ KERNEL_STEPS: Steps = {
         f"\nvoid {kernel}(const {listed_kernels()[kernel]}&" in source("kernels/cpu/<family>.cpp")
     ),
     "pyext/ops/<family>.py": lambda kernel: any(
-        op.on("cpu") is not None and op.kernel("cpu").name == kernel for op in registry.operators()
+        (entry := op.on(backend)) is not None and entry.kernel is not None and entry.kernel.name == kernel
+        for op in registry.operators()
+        for backend in registry.NATIVE_BACKENDS
     ),
     "tests/test_<family>.py": has_own_test,
 }

@@ -36,6 +36,16 @@ struct Conv2dArgs {
   Activation activation;
 };
 
+// 3×3, stride 1, one group; `tile` is 2 or 4 outputs a side.
+struct WinogradConv2dArgs {
+  static constexpr int kAddresses = 5;
+  const float *x, *weight, *bias, *residual;
+  float* y;
+  int64_t tile, batch, in_h, in_w, c_in, out_h, out_w, c_out, pad_h, pad_w;
+  int64_t x_stride, residual_stride, y_stride;
+  Activation activation;
+};
+
 struct PointwiseConv2dArgs {
   static constexpr int kAddresses = 6;
   const float *x, *weight, *bias, *residual, *input_scale;
@@ -126,6 +136,7 @@ struct MaxPool2dArgs {
 // Every CPU kernel with its argument block: declarations, table and bindings follow from this list.
 #define KP_KERNELS(KERNEL)                        \
   KERNEL(conv2d, Conv2dArgs)                      \
+  KERNEL(winograd_conv2d, WinogradConv2dArgs)     \
   KERNEL(pointwise_conv2d, PointwiseConv2dArgs)   \
   KERNEL(depthwise_conv2d, DepthwiseConv2dArgs)   \
   KERNEL(separable_conv2d, SeparableConv2dArgs)   \

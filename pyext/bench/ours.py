@@ -26,9 +26,10 @@ def fused(op: str, tensors: Tensors, options: dict[str, Any]) -> Call:
 
 
 def on_backend(op: str, tensors: Tensors, options: dict[str, Any], backend: str) -> Call:
-    """An op on one backend: as a step of a plan on `cpu`, else as a call."""
-    steps = native_steps([(op, tensors, options)]) if backend == "cpu" else None
-    return steps or (lambda: getattr(ops, op)(*tensors, **options, backend=backend))
+    """An op on one backend: as a step of a plan on a native one, else as a call."""
+    options = {**options, "backend": backend}
+    steps = native_steps([(op, tensors, options)]) if backend in registry.NATIVE_BACKENDS else None
+    return steps or (lambda: getattr(ops, op)(*tensors, **options))
 
 
 def backend_of(op: str, tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> str:

@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from kernelpress.emit.fuse import Match
 from kernelpress.emit.graph import attribute, channels_last_if_image, value
 from kernelpress.ops import registry
+from kernelpress.ops.backends.kernel import Kernel
 from kernelpress.ops.layout import DENSE, PIXELS, Layout
 from kernelpress.trace.regions import is_written
 
@@ -54,7 +55,7 @@ class Candidate:
     `name` is the op and `variant` its backend; for the original operations they are "aten" and the memory format.
     The placeholders of `fragment` stand for `inputs`, in their order, which come in the forms `reads`. `gives` is the
     form of the output. None is the form of what is no image between operations, and of graph inputs: they lie as they
-    lie.
+    lie. `kernel` is ours, where one of ours runs.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Candidate:
     gives: Layout | None
     fragment: Graph
     parts: int = 1
+    kernel: Kernel | None = None
 
     @property
     def label(self) -> str:
@@ -82,11 +84,16 @@ class Candidate:
         """Whether it runs the operations that the model came with."""
         return self.name == ORIGINAL
 
+    @property
+    def mixes_inputs(self) -> bool:
+        """Whether values that are not finite spread to outputs that do not depend on them."""
+        return self.kernel is not None and self.kernel.input_limit is not None
+
 
 def candidates_for(match: Match, order: Mapping[Node, int]) -> list[Candidate]:
     """Every way to execute the nodes of `match`; `order` is the position of each node in the graph."""
     nodes = sorted(match.nodes, key=order.__getitem__)
-    layers = [_layer(match, entry.backend) for entry in registry.operator(match.op).implementations]
+    layers = [_layer(match, entry) for entry in registry.operator(match.op).implementations]
     return [*layers, *(original(nodes, form) for form in FORMS)]
 
 
@@ -132,16 +139,16 @@ class _Fragment:
         return self.graph.call_function(target, args, kwargs)
 
     def candidate(
-        self, name: str, variant: str, nodes: frozenset[Node], output: Node, result: Node, form: Layout, parts: int = 1
+        self, name: str, variant: str, nodes: frozenset[Node], output: Node, result: Node, form: Layout, **fields: Any
     ) -> Candidate:
         """The finished graph, which computes `result` for `output`, as a candidate whose images lie in `form`."""
         self.graph.output(result)
         reads = tuple(form_of(node, form) for node in self.inputs)
         gives = form_of(output, form)
-        return Candidate(name, variant, nodes, output, tuple(self.inputs), reads, gives, self.graph, parts)
+        return Candidate(name, variant, nodes, output, tuple(self.inputs), reads, gives, self.graph, **fields)
 
 
-def _layer(match: Match, backend: str) -> Candidate:
+def _layer(match: Match, entry: registry.Implementation) -> Candidate:
     fragment = _Fragment()
     operator = registry.operator(match.op)
     fragment.declare(given for given in match.arguments.values() if isinstance(given, Node))
@@ -151,8 +158,9 @@ def _layer(match: Match, backend: str) -> Candidate:
     tensors = [given.pop(name, None) for name in operator.tensors]
     while tensors and tensors[-1] is None:
         tensors.pop()
-    result = fragment.call(getattr(torch.ops.kernelpress, match.op).default, *tensors, **given, backend=backend)
-    return fragment.candidate(match.op, backend, match.nodes, match.output, result, PIXELS, match.parts)
+    result = fragment.call(getattr(torch.ops.kernelpress, match.op).default, *tensors, **given, backend=entry.backend)
+    form, fields = PIXELS, {"parts": match.parts, "kernel": entry.kernel}
+    return fragment.candidate(match.op, entry.backend, match.nodes, match.output, result, form, **fields)
 
 
 def original(nodes: list[Node], form: Layout) -> Candidate:

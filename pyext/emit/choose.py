@@ -12,6 +12,7 @@ from kernelpress.emit.candidates import Candidate
 from kernelpress.emit.cover import Forms, Option, cheapest_cover, regions
 from kernelpress.emit.evaluate import Evaluation
 from kernelpress.ops.layout import PIXELS, Layout
+from kernelpress.ops.registry import NATIVE_BACKENDS
 
 __all__ = ["FUSION_MARGINS", "Choice", "choose"]
 
@@ -78,7 +79,7 @@ def _is_usual(candidate: Candidate) -> bool:
 
 def _time_of(evaluation: Evaluation) -> float:
     assert evaluation.milliseconds is not None
-    margin = 0.0 if evaluation.candidate.variant == "cpu" else TORCH_MARGIN
+    margin = 0.0 if evaluation.candidate.variant in NATIVE_BACKENDS else TORCH_MARGIN
     return evaluation.milliseconds * (1 + margin)
 
 

@@ -18,6 +18,7 @@ from kernelpress.emit.tolerance import INT8_TOLERANCE, relative_error, tolerance
 from kernelpress.measure.race import Alternative, race
 from kernelpress.ops.calls.steps import native_steps
 from kernelpress.ops.layout import DENSE, PIXELS, Layout
+from kernelpress.ops.registry import NATIVE_BACKENDS, operator
 from kernelpress.ops.tuning import search
 from kernelpress.runtime.device_clock import time_graphs
 
@@ -33,6 +34,9 @@ ROUNDS = 3
 EVICTED_BYTES = 8 << 20
 
 TUNED_BACKENDS = frozenset({"cuda", "triton"})
+
+HEADROOM = 2.0**20
+"""How much larger than at the example inputs values may be at others."""
 
 LARGEST_BATCH_OF_CANDIDATES = 48
 LARGEST_BATCH_OF_BYTES = 256 << 20
@@ -61,9 +65,11 @@ def evaluate(
     """Runs every candidate on random inputs of the examples' form: one evaluation each, in the order given.
 
     A candidate that raises, or whose output differs from that of the original operations by more than `tolerance`
-    (None: that of their dtypes), is refused with the reason. Equal layers at equal shapes are timed once, in the tile
-    configuration that calls run in: CUDA and Triton kernels are tuned first, unless `KERNELPRESS_AUTOTUNE=0`. `cost`
-    replaces timing; `advance` is told how many candidates are done.
+    (None: that of their dtypes), is refused with the reason. One that mixes inputs is compared with the original
+    operations in float64, and refused where values up to `HEADROOM` times the examples' may overflow in it. Equal
+    layers at equal shapes are timed once, in the tile configuration that calls run in: CUDA and Triton kernels are
+    tuned first, unless `KERNELPRESS_AUTOTUNE=0`. `cost` replaces timing; `advance` is told how many candidates are
+    done.
     """
     trials: list[_Trial] = []
     for batch in _batches(candidates, examples):
@@ -133,7 +139,15 @@ def _try_batch(
 ) -> list[_Trial]:
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     values = _Values(examples)
-    expected: dict[frozenset[Node], Any] = {}
+    known: dict[tuple[frozenset[Node], bool], Any] = {}
+
+    def expected(nodes: frozenset[Node], exactly: bool) -> Any:
+        """What the operations as they came give, which may be told sizes that a layer of ours does not need."""
+        if (nodes, exactly) not in known:
+            came = original(sorted(nodes, key=order.__getitem__), PIXELS)
+            known[nodes, exactly] = runnable(graph_module, came, values.of(came), exactly=exactly)()
+        return known[nodes, exactly]
+
     trials: list[_Trial] = []
     with_kernel: set[tuple[str, frozenset[Node]]] = set()
     for candidate in batch:
@@ -141,15 +155,14 @@ def _try_batch(
         key = _key(graph_module, candidate, examples)
         if cost is None and candidate.variant in TUNED_BACKENDS:
             key += f"; tiles {_tuned(graph_module, candidate, inputs) or 'by heuristic'}"
-        if candidate.nodes not in expected:
-            # The operations as they came may be told sizes that a layer of ours does not need.
-            came = original(sorted(candidate.nodes, key=order.__getitem__), PIXELS)
-            expected[candidate.nodes] = runnable(graph_module, came, values.of(came))()
         same = (candidate.name, candidate.nodes)
         if cost is None and candidate.variant == "reference" and same in with_kernel:
             trials.append(_Trial(candidate, key, None, "not tried beside a kernel"))
             continue
-        error, refusal = _check(graph_module, candidate, inputs, expected[candidate.nodes], tolerance)
+        error, refusal = _check(graph_module, candidate, inputs, expected, tolerance)
+        if refusal is None and candidate.mixes_inputs:
+            magnitudes = [examples[node].magnitude for node in candidate.inputs]
+            refusal = _overflow(graph_module, candidate, inputs, magnitudes)
         if refusal is None and not candidate.is_original:
             with_kernel.add(same)
         trials.append(_Trial(candidate, key, error, refusal))
@@ -250,8 +263,10 @@ def empty_inner_caches() -> None:
     torch.empty(EVICTED_BYTES, dtype=torch.uint8).zero_()
 
 
-def runnable(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any]) -> Callable[[], Any]:
-    """The candidate as a function without arguments, bound to `inputs`.
+def runnable(
+    graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any], *, exactly: bool = False
+) -> Callable[[], Any]:
+    """The candidate as a function without arguments, bound to `inputs`; `exactly`: all floats in float64.
 
     Straight-line Python, as fx generates it for the emitted graph, a hundred times as quickly as a `GraphModule`.
     """
@@ -263,9 +278,10 @@ def runnable(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[No
         names[node] = _Name(f"v{i}")
         args, kwargs = map_arg((node.args, node.kwargs), names.__getitem__)
         if node.op == "placeholder":
-            bound[names[node]] = inputs[next(given)]
+            bound[names[node]] = _double(inputs[next(given)]) if exactly else inputs[next(given)]
         elif node.op == "get_attr":
-            bound[names[node]] = constant(graph_module, node)
+            found = constant(graph_module, node)
+            bound[names[node]] = _double(found) if exactly else found
         elif node.op == "output":
             lines.append(f"    return {args[0]!r}")
         else:
@@ -277,10 +293,15 @@ def runnable(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[No
     return run
 
 
+def _double(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 def _timed(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any]) -> Callable[[], Any]:
-    """The candidate as it is timed: a layer on the `cpu` backend as the native step that plans make of it, since they
+    """The candidate as it is timed: a layer on a native backend as the native step that plans make of it, since they
     are what speed is for; anything else as a call of torch, which it is in plans as well."""
-    steps = native_steps([_op_call(graph_module, candidate, inputs)]) if candidate.variant == "cpu" else None
+    is_native = candidate.variant in NATIVE_BACKENDS
+    steps = native_steps([_op_call(graph_module, candidate, inputs)]) if is_native else None
     return steps or runnable(graph_module, candidate, inputs)
 
 
@@ -306,20 +327,38 @@ def _op_call(
 
 
 def _check(
-    graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any], expected: Any, tolerance: float | None
+    graph_module: GraphModule,
+    candidate: Candidate,
+    inputs: Mapping[Node, Any],
+    truth: Callable[[frozenset[Node], bool], Any],
+    tolerance: float | None,
 ) -> tuple[float | None, str | None]:
     """The candidate's relative error to the original, and the reason if it must be refused."""
     try:
         with torch.no_grad():
             result = runnable(graph_module, candidate, inputs)()
+            expected = truth(candidate.nodes, candidate.mixes_inputs)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as refused:
         return None, str(refused).splitlines()[0]
-    error = relative_error(result, expected)
-    values = (expected, *(inputs[node] for node in candidate.inputs))
+    values = (result, *(inputs[node] for node in candidate.inputs))
+    error = relative_error(_double(result) if candidate.mixes_inputs else result, expected)
     tolerance = tolerance or max(tolerance_of(x.dtype) for x in values if isinstance(x, Tensor))
     if expected.dtype == torch.int8:
         tolerance = max(tolerance, INT8_TOLERANCE)
     return error, None if error <= tolerance else f"error {error:.1e} is above the tolerance {tolerance:.1e}"
+
+
+def _overflow(
+    graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any], magnitudes: Sequence[float]
+) -> str | None:
+    """Why a candidate that mixes inputs must not run on values of these magnitudes, else None."""
+    assert candidate.kernel is not None
+    assert candidate.kernel.input_limit is not None
+    op, args, kwargs = _op_call(graph_module, candidate, inputs)
+    tensors, options, _ = operator(op).signature.bind(args, kwargs)
+    limit = candidate.kernel.input_limit(options, *tensors)
+    too_large = [magnitude for magnitude in magnitudes if not magnitude * HEADROOM <= limit]
+    return f"values reach {too_large[0]:.1e}, above {limit / HEADROOM:.1e} sums might overflow" if too_large else None
 
 
 def _key(graph_module: GraphModule, candidate: Candidate, examples: Mapping[Node, Example]) -> str:

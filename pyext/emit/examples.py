@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,13 +19,17 @@ __all__ = ["Example", "example_values"]
 
 @dataclass(frozen=True)
 class Example:
-    """How a value of the graph looks when the example inputs run through: a tensor's form, or a plain value."""
+    """How a value of the graph looks when the example inputs run through: a tensor's form, or a plain value.
+
+    `magnitude` is the largest absolute value of a tensor of floats there, NaN if one is.
+    """
 
     shape: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     dtype: torch.dtype | None = None
     device: torch.device | None = None
     plain: Any = None
+    magnitude: float = field(default=0.0, compare=False)
 
     def random(self) -> Any:
         """A fresh tensor of this form: standard normal floats, int8 values of the whole range, zeros of other
@@ -75,4 +79,5 @@ def _example(result: Any, *, is_input: bool) -> Example:
     stride = torch.empty_like(result).stride() if shares_memory_within(result) else result.stride()
     if result.dim() == 4 and not is_input:
         stride = PIXELS.stride(tuple(result.shape))
-    return Example(tuple(result.shape), tuple(stride), result.dtype, result.device)
+    magnitude = float(result.abs().max()) if result.is_floating_point() and result.numel() else 0.0
+    return Example(tuple(result.shape), tuple(stride), result.dtype, result.device, magnitude=magnitude)

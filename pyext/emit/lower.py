@@ -1,7 +1,7 @@
 """Lowers an emitted graph, at fixed shapes, to steps over buffers: what the plan runs.
 
 The graph is interpreted once. A result that shares memory with an argument becomes another view of that argument's
-buffer and costs nothing; a kernelpress layer on the `cpu` backend becomes a native step; everything else is a call of
+buffer and costs nothing; a kernelpress layer on a native backend becomes a native step; everything else is a call of
 torch. Calls of torch read constants in memory of the program's own; native steps pack theirs.
 """
 
@@ -277,21 +277,23 @@ class _Lowering(Interpreter):
         operator = operator_of(node)
         if operator is None:
             return None
-        entry = operator.on("cpu")
         tensors, options, backend = operator.signature.bind(*self.fetch_args_kwargs_from_env(node))
-        if registry.requested_backend(backend) not in ("auto", "cpu") or entry is None:
+        requested = registry.requested_backend(backend)
+        native_backend = "cpu" if requested == "auto" else requested
+        entry = operator.on(native_backend) if native_backend in registry.NATIVE_BACKENDS else None
+        if entry is None or entry.kernel is None:
             return None
         given: list[Any] = list(operator.signature.bind(args, kwargs)[0])
         if not self._has_constant_weights(operator, given):
             return None
         copies: list[tuple[int, Tensor]] = []
-        layouts = operator.kernel("cpu").layouts
+        layouts = entry.kernel.layouts
         for i, (name, tensor) in enumerate(zip(operator.tensors, tensors, strict=True)):
             layout = layouts.get(name)
             if layout is not None and tensor is not None and layout.spacing(tensor.shape, tensor.stride()) is None:
                 tensors[i] = copied = layout.copy(tensor)
                 copies.append((i, copied))
-        named = options._asdict()
+        named = {**options._asdict(), "backend": native_backend}
         if native_reason(operator.name, tensors, named, result) is not None:
             return None
         for i, copied in copies:

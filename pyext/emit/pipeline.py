@@ -30,6 +30,7 @@ from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
 from kernelpress.emit.ties import Comparison, compare
 from kernelpress.emit.tolerance import INT8_TOLERANCE, TURNED_SHARE, tolerance_of
 from kernelpress.measure.race import Heat, race
+from kernelpress.ops.calls import packing, prepared
 from kernelpress.ops.layout import PIXELS
 from kernelpress.preserve import outside_modes, own_tensors
 from kernelpress.runtime.device_clock import time_graphs
@@ -51,6 +52,7 @@ def emit(
     *,
     dynamic_batch: bool = True,
     tolerance: float | None = None,
+    exact_nonfinite: bool = False,
     cache: bool = True,
     progress: bool = True,
     cost: Cost | None = None,
@@ -63,7 +65,8 @@ def emit(
     if the whole is then not faster than the original, the original is. `EmittedModel.record` tells what was decided.
 
     `tolerance`: largest relative error ‖y − y₀‖ / ‖y₀‖ of a layer to the original one; by default 1e-4 in float32,
-    1e-10 in float64, 1e-2 in float16, 5e-2 in bfloat16; of int8 values never less than 5e-3. `cache`: reuse and
+    1e-10 in float64, 1e-2 in float16, 5e-2 in bfloat16; of int8 values never less than 5e-3. `exact_nonfinite`: NaN and
+    infinity reach just the values that depend on them, which rules Winograd's convolution out. `cache`: reuse and
     remember times on disk. `progress`: draw a progress bar on terminals. `cost`: milliseconds of a candidate, instead
     of timing (for tests, and for other devices' models).
 
@@ -83,10 +86,11 @@ def emit(
         bound = tolerance or max(tolerance_of(example.dtype) for example in examples.values())
         # Few values of a layer are rounded to the other side; behind several layers, these change the rounding of many.
         whole_bound = max(bound, INT8_TOLERANCE) if any(map(is_quantize, graph_module.graph.nodes)) else bound
-        candidates = _candidates(graph_module)
+        candidates = [c for c in _candidates(graph_module) if not (exact_nonfinite and c.mixes_inputs)]
         times = TimingCache(device, enabled=cache and cost is None)
         advance = phase("timing layers", len(candidates))
         evaluations = evaluate(graph_module, candidates, examples, tolerance, times, cost, advance)
+        _forget_trials(graph_module)
         order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
         flat_examples = tuple(examples[node] for node in graph_module.graph.nodes if node.op == "placeholder")
         flops: dict[frozenset[Node], int] = {}
@@ -108,6 +112,14 @@ def emit(
         body, record = _faster_of(traced, best.body, best.record, inputs, whole_bound, is_measured=cost is None)
         body = owned_copy(body)  # until here its weights are the model's own
         return EmittedModel(body, record, flat_examples, best.contract)
+
+
+def _forget_trials(graph_module: GraphModule) -> None:
+    """Candidates ran on the model's own weights, which live on with whatever was packed from them, several times their
+    size; nobody will run on that."""
+    for tensor in (*graph_module.parameters(), *graph_module.buffers()):
+        packing.forget(tensor)
+    prepared.clear()
 
 
 def _arrangements(

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from kernelpress.ops.calls import packing
+
 __all__ = ["peak_memory_bytes", "weight_bytes"]
 
 
@@ -73,6 +75,7 @@ def peak_memory_bytes(call: Callable[[], object], *, device: torch.device, arena
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Bytes of the parameters and buffers of `module`; a tensor that several modules share counts once."""
+    """Bytes of the parameters and buffers of `module`, and of what kernels read in their place, packed from them by the
+    calls so far; a tensor that several modules share counts once."""
     tensors = {tensor.data_ptr(): tensor for tensor in [*module.parameters(), *module.buffers()]}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return sum(tensor.nbytes + packing.packed_bytes(tensor) for tensor in tensors.values())

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS",
+    "NATIVE_BACKENDS",
     "Candidates",
     "Implementation",
     "Operator",
@@ -44,7 +45,10 @@ __all__ = [
     "why_not",
 ]
 
-BACKENDS: tuple[str, ...] = ("cuda", "cudnn", "triton", "cpu", "onednn", "reference")
+NATIVE_BACKENDS = ("cpu", "winograd4", "winograd2")
+"""Those that run kernels of the native module `_cpu`, which plans have as steps."""
+
+BACKENDS: tuple[str, ...] = ("cuda", "cudnn", "triton", "cpu", "onednn", "winograd4", "winograd2", "reference")
 """Every backend, best first: the order in which an automatic choice tries them."""
 
 ACTIVATION_NAMES = frozenset({"x", "residual", "input_scale", "a", "b", "other", "row_scale", "row_zero_point"})

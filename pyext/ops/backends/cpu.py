@@ -1,4 +1,4 @@
-"""The `cpu` backend: kernels of the native module `_cpu`."""
+"""The `cpu` backend and its variants: kernels of the native module `_cpu`."""
 
 from __future__ import annotations
 
@@ -75,6 +75,6 @@ def _in_python(built: Arguments, new: Any) -> Run:
     return compute
 
 
-def cpu_implementation(kernel: Kernel) -> Implementation:
-    """The entry of an op's native kernel."""
-    return implementation("cpu", kernel, _TARGET, _prepare)
+def cpu_implementation(kernel: Kernel, backend: str = "cpu") -> Implementation:
+    """The entry of an op's native kernel, on one of `NATIVE_BACKENDS`."""
+    return implementation(backend, kernel, _TARGET, _prepare)

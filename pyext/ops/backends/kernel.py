@@ -83,6 +83,8 @@ class Kernel:
     workspace: `(problem, device)` → bytes that it may write while it runs, enough for every configuration.
     specialise: `(kernel, problem, tensors, device)` → the kernel for the values of these parameters.
     options: `problem` → options by name, those of the op where it is not given.
+    input_limit: `(options, *tensors)` → magnitude of x from which on intermediate sums may overflow, though the result
+        may not; of a kernel that mixes inputs, so that what is not finite spreads to outputs that do not depend on it.
     """
 
     name: str
@@ -97,6 +99,7 @@ class Kernel:
     family: str = ""
     options: Callable[[Problem], dict[str, Any]] = lambda problem: problem.options._asdict()
     likes: Likes = Likes()
+    input_limit: Callable[..., float] | None = None
 
 
 @dataclass

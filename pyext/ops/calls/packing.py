@@ -24,7 +24,7 @@ from kernelpress.runtime import native
 from kernelpress.runtime.memory import long_lived_copy
 from kernelpress.runtime.snapshot import Snapshot
 
-__all__ = ["contiguous", "depthwise", "forget", "packed", "panels", "renewed", "traced", "vector"]
+__all__ = ["contiguous", "depthwise", "forget", "packed", "packed_bytes", "panels", "renewed", "traced", "vector"]
 
 _LIMIT_PER_WEIGHT = 8
 
@@ -136,10 +136,20 @@ def forget(weight: Tensor) -> None:
     _by_weight.pop(id(weight), None)
 
 
-def panels(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """`[C_out, C_in(, KH, KW)]` → `[ceil(C_out / P), KH, KW, C_in, P]`, zero-padded, with panels `P` wide."""
+def packed_bytes(weight: Tensor) -> int:
+    """Bytes of what is packed from a weight at present."""
+    known = _by_weight.get(id(weight))
+    packs = [entry.packed for entry in known.entries.values()] if known is not None and known.weight() is weight else []
+    return sum(pack.numel() * pack.element_size() for pack in packs)
+
+
+def panels(
+    weight: Tensor, scale: Tensor | None, name: str = "panels", transform: Callable[[Tensor], Tensor] = lambda w: w
+) -> Tensor:
+    """`[C_out, C_in(, KH, KW)]` → `[ceil(C_out / P), KH, KW, C_in, P]`, zero-padded, with panels `P` wide; of what
+    `transform`, known by its `name`, makes of the weight."""
     width = native.cpu().panel_width()
-    return packed(weight, scale, width, lambda w: _to_panels(w, width))
+    return packed(weight, scale, (name, width), lambda w: _to_panels(transform(w), width))
 
 
 def _to_panels(weight: Tensor, width: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from kernelpress.ops import registry
 from kernelpress.ops.backends import cpu
 from kernelpress.ops.checks import TensorSpec, describe
-from kernelpress.ops.registry import Problem
+from kernelpress.ops.registry import Implementation, Problem
 from kernelpress.runtime import native
 
 __all__ = ["NativeCall", "native_call", "native_reason", "native_steps"]
@@ -28,16 +28,19 @@ class NativeCall:
     tensors: tuple[Tensor, ...]
 
 
-def _problem(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Problem, list[Tensor | None]]:
+def _bound(
+    op: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Problem, list[Tensor | None], Implementation | None]:
     operator = registry.operator(op)
-    tensors, options, _ = operator.signature.bind(args, kwargs)
-    return registry.problem_of(operator, tensors, options), tensors
+    tensors, options, backend = operator.signature.bind(args, kwargs)
+    native_backend = backend if backend in registry.NATIVE_BACKENDS else "cpu"
+    return registry.problem_of(operator, tensors, options), tensors, operator.on(native_backend)
 
 
 def native_reason(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor | None = None) -> str | None:
-    """Why `native_call` would refuse these arguments, None where it takes them. It looks at no `backend`."""
-    problem, _ = _problem(op, args, kwargs)
-    entry = problem.operator.on("cpu")
+    """Why `native_call` would refuse these arguments, None where it takes them. A `backend` that is none of
+    `registry.NATIVE_BACKENDS` stands for `cpu`."""
+    problem, _, entry = _bound(op, args, kwargs)
     if entry is None or entry.kernel is None:
         return f"{op} has no native kernel"
     reason = entry.reason_against(problem)
@@ -74,9 +77,11 @@ def native_call(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Te
     reason = native_reason(op, args, kwargs, out)
     if reason is not None:
         raise ValueError(f"{op}: no native call: {reason}")
-    problem, tensors = _problem(op, args, kwargs)
+    problem, tensors, entry = _bound(op, args, kwargs)
+    assert entry is not None
+    assert entry.kernel is not None
     placed = replace(problem, outputs=(TensorSpec.of(out), *problem.outputs[1:]))
-    built = cpu.arguments(problem.operator.kernel("cpu"), placed, tensors)
+    built = cpu.arguments(entry.kernel, placed, tensors)
     changing = [t for _, position in built.changing if (t := tensors[position]) is not None]
     return NativeCall(built.name, built.into(tensors, out), (*built.held, *changing, out))
 
