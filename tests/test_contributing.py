@@ -97,10 +97,13 @@ KERNEL_STEPS: Steps = {
     "kernels/cpu/<family>.cpp": lambda kernel: (
         f"\nvoid {kernel}(const {listed_kernels()[kernel]}&" in source("kernels/cpu/<family>.cpp")
     ),
-    "pyext/ops/<family>.py": lambda kernel: any(
-        (entry := op.on(backend)) is not None and entry.kernel is not None and entry.kernel.name == kernel
-        for op in registry.operators()
-        for backend in registry.NATIVE_BACKENDS
+    "pyext/ops/<family>.py": lambda kernel: (
+        any(
+            (entry := op.on(backend)) is not None and entry.kernel is not None and entry.kernel.name == kernel
+            for op in registry.operators()
+            for backend in registry.NATIVE_BACKENDS
+        )
+        or f'"{kernel}"' in source("pyext/ops/calls/*.py")
     ),
     "tests/test_<family>.py": has_own_test,
 }
