@@ -12,11 +12,22 @@ from kernelpress.models.mobilenet_v1 import ARCHITECTURES as MOBILENETS_V1
 from kernelpress.models.mobilenet_v2 import ARCHITECTURES as MOBILENETS_V2
 from kernelpress.models.mobilenet_v3 import ARCHITECTURES as MOBILENETS_V3
 from kernelpress.models.resnet import ARCHITECTURES as RESNETS
+from kernelpress.models.shufflenet_v1 import ARCHITECTURES as SHUFFLENETS_V1
+from kernelpress.models.shufflenet_v2 import ARCHITECTURES as SHUFFLENETS_V2
 from kernelpress.models.squeezenet import ARCHITECTURES as SQUEEZENETS
 
 __all__ = ["ARCHITECTURES", "create", "names", "published"]
 
-_FAMILIES = (ALEXNETS, MOBILENETS_V1, MOBILENETS_V2, MOBILENETS_V3, RESNETS, SQUEEZENETS)
+_FAMILIES = (
+    ALEXNETS,
+    MOBILENETS_V1,
+    MOBILENETS_V2,
+    MOBILENETS_V3,
+    RESNETS,
+    SHUFFLENETS_V1,
+    SHUFFLENETS_V2,
+    SQUEEZENETS,
+)
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {architecture.name: architecture for family in _FAMILIES for architecture in family}
 )
