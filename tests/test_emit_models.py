@@ -12,7 +12,15 @@ from support import with_random_norms
 import kernelpress as kp
 from kernelpress.emit import EmittedModel
 
-AWAITS_KERNELS = {"alexnet", "shufflenet_v1", "shufflenet_v2", "squeezenet1_0", "squeezenet1_1"}
+AWAITS_KERNELS = {
+    "alexnet",
+    "ghostnet",
+    "ghostnet_v2",
+    "shufflenet_v1",
+    "shufflenet_v2",
+    "squeezenet1_0",
+    "squeezenet1_1",
+}
 """Models whose captured plans still have steps of torch."""
 
 

@@ -19,6 +19,8 @@ Shapes = dict[str, tuple[int, ...]]
 
 SMALL_INPUT_NETWORKS = {
     "alexnet": {"small_input": True},
+    "ghostnet": {"width_mult": 0.5, "small_input": True},
+    "ghostnet_v2": {"width_mult": 0.5, "small_input": True},
     "mobilenet_v1": {"width_multiplier": 0.25, "small_input": True},
     "mobilenet_v2": {"width_mult": 0.35, "small_input": True},
     "mobilenet_v3_large": {"width_mult": 0.35, "small_input": True},
@@ -105,6 +107,12 @@ def test_state_dict_has_torchvisions_keys_and_shapes(name: str, expected: Shapes
 
 FIGURES = [
     ("alexnet", {}, "61,100,840", "714 M", "torchvision"),
+    ("ghostnet", {}, "5.2 M", "141 M", "Han et al. 2020, table 7"),
+    ("ghostnet", {"width_mult": 0.5}, "2.6 M", "42 M", "Han et al. 2020, table 7"),
+    ("ghostnet", {"width_mult": 1.3}, "7.3 M", "226 M", "Han et al. 2020, table 7"),
+    ("ghostnet_v2", {}, "6.1 M", "167 M", "Tang et al. 2022, table 2"),
+    ("ghostnet_v2", {"width_mult": 1.3}, "8.9 M", "269 M", "Tang et al. 2022, table 2"),
+    ("ghostnet_v2", {"width_mult": 1.6}, "12.3 M", "399 M", "Tang et al. 2022, table 2"),
     ("mobilenet_v1", {}, "4.2 M", "569 M", "Howard et al. 2017, table 6"),
     ("mobilenet_v1", {"width_multiplier": 0.75}, "2.6 M", "325 M", "Howard et al. 2017, table 6"),
     ("mobilenet_v1", {"width_multiplier": 0.5}, "1.3 M", "149 M", "Howard et al. 2017, table 6"),
@@ -304,6 +312,7 @@ def test_option_of_another_network_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "option", "channels"),
     [
+        ("ghostnet", "width_mult", 16),
         ("mobilenet_v1", "width_multiplier", 32),
         ("mobilenet_v2", "width_mult", 32),
         ("mobilenet_v3_large", "width_mult", 16),

@@ -2,6 +2,7 @@
 
 from kernelpress.models.alexnet import alexnet
 from kernelpress.models.architecture import Published
+from kernelpress.models.ghostnet import ghostnet, ghostnet_v2
 from kernelpress.models.mobilenet_v1 import mobilenet_v1
 from kernelpress.models.mobilenet_v2 import mobilenet_v2
 from kernelpress.models.mobilenet_v3 import mobilenet_v3_large, mobilenet_v3_small
@@ -17,6 +18,8 @@ __all__ = [
     "alexnet",
     "build",
     "create",
+    "ghostnet",
+    "ghostnet_v2",
     "mobilenet_v1",
     "mobilenet_v2",
     "mobilenet_v3_large",

@@ -8,6 +8,7 @@ from torch import nn
 
 from kernelpress.models.alexnet import ARCHITECTURES as ALEXNETS
 from kernelpress.models.architecture import Architecture, Published
+from kernelpress.models.ghostnet import ARCHITECTURES as GHOSTNETS
 from kernelpress.models.mobilenet_v1 import ARCHITECTURES as MOBILENETS_V1
 from kernelpress.models.mobilenet_v2 import ARCHITECTURES as MOBILENETS_V2
 from kernelpress.models.mobilenet_v3 import ARCHITECTURES as MOBILENETS_V3
@@ -20,6 +21,7 @@ __all__ = ["ARCHITECTURES", "create", "names", "published"]
 
 _FAMILIES = (
     ALEXNETS,
+    GHOSTNETS,
     MOBILENETS_V1,
     MOBILENETS_V2,
     MOBILENETS_V3,
