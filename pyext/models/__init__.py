@@ -12,8 +12,10 @@ from kernelpress.models.shufflenet_v1 import shufflenet_v1
 from kernelpress.models.shufflenet_v2 import shufflenet_v2
 from kernelpress.models.sources import build
 from kernelpress.models.squeezenet import squeezenet1_0, squeezenet1_1
+from kernelpress.models.weights import LoadedWeights, weights_of
 
 __all__ = [
+    "LoadedWeights",
     "Published",
     "alexnet",
     "build",
@@ -34,4 +36,5 @@ __all__ = [
     "shufflenet_v2",
     "squeezenet1_0",
     "squeezenet1_1",
+    "weights_of",
 ]
