@@ -197,7 +197,8 @@ def _groups(
             importance += sums / sums.mean().clamp_min(torch.finfo(torch.float64).tiny) / len(pool.producers)
         order = importance.argsort(stable=True)
         positions = math.gcd(*(count for _, count in pool.producers))
-        unit = round_to // math.gcd(round_to, positions)
+        # A set of that many channels is as coarse as rounding would be.
+        unit = 1 if positions >= round_to else round_to // math.gcd(round_to, positions)
         groups.append(_Group(pool, tuple(roots[order].tolist()), tuple(importance[order].tolist()), unit))
     return groups
 
