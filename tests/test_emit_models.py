@@ -12,7 +12,15 @@ from support import with_random_norms
 import kernelpress as kp
 from kernelpress.emit import EmittedModel
 
-AWAITS_KERNELS = {"alexnet", "squeezenet1_0", "squeezenet1_1"}
+AWAITS_KERNELS = {
+    "alexnet",
+    "ghostnet",
+    "ghostnet_v2",
+    "shufflenet_v1",
+    "shufflenet_v2",
+    "squeezenet1_0",
+    "squeezenet1_1",
+}
 """Models whose captured plans still have steps of torch."""
 
 
@@ -42,7 +50,9 @@ def emitted(request: pytest.FixtureRequest) -> Emitted:
 @pytest.mark.slow
 def test_every_model_of_ours_emits_exactly_at_any_batch_size(emitted: Emitted) -> None:
     assert emitted.model.dynamic_batch
-    assert not any("batch_norm" in op or "relu" in op or "hardtanh" in op for op in ops_of(emitted.model))
+    left = [op for op in ops_of(emitted.model) if "batch_norm" in op or "relu" in op or "hardtanh" in op]
+    # ShuffleNet V1 has an activation after a pooling.
+    assert set(left) <= ({"aten.relu"} if emitted.name == "shufflenet_v1" else set())
     emitted.one.check(emitted.model)
     emitted.three.check(emitted.model)
     emitted.channels_last.check(emitted.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -346,3 +347,39 @@ def test_layers_that_stay_are_named_with_the_reason(
     assert (pruned.a.out_channels, pruned.c.out_channels) == (16, 11)
     assert_same_function(pruned, model)
     assert any("a" in s.layers and s.reason == reason for s in compress.record_of(pruned)[0].skipped)
+
+
+class Shuffled(nn.Module):
+    """ShuffleNet's unit: grouped, shuffled, depthwise and grouped again, `each` channels in every group between."""
+
+    def __init__(self, groups: int, each: int) -> None:
+        super().__init__()
+        channels = groups * each
+        self.groups = groups
+        self.lead = nn.Conv2d(3, 4 * groups, 1)
+        self.first = nn.Conv2d(4 * groups, channels, 1, groups=groups, bias=False)
+        self.depthwise = conv3x3(channels, channels, groups=channels, bias=False)
+        self.second = nn.Conv2d(channels, 2 * groups, 1, groups=groups)
+        self.double().eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(self.lead(x))
+        y = y.unflatten(1, (self.groups, -1)).transpose(1, 2).flatten(1, 2)
+        return self.second(self.depthwise(y))
+
+
+@pytest.mark.parametrize(("groups", "each"), [(2, 25), (3, 20), (3, 21), (4, 17), (8, 24)])
+def test_shuffled_groups_lose_as_many_channels_each_also_where_groups_do_not_divide_them(
+    groups: int, each: int
+) -> None:
+    model = Shuffled(groups, each)
+    pruned = cut_channels(model, 0.3, ignore=["lead"])
+    assert pruned.first.groups == pruned.second.groups == groups
+    assert pruned.first.out_channels % groups == 0
+    kept = (model.first.weight[:, None] == pruned.first.weight[None]).all((2, 3, 4)).any(1)
+    assert int(kept.sum()) == pruned.first.out_channels < 0.8 * len(kept)
+    assert kept.view(groups, each).sum(1).unique().numel() == 1
+    silent = copy.deepcopy(model)
+    with torch.no_grad():
+        silent.first.weight[~kept] = 0
+    assert_same_function(pruned, silent)

@@ -11,11 +11,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kernelpress import layers, models
+from kernelpress.bench.plain import with_plain_blocks
 from kernelpress.bench.worker import Job
 
 __all__ = ["build", "build_plain_in", "export_onnx", "prepare", "to_plain"]
 
 CALIBRATION_BATCH = 4
+OURS = (layers.Conv2d, layers.PointwiseConv2d, layers.DepthwiseConv2d, layers.GroupedConv2d, layers.Linear)
 
 
 def prepare(job: Job, size: int, seed: int) -> nn.Module:
@@ -57,6 +59,7 @@ def build_plain_in(job: Job, memory_format_name: str) -> tuple[nn.Module, Tensor
 
 def to_plain(network: nn.Module) -> nn.Module:
     """`network` with our layers replaced, in place, by PyTorch's own of the same parameters and state-dict keys."""
+    with_plain_blocks(network)
     for name, child in network.named_children():
         setattr(network, name, _plain_layer(child) or to_plain(child))
     return network
@@ -69,7 +72,7 @@ def _pair(values: tuple[int, ...]) -> tuple[int, int]:
 
 def _plain_layer(layer: nn.Module) -> nn.Module | None:
     """PyTorch's own layer for one of ours, `None` for any other module. Raises `ValueError` for a fused activation."""
-    if not isinstance(layer, (layers.Conv2d, layers.PointwiseConv2d, layers.DepthwiseConv2d, layers.Linear)):
+    if not isinstance(layer, OURS):
         return None
     if layer.activation != "identity":
         raise ValueError(f"network: expected activations that are modules, got {layer.activation} fused into a layer")

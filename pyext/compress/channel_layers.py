@@ -13,6 +13,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from kernelpress.compress.channel_sets import varying_axes
+from kernelpress.compress.channel_shuffles import is_shuffled_next
 from kernelpress.compress.channel_walk import Axis, ChannelWalk, LayerCall, along, describe, shape_of
 from kernelpress.trace import module_of
 
@@ -55,7 +56,12 @@ def convolution_or_linear(walk: ChannelWalk, node: Node, args: dict[str, Any]) -
         blocks = walk.alike(entering.reshape(groups, -1), node)
         walk.tie(name, in_dim, blocks.flatten() if transposed else blocks[0])
         made = walk.axis(name, out_dim, weight_shape[out_dim])
-        leaving = made.repeat(groups) if transposed else walk.alike(made.view(groups, -1), node).flatten()
+        if transposed:
+            leaving = made.repeat(groups)
+        elif is_shuffled_next(node):
+            leaving = walk.alike_in_number(made.view(groups, -1), node).flatten()
+        else:
+            leaving = walk.alike(made.view(groups, -1), node).flatten()
     if name in walk.trained:
         walk.producers[Axis(name, out_dim)] = None
         walk.weights[name] = weight

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from kernelpress.compress.channel_sets import FIXED, compact, varying_axes
+from kernelpress.compress.channel_shuffles import dividing_groups, shuffle_end
 from kernelpress.compress.channel_walk import ChannelWalk, along, describe, shape_of
 from kernelpress.runtime.torch_private import pytree
 
@@ -46,15 +47,36 @@ def reshape(walk: ChannelWalk, node: Node, args: dict[str, Any]) -> Any:
     """Channels on several axes afterwards are blocks; the innermost axis counts within a block."""
     if not walk.couple_splits:
         walk.sets.freeze(walk.read(_first(node)), f"{describe(node)} reshapes channels")
+    is_shuffle = walk.couple_splits and _shuffled(walk, node)
     moved = walk.canonical(walk.apply(node))
     axes = sorted(varying_axes(moved))
-    if len(axes) < 2:
+    if len(axes) < 2 or is_shuffle:
         return moved
     first = moved
     for axis in axes[:-1]:
         first = first.narrow(axis, 0, 1)
     walk.sets.unite(compact(moved), compact(first), f"{describe(node)} divides channels")
     return first.expand(moved.shape)
+
+
+def _shuffled(walk: ChannelWalk, node: Node) -> bool:
+    """Whether `node` begins a shuffle; what then has to leave together is united.
+
+    Behind the shuffle, channels of all its groups take turns. They still do once as many neighbours as it has groups
+    have left. Where the next convolution has groups, every one of them loses neighbours at the same places, counted
+    from its first channel; what is left over at its end stays.
+    """
+    end = shuffle_end(node)
+    if end is None or varying_axes(labels := walk.read(_first(node))) != {1}:
+        return False
+    count = shape_of(node)[1]
+    blocks = walk.only_along(labels, 1, node).view(count, -1).T.reshape(dividing_groups(end), -1)
+    whole = blocks.size(1) // count * count
+    turns = blocks[:, :whole].reshape(len(blocks), -1, count)
+    walk.sets.unite(turns, turns[:1, :, :1], f"{describe(node)} shuffles channels")
+    if whole < blocks.size(1):
+        walk.sets.freeze(blocks[:, whole:], f"{describe(node)} shuffles channels that its groups do not divide")
+    return True
 
 
 def at_fixed_positions(walk: ChannelWalk, node: Node, args: dict[str, Any]) -> Any:

@@ -91,6 +91,7 @@ class ChannelWalk:
         self._labels: dict[Node, Any] = {}
         self._pinned: dict[str, str] = {}
         self._read_along: dict[str, int] = {}
+        self._divided: list[tuple[Tensor, Node]] = []
 
     def run(self) -> None:
         """Fills what the walk finds.
@@ -112,6 +113,10 @@ class ChannelWalk:
                 self._labels[node] = fixed(node)
             elif node.op == "call_function":
                 self.read(node)
+        for blocks, node in self._divided:
+            rows = self.sets.unfrozen(blocks).sort(1).values
+            if bool((rows != rows[:1]).any()):
+                self.alike(blocks, node)
         for axis, labels in self.axes.items():
             if axis.parameter in self._pinned:
                 self.sets.freeze(labels, self._pinned[axis.parameter])
@@ -230,6 +235,12 @@ class ChannelWalk:
     def alike(self, blocks: Tensor, node: Node) -> Tensor:
         """Unites the rows of `blocks`, [groups, channels]: every group keeps the same channels."""
         self.sets.unite(blocks[1:], blocks[:1].expand_as(blocks[1:]), f"{describe(node)} divides channels")
+        return self.sets.find(blocks)
+
+    def alike_in_number(self, blocks: Tensor, node: Node) -> Tensor:
+        """Has every group, a row of `blocks`, keep as many channels, once all is known that unites them: the same ones
+        where nothing else sees to it."""
+        self._divided.append((blocks, node))
         return self.sets.find(blocks)
 
     def pointwise(self, node: Node) -> Any:

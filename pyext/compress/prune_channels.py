@@ -62,7 +62,8 @@ def prune_channels(
     `criterion`: `"l1"` or `"l2"`, the norm of a channel's filter (Li et al., Pruning Filters for Efficient ConvNets,
         ICLR 2017), divided by its mean over the group and averaged over the layers that make the channel.
     `scope`: `"local"` prunes every group by the same fraction; `"global"` ranks all channels against each other.
-    `round_to`: what every pruned layer keeps is a multiple of it (if all it depends on can be), at least one multiple.
+    `round_to`: what every pruned layer keeps is a multiple of it (if all it depends on can be), at least one multiple;
+        where at least so many channels of a layer leave together, those sets are not rounded.
     `ignore`: qualified names of layers, or of modules with all layers in them, that keep their output channels.
     `data`: batches for a criterion that looks at activations or gradients; norms do not read it.
 
@@ -197,7 +198,8 @@ def _groups(
             importance += sums / sums.mean().clamp_min(torch.finfo(torch.float64).tiny) / len(pool.producers)
         order = importance.argsort(stable=True)
         positions = math.gcd(*(count for _, count in pool.producers))
-        unit = round_to // math.gcd(round_to, positions)
+        # A set of that many channels is as coarse as rounding would be.
+        unit = 1 if positions >= round_to else round_to // math.gcd(round_to, positions)
         groups.append(_Group(pool, tuple(roots[order].tolist()), tuple(importance[order].tolist()), unit))
     return groups
 

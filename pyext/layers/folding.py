@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelpress.runtime.snapshot import Snapshot
+from kernelpress.runtime.torch_private import DisableTorchFunction
 
 __all__ = ["fold", "folded", "is_foldable"]
 
@@ -59,10 +60,12 @@ def folded(convolution: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tens
     tensors = (convolution.weight, convolution.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
     sources = tuple([t for t in tensors if t is not None])
     known = _cache.get(norm)
-    if known is None or not known.snapshot(sources):
-        snapshot = Snapshot(sources)
-        with torch.no_grad():
-            known = _Folded(snapshot, *fold(convolution, norm))
-        with _lock:
-            _cache[norm] = known
+    # Modes that watch what a model does with tensors are not to take this for the model's doing.
+    with DisableTorchFunction():
+        if known is None or not known.snapshot(sources):
+            snapshot = Snapshot(sources)
+            with torch.no_grad():
+                known = _Folded(snapshot, *fold(convolution, norm))
+            with _lock:
+                _cache[norm] = known
     return known.weight, known.bias

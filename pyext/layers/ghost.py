@@ -60,11 +60,11 @@ class GhostModule(nn.Module):
         for name, size in (("kernel_size", kernel_size), ("dw_size", dw_size)):
             if size % 2 == 0:
                 raise ValueError(f"{name}: expected an odd size, got {size}")
-        self.out_channels = out_channels
         first = ("relu" if relu else "identity") if activation is None else activation
         self.activation = checked_activation(first)
         self.cheap_activation = self.activation if cheap_activation is None else checked_activation(cheap_activation)
         primary = math.ceil(out_channels / ratio)
+        self._surplus = ratio * primary - out_channels
         form: Any = {"bias": bias, "device": device, "dtype": dtype}
         self.primary_conv = _conv_norm_act(
             Conv2d(in_channels, primary, kernel_size, stride, kernel_size // 2, **form), norm_layer, self.activation
@@ -74,6 +74,12 @@ class GhostModule(nn.Module):
             norm_layer,
             self.cheap_activation,
         )
+
+    @property
+    def out_channels(self) -> int:
+        """What both convolutions make, but for the last few where `ratio` does not divide what was asked for."""
+        (primary, _), (cheap, _) = _parts(self.primary_conv), _parts(self.cheap_operation)
+        return int(primary.out_channels + cheap.out_channels - self._surplus)
 
     @classmethod
     def from_dense(cls, module: nn.Module, out_channels: int | None = None) -> GhostModule:
@@ -118,7 +124,8 @@ class GhostModule(nn.Module):
         parts = _parts(self.primary_conv), _parts(self.cheap_operation)
         if not _is_one_op(parts, x, residual):
             primary = self.primary_conv(x)
-            y = torch.cat([primary, self.cheap_operation(primary)], 1)[:, : self.out_channels]
+            y = torch.cat([primary, self.cheap_operation(primary)], 1)
+            y = y[:, : self.out_channels] if self._surplus else y
             return y if residual is None else y + residual
         primary_part, cheap_part = parts
         convolution = primary_part[0]
