@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from kernelpress import bench, layers, models
-from kernelpress.bench import Case, Roofline, Stage
-from kernelpress.bench.run import measure_case
+from kernelpress.bench import Roofline
+from kernelpress.bench.layers import convolution
+from kernelpress.bench.run import measure_layer
 
 ROOFLINE = Roofline(
     threads=1, fma_gflops=100.0, l2_gbs=50.0, llc_gbs=20.0, memory_gbs=10.0, l2_bytes=1000, llc_bytes=10_000
@@ -145,8 +146,7 @@ def test_the_page_shows_what_was_saved_losses_and_skips_included(tmp_path: Path)
     assert saved["results"][0]["runtimes"][1]["rounds_ms"] == [8.0, 9.0]
     assert saved["machine"]["processor"] == bench.describe_machine().processor
     assert saved["date"]
-    case = Case("dense", "pointwise_conv2d", "test", 5, (Stage(12, 7, activation="relu6"),))
-    row = measure_case(case, ROOFLINE, peers=True, rounds=1, budget_seconds=0.005)
+    row = measure_layer(convolution("test", 1, 5, 12, 7), ROOFLINE, peers=True, rounds=1, budget_seconds=0.005)
     recording.save("dense", [row], tmp_path, roofline=ROOFLINE)
     page = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "Best peer: OpenVINO; ours takes 2.00 of its time." in page

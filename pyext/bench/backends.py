@@ -8,15 +8,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernelpress import ops
 from kernelpress.bench import ours
-from kernelpress.bench.contest import KINDS, TF32_TOLERANCE, TOLERANCE, Contestant, hold, kind_of, refuse_any
+from kernelpress.bench.calls import Call
+from kernelpress.bench.contest import (
+    KINDS,
+    TF32_TOLERANCE,
+    TOLERANCE,
+    Contestant,
+    expected_of,
+    hold,
+    kind_of,
+    refuse_any,
+)
 from kernelpress.bench.layers import Layer, layers
-from kernelpress.bench.shapes import Call
 from kernelpress.bench.tables import console_table, number_text
 from kernelpress.measure.units import ABSENT, latency_text, ratio_text
 from kernelpress.ops import registry
-from kernelpress.ops.registry import Tensors
 from kernelpress.runtime.clock import Timing, threads_set_to, time_alternately
 from kernelpress.runtime.device_clock import time_graphs
 
@@ -120,17 +127,10 @@ def run_backends(
         ]
 
 
-def _rounded(layer: Layer, exact: Tensors, dtype: torch.dtype) -> Tensors:
-    """What a layer runs on: floating tensors in `dtype`, unless the layer has a dtype of its own."""
-    if layer.dtype is not None:
-        return exact
-    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in exact]
-
-
 def _refusals(layer: Layer, backends: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Why a backend cannot run a layer, None where it can."""
-    exact, options = layer.make(device, torch.float32)
-    implemented = registry.why_not(layer.op, *_rounded(layer, exact, dtype), **options)
+    tensors, options = layer.make(device, dtype)
+    implemented = registry.why_not(layer.op, *tensors, **options)
     return {name: implemented.get(name, f"{layer.op} {_NOT_IMPLEMENTED}") for name in backends}
 
 
@@ -142,13 +142,10 @@ def _measured(
     rounds: int,
     budget_seconds: float,
 ) -> BackendRow:
-    exact, options = layer.make(device, torch.float32)
-    expected, tensors = getattr(ops, layer.op)(*exact, **options, backend="reference"), _rounded(layer, exact, dtype)
-    usable = [name for name, reason in refusals.items() if reason is None]
-    calls = {name: ours.on_backend(layer.op, tensors, options, name) for name in usable}
-    kind = layer.dtype or dtype
+    call, kind = (layer.op, *layer.make(device, dtype)), layer.dtype or dtype
+    calls = {name: ours.on_backend(*call, name) for name, reason in refusals.items() if reason is None}
     tolerance = TF32_TOLERANCE if device.type == "cuda" and kind == torch.float32 else TOLERANCE[kind]
-    timed, _ = hold(calls, expected, tolerance, lambda able: _timings(able, device, rounds, budget_seconds))
+    timed, _ = hold(calls, expected_of(*call), tolerance, lambda able: _timings(able, device, rounds, budget_seconds))
     refuse_any(timed, f"{layer.op} {layer.title}")
     by_name = {entry.name: entry for entry in timed}
     return BackendRow(

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 __all__ = [
     "ALEXNET_CLASSIFIER",
+    "DEPTHWISE",
     "GHOSTNET",
+    "HEADS",
     "MOBILENET_V1_PAIRS",
     "MOBILENET_V2_BLOCKS",
     "MOBILENET_V2_DEPTHWISE",
+    "MOBILENET_V2_POINTWISE",
+    "RESNET18",
     "RESNET50",
+    "RESNET50_POINTWISE",
     "RESNEXT50",
     "SHUFFLENET_V1",
     "SHUFFLENET_V2",
@@ -44,6 +49,60 @@ MOBILENET_V2_BLOCKS = (
 
 MOBILENET_V2_DEPTHWISE = ((56, 144), (14, 576))
 """Two of its 3×3 depthwise convolutions of stride 1: map size, channels."""
+
+MOBILENET_V2_POINTWISE = (
+    (112, 16, 96, "relu6", False),
+    (56, 24, 144, "relu6", False),
+    (56, 144, 24, "identity", True),
+    (28, 192, 32, "identity", True),
+    (14, 96, 576, "relu6", False),
+    (14, 576, 96, "identity", True),
+    (7, 960, 160, "identity", True),
+    (7, 960, 320, "identity", False),
+    (7, 320, 1280, "relu6", False),
+)
+"""Some expansions and projections: map size, channels in and out, activation, with a residual or without."""
+
+DEPTHWISE = (
+    ("MobileNet V2", 112, 96, 3, 2, "relu6"),
+    ("MobileNet V2", 56, 144, 3, 1, "relu6"),
+    ("MobileNet V2", 28, 192, 3, 1, "relu6"),
+    ("MobileNet V2", 14, 576, 3, 1, "relu6"),
+    ("MobileNet V2", 7, 960, 3, 1, "relu6"),
+    ("MobileNet V3", 56, 72, 5, 2, "relu"),
+    ("MobileNet V3", 28, 120, 5, 1, "relu"),
+    ("MobileNet V3", 14, 672, 5, 2, "hardswish"),
+    ("MobileNet V3", 7, 960, 5, 1, "hardswish"),
+    ("ConvNeXt-T", 56, 96, 7, 1, "identity"),
+    ("ConvNeXt-T", 14, 384, 7, 1, "identity"),
+)
+"""Network, map size, channels, window, stride, activation."""
+
+HEADS = (("MobileNet V1", 1024), ("MobileNet V2", 1280), ("ResNet-50", 2048))
+"""Features into the last layer."""
+
+RESNET18 = (
+    (56, 64, 64, 3, 1, "relu", False),
+    (56, 64, 64, 3, 1, "relu", True),
+    (56, 64, 128, 3, 2, "relu", False),
+    (28, 128, 128, 3, 1, "relu", True),
+    (28, 128, 256, 3, 2, "relu", False),
+    (14, 256, 256, 3, 1, "relu", True),
+    (14, 256, 512, 3, 2, "relu", False),
+    (7, 512, 512, 3, 1, "relu", True),
+)
+"""Map size, channels in and out, window, stride, activation, with a residual or without (He et al. 2016, table 1)."""
+
+RESNET50_POINTWISE = (
+    (56, 256, 64, False),
+    (56, 64, 256, True),
+    (28, 128, 512, True),
+    (14, 1024, 256, False),
+    (14, 256, 1024, True),
+    (7, 2048, 512, False),
+    (7, 512, 2048, True),
+)
+"""Map size, channels in and out, with a residual or without."""
 
 RESNET50 = (
     (56, 64, 64, 1),
