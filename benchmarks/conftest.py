@@ -13,9 +13,8 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
 
-from kernelpress.bench import FAMILIES, Layer, Roofline, Row, layers, measure_roofline, table
+from kernelpress.bench import FAMILIES, Layer, Roofline, Row, layers, measure_roofline, ours, table
 from kernelpress.bench.contest import judged
-from kernelpress.bench.ours import fused
 from kernelpress.bench.run import measure_layer
 from kernelpress.runtime.clock import threads_set_to
 
@@ -69,7 +68,8 @@ def bench(benchmark: BenchmarkFixture, roofline: Roofline, pytestconfig: pytest.
         rates = {"GFLOP/s": None if row.tflops is None else row.tflops * 1e3, "GB/s": row.gbs}
         benchmark.extra_info.update({**rates, **{name: getattr(row, name) for name in names}})
         with threads_set_to(roofline.threads), torch.no_grad():
-            benchmark(fused(layer.op, *layer.make(torch.device("cpu"), torch.float32)))
+            call = (layer.op, *layer.make(torch.device("cpu"), torch.float32))
+            benchmark(ours.on_backend(*call, row.backend))
         pytestconfig.stash[_rows].setdefault(layer.family, []).append(row)
         return row
 

@@ -29,9 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from triton_layers import DEMANDING, DEVICE, FORMS, usual_layers
+from triton_layers import DEMANDING, DEVICE, FORMS, Call, usual_layers
 
-from kernelpress.bench.calls import Operands
 from kernelpress.files import write_atomically
 from kernelpress.files.sealed import seal, unseal
 from kernelpress.kernels.triton.launch import Configuration, Device, launching_with
@@ -161,7 +160,7 @@ def kinds_of(op: str) -> tuple[str, ...]:
     return tuple(kind for kind, (dtype, _) in KINDS.items() if dtype in taken)
 
 
-def launches_of(op: str, call: Operands, kind: str, device: Device, form: str = "") -> Iterator[list[Launch]]:
+def launches_of(op: str, call: Call, kind: str, device: Device, form: str = "") -> Iterator[list[Launch]]:
     """What a call launches in each of its configurations, the best guess first; nothing where it is not supported."""
     elsewhere = triton.TARGET.changed(
         device_type=DEVICE,
@@ -182,7 +181,7 @@ def launches_of(op: str, call: Operands, kind: str, device: Device, form: str = 
             found.clear()
 
 
-def _runs(op: str, call: Operands, kind: str) -> Iterator[Callable[[], object]]:
+def _runs(op: str, call: Call, kind: str) -> Iterator[Callable[[], object]]:
     entry = registry.operator(op)
     kernel = entry.kernel("triton")
     bound, named, _ = entry.signature.bind(*call)
@@ -203,10 +202,10 @@ def _first_choices(op: str, device: Device) -> Iterator[Launch]:
 
 
 @functools.cache
-def _all_calls(op: str) -> tuple[tuple[str, str, Operands], ...]:
+def _all_calls(op: str) -> tuple[tuple[str, str, Call], ...]:
     """Forms, kinds and calls of layers of all sizes, those of the form that stands for the others and the most
     demanding ones first; without layers that differ in what the op has no use for."""
-    found: dict[Any, tuple[str, str, Operands]] = {}
+    found: dict[Any, tuple[str, str, Call]] = {}
     for name, form in FORMS[op].items():
         for layer in (*DEMANDING, *usual_layers()):
             for kind in kinds_of(op):

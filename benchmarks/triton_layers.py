@@ -15,16 +15,17 @@ from typing import Any
 
 import torch
 
-from kernelpress.bench.calls import OpCall, Operands
+from kernelpress.bench.calls import OpCall
+from kernelpress.bench.calls import Operands as Call
 from kernelpress.ops import registry
 
-__all__ = ["DEMANDING", "DEVICE", "FORMS", "Form", "Layer", "any_layer", "usual_layers"]
+__all__ = ["DEMANDING", "DEVICE", "FORMS", "Call", "Form", "Layer", "any_layer", "usual_layers"]
 
 DEVICE = "meta"
 
 ACTIVATION = "silu"
 
-Form = Callable[["Layer", torch.dtype], Operands]
+Form = Callable[["Layer", torch.dtype], Call]
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def any_layer(draw: random.Random) -> Layer:
 
 _META = torch.device(DEVICE)
 _RARE = frozenset({"input_scale", "row_scale", "row_zero_point"})
-"""Operands that forms have which are named after them."""
+"""Operands that only the forms named after them have."""
 
 
 def _made(
@@ -106,55 +107,55 @@ def _made(
     *weights: tuple[int, ...],
     absent: Iterable[str] = (),
     **options: Any,
-) -> Operands:
+) -> Call:
     """The call, each of its activations being one that is costly."""
     names = registry.operator(op).signature.options._fields
     options = {name: ACTIVATION for name in names if name.endswith("activation")} | options
     return OpCall(op, x, weights, options, frozenset(absent)).make(_META, dtype)
 
 
-def _pointwise(s: Layer, dtype: torch.dtype, absent: Iterable[str] = _RARE) -> Operands:
+def _pointwise(s: Layer, dtype: torch.dtype, absent: Iterable[str] = _RARE) -> Call:
     return _made("pointwise_conv2d", dtype, s.image(), (s.c_out, s.c_in, 1, 1), absent=absent)
 
 
-def _linear(s: Layer, dtype: torch.dtype, absent: Iterable[str] = ()) -> Operands:
+def _linear(s: Layer, dtype: torch.dtype, absent: Iterable[str] = ()) -> Call:
     return _made("linear", dtype, (s.rows, s.c_in), (s.c_out, s.c_in), absent=absent)
 
 
-def _depthwise(s: Layer, dtype: torch.dtype) -> Operands:
+def _depthwise(s: Layer, dtype: torch.dtype) -> Call:
     return _made("depthwise_conv2d", dtype, s.image(), (s.c_in, 1, s.kernel, s.kernel), **s.window)
 
 
-def _separable(s: Layer, dtype: torch.dtype) -> Operands:
+def _separable(s: Layer, dtype: torch.dtype) -> Call:
     weights = ((s.c_in, 1, s.kernel, s.kernel), (s.c_out, s.c_in, 1, 1))
     return _made("separable_conv2d", dtype, s.image(), *weights, **s.window)
 
 
-def _inverted(s: Layer, dtype: torch.dtype) -> Operands:
+def _inverted(s: Layer, dtype: torch.dtype) -> Call:
     hidden = 6 * s.c_in
     weights = ((hidden, s.c_in, 1, 1), (hidden, 1, s.kernel, s.kernel), (s.c_out, hidden, 1, 1))
     return _made("inverted_residual", dtype, s.image(), *weights, activation="identity", **s.window)
 
 
-def _grouped(s: Layer, dtype: torch.dtype, *, is_shuffled: bool = False) -> Operands:
+def _grouped(s: Layer, dtype: torch.dtype, *, is_shuffled: bool = False) -> Call:
     c_in, c_out = s.whole(s.c_in), s.whole(s.c_out)
     options = {**s.window, "groups": s.groups, "shuffle": s.groups if is_shuffled else 1}
     weight = (c_out, c_in // s.groups, s.kernel, s.kernel)
     return _made("grouped_conv2d", dtype, s.image(c_in), weight, **options)
 
 
-def _shuffle(s: Layer, dtype: torch.dtype, op: str) -> Operands:
+def _shuffle(s: Layer, dtype: torch.dtype, op: str) -> Call:
     return _made(op, dtype, s.image(s.whole(s.c_in)), groups=s.groups)
 
 
-def _ghost(s: Layer, dtype: torch.dtype, kernel: int = 1, absent: Iterable[str] = ()) -> Operands:
+def _ghost(s: Layer, dtype: torch.dtype, kernel: int = 1, absent: Iterable[str] = ()) -> Call:
     cheap = max(3, s.kernel // 2 * 2 + 1)
     weights = ((s.c_out, s.c_in, kernel, kernel), (s.c_out, 1, cheap, cheap))
     options = {"stride": [s.stride] * 2, "padding": [kernel // 2] * 2}
     return _made("ghost_conv2d", dtype, s.image(), *weights, absent=absent, **options)
 
 
-def _sparse(s: Layer, dtype: torch.dtype, op: str) -> Operands:
+def _sparse(s: Layer, dtype: torch.dtype, op: str) -> Call:
     is_product, sides = op == "sparse_matmul", (-(-s.c_out // s.block), -(-s.c_in // s.block))
     options: dict[str, Any] = {"output_dtype": torch.bfloat16 if dtype == torch.int8 else dtype}
     if is_product:
@@ -167,35 +168,35 @@ _MOST_PRODUCTS = 65536
 """Of a sum of int8 products."""
 
 _AFFINE: dict[str, Any] = {"input_scale": 0.37, "input_zero_point": -19}
-_INT8_OUT = {"output_scale": 37.0, "output_zero_point": -11}
-_INT8_RESIDUAL = {"residual_scale": 0.2, "residual_zero_point": 3}
-_FLOATING = {"output_dtype": torch.bfloat16}
+_INT8_OUT: dict[str, Any] = {"output_scale": 37.0, "output_zero_point": -11}
+_INT8_RESIDUAL: dict[str, Any] = {"residual_scale": 0.2, "residual_zero_point": 3}
+_FLOATING: dict[str, Any] = {"output_dtype": torch.bfloat16}
 
 
-def _int8_matmul(s: Layer, dtype: torch.dtype, *, by_row: bool = False) -> Operands:
+def _int8_matmul(s: Layer, dtype: torch.dtype, *, by_row: bool = False) -> Call:
     options = _FLOATING if by_row else _AFFINE | _INT8_OUT | _INT8_RESIDUAL
     weight, absent = (s.c_out, s.c_in), () if by_row else _RARE
     return _made("int8_matmul", dtype, (s.rows, s.c_in), weight, absent=absent, **options)
 
 
-def _int8_conv(s: Layer, dtype: torch.dtype, op: str = "int8_conv2d", *, is_floating: bool = False) -> Operands:
+def _int8_conv(s: Layer, dtype: torch.dtype, op: str = "int8_conv2d", *, is_floating: bool = False) -> Call:
     c_in, is_depthwise = min(s.c_in, _MOST_PRODUCTS // s.kernel**2), op == "int8_depthwise_conv2d"
     weight = (c_in if is_depthwise else s.c_out, 1 if is_depthwise else c_in, s.kernel, s.kernel)
     options = {**_AFFINE, **s.window, **(_FLOATING if is_floating else _INT8_OUT | _INT8_RESIDUAL)}
     return _made(op, dtype, s.image(c_in), weight, **options)
 
 
-def _quantize(s: Layer, dtype: torch.dtype, op: str) -> Operands:
+def _quantize(s: Layer, dtype: torch.dtype, op: str) -> Call:
     return _made(op, dtype, s.image(), scale=0.02, zero_point=-5)
 
 
-def _quantize_rows(s: Layer, dtype: torch.dtype) -> Operands:
+def _quantize_rows(s: Layer, dtype: torch.dtype) -> Call:
     return _made("quantize_rows", dtype, (s.batch * s.height, s.c_in), symmetric=False)
 
 
-def _int8_add(s: Layer, dtype: torch.dtype) -> Operands:
+def _int8_add(s: Layer, dtype: torch.dtype) -> Call:
     scales: dict[str, Any] = {"input_scale": 0.3, "input_zero_point": 4, "other_scale": 0.7, "other_zero_point": 3}
-    return _made("int8_add", dtype, s.image(), **scales, **_INT8_OUT)
+    return _made("int8_add", dtype, s.image(), **scales | _INT8_OUT)
 
 
 FORMS: Mapping[str, Mapping[str, Form]] = {

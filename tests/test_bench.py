@@ -91,7 +91,10 @@ def test_labels_name_the_shape(name: str, label: str) -> None:
 def test_all_contestants_agree_with_double_precision(small: Layer) -> None:
     op, tensors, options = drawn(small)
     expected = peers.eager(op, exact(tensors), options)()
-    calls = {OURS: ours.fused(op, tensors, options), **peers.peers(op, tensors, options)}
+    calls = {
+        OURS: ours.on_backend(op, tensors, options, ours.backend_of(op, tensors, options)),
+        **peers.peers(op, tensors, options),
+    }
     steps = ours.unfused(op, tensors, options)
     assert (steps is not None) == (small.family == "separable")
     if steps is not None:
@@ -152,8 +155,8 @@ def test_without_peers_only_ours_are_timed() -> None:
 
 def test_a_wrong_kernel_is_no_contestant(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = SMALL["pointwise"]
-    right = ours.fused
-    monkeypatch.setattr(ours, "fused", lambda *given: lambda: right(*given)() * 1.01)
+    right = ours.on_backend
+    monkeypatch.setattr(ours, "on_backend", lambda *given: lambda: right(*given)() * 1.01)
     with pytest.raises(RuntimeError, match=r"pointwise_conv2d .*: kernelpress: its result is off by 1\.0e-02"):
         measure_layer(layer, ROOFLINE, rounds=1, budget_seconds=0.005)
 
@@ -189,7 +192,7 @@ def test_triton_is_a_backend_like_others_and_what_it_lacks_is_told(capsys: pytes
     options: dict[str, Any] = {"only": only, "rounds": 1, "budget_seconds": 2e-3}
     rows = bench.run_backends("dense", ["reference", "triton"], dtype="fp16", **options)
     linear, stem = rows
-    assert linear.traffic_bytes == SMALL["linear"].traffic_bytes(torch.float32) // 2
+    assert linear.layer.traffic_bytes(torch.float16) == SMALL["linear"].traffic_bytes(torch.float32) // 2
     assert linear.ratio(linear.entries[1]) is not None
     assert stem.entries[1].ms is None
     assert stem.entries[1].reason == "conv2d has no implementation on it"

@@ -35,7 +35,7 @@ def model_result(**rounds_ms: tuple[float, ...]) -> Any:
 
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v1", "mobilenet_v2"])
 def test_the_plain_twin_computes_the_same_without_our_layers(name: str) -> None:
-    from peers.networks import to_plain
+    from peers import to_plain
 
     network = models.create(name, num_classes=10).eval()
     twin = to_plain(models.create(name, num_classes=10)).eval()
@@ -49,7 +49,7 @@ def test_the_plain_twin_computes_the_same_without_our_layers(name: str) -> None:
 
 
 def test_a_fused_activation_has_no_plain_twin() -> None:
-    from peers.networks import to_plain
+    from peers import to_plain
 
     with pytest.raises(ValueError, match="relu fused into a layer"):
         to_plain(nn.Sequential(layers.Conv2d(3, 4, 3, activation="relu")))

@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu import folder_name
+from gpu import folder_name, link_packages
 from gpu.stages import Result, Stage, run_beside
 
 __all__ = ["main"]
@@ -105,16 +105,6 @@ def _nvcc() -> str | None:
     finally:
         sys.path.remove(str(ROOT))
     return found
-
-
-def link_packages(root: Path, site: Path) -> Path:
-    """A folder in which the checkout's folders have their import names, renewed; nothing is installed."""
-    package = site / "kernelpress"
-    shutil.rmtree(site, ignore_errors=True)
-    package.mkdir(parents=True)
-    for path in [*(root / "pyext").iterdir(), root / "kernels"]:
-        (package / path.name).symlink_to(path)
-    return site
 
 
 def _environment(site: Path) -> dict[str, str]:

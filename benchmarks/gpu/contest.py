@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +15,8 @@ from torch.nn import functional as F
 
 from gpu.place import Place
 from gpu.roofline import Roofline
-from kernelpress.bench import Layer, Row, layers
+from kernelpress import ops
+from kernelpress.bench import Layer, Row, layers, ours
 from kernelpress.bench.calls import Call
 from kernelpress.bench.contest import (
     KINDS,
@@ -33,6 +35,8 @@ from kernelpress.bench.contest import (
 )
 from kernelpress.bench.layers import int8_matmul, sparse_matmul, tiny
 from kernelpress.bench.peers import contiguous
+from kernelpress.ops import registry
+from kernelpress.ops.registry import Tensors
 from kernelpress.ops.sparse_blocks import BlockCsr
 from kernelpress.runtime.torch_private import addmm_activation, int_mm
 
@@ -41,6 +45,9 @@ __all__ = ["BATCHES", "Contest", "contest_of", "family_layers", "measure", "with
 BATCHES = (32, 256, 1)
 
 INDUCTOR = "Inductor"
+
+TUNING_SECONDS = 3.0
+"""Of a layer's Triton kernel. Other layers find compiled what was compiled for this one."""
 
 _PRODUCTS = {
     "sparse": [
@@ -73,10 +80,20 @@ class Contest:
 
     kind: str
     backend: str
-    calls: Mapping[str, Call]
+    calls: Mapping[str, Call | None]
     expected: Call
     eager: Call | None
     other_values: frozenset[str]
+
+    def held(self, calls: Mapping[str, Call | None], place: Place) -> tuple[tuple[Contestant, ...], dict[str, float]]:
+        """Some calls against the result in float32, for which cuDNN does not search its best way."""
+        search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+        try:
+            expected = self.expected()
+        finally:
+            torch.backends.cudnn.benchmark = search
+        with place.backend():
+            return hold(calls, expected, TOLERANCE[KINDS[self.kind]], place.time, unjudged=self.other_values)
 
 
 def contest_of(layer: Layer, place: Place) -> Contest:
@@ -86,20 +103,31 @@ def contest_of(layer: Layer, place: Place) -> Contest:
     if len(layer.x) == 4:
         peers[f"{layer.library} contiguous"] = layer.plain(contiguous(call[0]))
     further = _MORE_PEERS[layer.op](*call) if layer.op in _MORE_PEERS else {}
-    own = {
-        OURS: place.ours(layer.op, *call),
-        TRITON: place.triton(layer.op, *call),
-        UNFUSED: place.unfused(layer.op, *call),
-    }
+    with place.backend():
+        backend = ours.backend_of(layer.op, *call)
+        own: dict[str, Call | None] = {
+            OURS: ours.on_backend(layer.op, *call, "auto"),
+            TRITON: None if backend == "triton" else _tuned_triton(layer.op, *call),
+            UNFUSED: ours.unfused(layer.op, *call),
+        }
     eager = None if layer.op == "sparse_matmul" else next(iter(peers.values()))
     return Contest(
         kind_of(layer.dtype or place.dtype),
-        place.backend_of(layer.op, *call),
-        {name: mine for name, mine in own.items() if mine is not None} | peers | further,
+        backend,
+        own | peers | further,
         lambda: expected_of(layer.op, *call),
         eager if layer.dtype is None else further.get(SEPARATE),
         frozenset({PARTIAL} if layer.dtype is None else {PARTIAL, *peers}),
     )
+
+
+def _tuned_triton(op: str, tensors: Tensors, options: Mapping[str, Any]) -> Call | None:
+    """A call of the op's Triton kernel, tuned for it here and now; None where it has none or that cannot run it."""
+    if registry.why_not(op, *tensors, **options).get("triton", "no kernel") is not None:
+        return None
+    with contextlib.suppress(RuntimeError):  # the call itself will tell
+        ops.tune(op, *tensors, **options, backend="triton", seconds=TUNING_SECONDS)
+    return ours.on_backend(op, tensors, options, "triton")
 
 
 SEPARATE = "_int_mm + epilogue"
@@ -172,7 +200,7 @@ def measure(layer: Layer, place: Place, roofline: Roofline) -> Row:
     A peer that cannot run, or computes something else, is kept with the reason. Ours too: the row then has no time.
     """
     contest = contest_of(layer, place)
-    contestants, errors = _held(contest, contest.calls, place)
+    contestants, errors = contest.held(contest.calls, place)
     return row_of(layer, contest.kind, contest.backend, contestants, errors.get(OURS), roofline)
 
 
@@ -184,7 +212,7 @@ def with_inductor(row: Row, layer: Layer, place: Place, roofline: Roofline) -> R
         return row
     try:
         compiled = torch.compile(contest.eager, dynamic=False, backend="eager" if place.is_dry else "inductor")
-        contestants, _ = _held(contest, {OURS: contest.calls[OURS], INDUCTOR: compiled}, place)
+        contestants, _ = contest.held({OURS: contest.calls[OURS], INDUCTOR: compiled}, place)
     except Exception as error:  # Inductor fails in as many ways as it has parts
         added = Contestant(INDUCTOR, None, None, reason_of(error))
     else:
@@ -196,13 +224,3 @@ def with_inductor(row: Row, layer: Layer, place: Place, roofline: Roofline) -> R
     finally:
         torch.compiler.reset()
     return judged(replace(row, contestants=(*row.contestants, added)), roofline)
-
-
-def _held(contest: Contest, calls: Mapping[str, Call], place: Place) -> tuple[tuple[Contestant, ...], dict[str, float]]:
-    """The contest, against the result in float32 without a search for cuDNN's best way to it."""
-    search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    try:
-        expected = contest.expected()
-    finally:
-        torch.backends.cudnn.benchmark = search
-    return hold(calls, expected, TOLERANCE[KINDS[contest.kind]], place.time, unjudged=contest.other_values)

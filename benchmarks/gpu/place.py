@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
 import kernelpress
-from kernelpress import ops
-from kernelpress.bench import ours
-from kernelpress.bench.calls import Call
-from kernelpress.ops import registry
-from kernelpress.ops.registry import Tensors
 from kernelpress.runtime.clock import Timing, time_alternately
 from kernelpress.runtime.device_clock import time_graphs, time_on_device
 
 __all__ = ["DRY", "Place", "on_device"]
-
-TUNING_SECONDS = 3.0
-"""Of a layer's Triton kernel. Other layers find compiled what was compiled for this one."""
 
 
 @dataclass(frozen=True)
@@ -38,45 +28,9 @@ class Place:
         """The device's name, as in `NVIDIA H200`."""
         return "dry run" if self.is_dry else torch.cuda.get_device_name(self.device)
 
-    @contextlib.contextmanager
-    def backend(self) -> Iterator[None]:
+    def backend(self) -> AbstractContextManager[None]:
         """Our ops choose their backend inside; in a dry run it is the reference."""
-        with kernelpress.use_backend("reference" if self.is_dry else "auto"):
-            yield
-
-    def backend_of(self, op: str, tensors: Tensors, options: Mapping[str, Any]) -> str:
-        """The backend that an op takes here."""
-        with self.backend():
-            return ours.backend_of(op, tensors, options)
-
-    def here(self, call: Call) -> Call:
-        """A call of our ops on the backend of this place."""
-
-        def run() -> Tensor:
-            with self.backend():
-                return call()
-
-        return run
-
-    def ours(self, op: str, tensors: Tensors, options: Mapping[str, Any]) -> Call:
-        """A call of our op."""
-        return self.here(lambda: getattr(ops, op)(*tensors, **options))
-
-    def unfused(self, op: str, tensors: Tensors, options: Mapping[str, Any]) -> Call | None:
-        """Calls of our ops for each step of a fused one; None where it is none."""
-        with self.backend():
-            steps = ours.unfused(op, tensors, options)
-        return None if steps is None else self.here(steps)
-
-    def triton(self, op: str, tensors: Tensors, options: Mapping[str, Any]) -> Call | None:
-        """A call of the op's Triton kernel, tuned for it here and now; None where it has none, or that cannot run it,
-        or takes it by itself."""
-        reasons = registry.why_not(op, *tensors, **options)
-        if reasons.get("triton", "no kernel") is not None or self.backend_of(op, tensors, options) == "triton":
-            return None
-        with contextlib.suppress(RuntimeError):  # the call itself will tell
-            ops.tune(op, *tensors, **options, backend="triton", seconds=TUNING_SECONDS)
-        return lambda: getattr(ops, op)(*tensors, **options, backend="triton")
+        return kernelpress.use_backend("reference" if self.is_dry else "auto")
 
     def time(self, calls: Mapping[str, Callable[[], object]], *, budget_seconds: float = 20e-3) -> dict[str, Timing]:
         """Times of layers, in turn: as CUDA graphs by the device's clock; in a dry run each call once."""

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +133,7 @@ class _Process:
     def __init__(self, runtime: Runtime, job: Job) -> None:
         self.runtime = runtime
         self.job = job
-        command = [sys.executable, "-m", "peers.runtimes", str(job.save()), runtime.loader, *runtime.arguments]
+        command = [sys.executable, "-m", "peers.runtimes", json.dumps(asdict(job)), runtime.loader, *runtime.arguments]
         self.errors = Path(job.folder) / f"stderr-{runtime.slug}.txt"
         with self.errors.open("wb") as errors:
             self.popen = subprocess.Popen(

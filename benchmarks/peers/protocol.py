@@ -10,9 +10,9 @@ import json
 import os
 import statistics
 import sys
-import time
+import timeit
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -60,12 +60,6 @@ class Job:
         """The input, float32 [N, 3, H, W]."""
         return np.load(self.input_file, allow_pickle=False)
 
-    def save(self) -> Path:
-        """Writes the job beside its files, for a process to read."""
-        path = Path(self.folder) / f"job-{self.runtime}.json"
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
-        return path
-
 
 @dataclass(frozen=True)
 class Contestant:
@@ -76,10 +70,10 @@ class Contestant:
     settings: str
 
 
-def serve(job_file: str, load: Callable[[Job], Contestant]) -> None:
-    """Runs a runtime's process. A package that is absent is reported as a skip."""
+def serve(job_text: str, load: Callable[[Job], Contestant]) -> None:
+    """Runs a runtime's process, its job told in JSON. A package that is absent is reported as a skip."""
     answers = _private_stdout()
-    job = Job(**json.loads(Path(job_file).read_text(encoding="utf-8")))
+    job = Job(**json.loads(job_text))
     torch.set_num_threads(job.threads)
     try:
         contestant = load(job)
@@ -109,11 +103,5 @@ def _say(answers: TextIO, **values: object) -> None:
 
 def _burst_median(call: Callable[[], object], iterations: int) -> float:
     """Median milliseconds of `iterations` calls, back to back."""
-    for _ in range(SETTLE_CALLS):
-        call()
-    samples = []
-    for _ in range(iterations):
-        start = time.perf_counter_ns()
-        call()
-        samples.append((time.perf_counter_ns() - start) * 1e-6)
-    return statistics.median(samples)
+    timeit.repeat(call, number=1, repeat=SETTLE_CALLS)
+    return statistics.median(timeit.repeat(call, number=1, repeat=iterations)) * 1e3

@@ -1,4 +1,4 @@
-"""The contestants, each in a process of its own: `python -m peers.runtimes JOB.json RUNTIME [SETTING]`.
+"""The contestants, each in a process of its own: `python -m peers.runtimes JOB RUNTIME [SETTING]`.
 
 They import nothing of kernelpress that an older checkout may lack.
 """
@@ -92,6 +92,6 @@ LOADERS: dict[str, Callable[..., Contestant]] = {
 }
 
 if __name__ == "__main__":
-    _, job_file, runtime, *settings = sys.argv
+    _, job_text, runtime, *settings = sys.argv
     load = LOADERS[runtime]
-    serve(job_file, lambda job: load(job, *settings))
+    serve(job_text, lambda job: load(job, *settings))

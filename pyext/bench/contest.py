@@ -73,6 +73,9 @@ class Contestant:
     spread: float | None = None
     reason: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.name} {self.reason if self.ms is None else f'{self.ms:.4f}'}"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -110,14 +113,14 @@ class Row:
 
 
 def hold(
-    calls: Mapping[str, Call],
+    calls: Mapping[str, Call | None],
     expected: Tensor,
     tolerance: float,
     time: Clock,
     *,
     unjudged: frozenset[str] = frozenset(),
 ) -> tuple[tuple[Contestant, ...], dict[str, float]]:
-    """Runs every call once for its result, then times them in turn; the contestants, and errors by name.
+    """Runs every call there is once for its result, then times them in turn; the contestants, and errors by name.
 
     Who cannot run or is further than `tolerance` from `expected` is kept with the reason. Those in `unjudged` compute
     something else and are not compared.
@@ -126,6 +129,8 @@ def hold(
     refused: list[Contestant] = []
     errors: dict[str, float] = {}
     for name, call in calls.items():
+        if call is None:
+            continue
         try:
             with torch.no_grad():
                 result = call()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -73,17 +73,17 @@ def layers(family: str, *, batch: int = 1, is_tiny: bool = False) -> tuple[Layer
         raise ValueError(f"family: expected one of {', '.join(ALL_FAMILIES)}, got {family!r}")
     if not isinstance(batch, int) or isinstance(batch, bool) or batch < 1:
         raise ValueError(f"batch: expected a positive integer, got {batch!r}")
-    return tuple(tiny(make) if is_tiny else make() for make in _BUILDERS[family](batch))
+    made = [partial(make, network, batch, *shape) for make, network, shapes in _LAYERS[family] for shape in shapes]
+    return tuple(tiny(make) if is_tiny else make() for make in made)
 
 
-_Maker = partial[Layer]
 _Told = dict[str, Any]
 
 _TINY = {"batch": 2, "size": 8, "c_in": 24, "hidden": 24, "c_out": 24, "channels": 24, "rows": 64, "block": 16}
 _TINY_OF_BLOCKS = {**_TINY, "c_in": 64, "c_out": 64}
 
 
-def tiny(make: _Maker) -> Layer:
+def tiny(make: partial[Layer]) -> Layer:
     """The layer in sizes small enough for a dry run, its channels divisible by its groups."""
     sizes = inspect.signature(make.func).bind(*make.args, **make.keywords).arguments
     largest = _TINY_OF_BLOCKS if "block" in sizes else _TINY
@@ -223,7 +223,7 @@ def int8_matmul(network: str, rows: int, c_in: int, c_out: int) -> Layer:
 
 
 def int8_conv2d(
-    network: str, batch: int, size: int, c_in: int, c_out: int, kernel: int, *, depthwise: bool = False
+    network: str, batch: int, size: int, c_in: int, c_out: int, kernel: int, depthwise: bool = False
 ) -> Layer:
     """An int8 convolution with relu and an int8 output."""
     x, weight = (batch, c_in, size, size), (c_out, 1 if depthwise else c_in, kernel, kernel)
@@ -235,82 +235,51 @@ def int8_conv2d(
     return Layer(op, x, (weight,), options, **told, label=label)
 
 
-def _dense(batch: int) -> list[_Maker]:
-    def of(network: str, *shapes: tuple[Any, ...]) -> list[_Maker]:
-        return [partial(convolution, network, batch, *shape) for shape in shapes]
-
-    return [
-        *of("MobileNet V1", (224, 3, 32, 3, 2)),
-        *of("ResNet", (224, 3, 64, 7, 2)),
-        *of("ResNet-18", *networks.RESNET18),
-        *of("MobileNet V1", *((size // s, c_in, c_out) for size, c_in, c_out, s in networks.MOBILENET_V1_PAIRS)),
-        *of("MobileNet V2", *((s, i, o, 1, 1, *end) for s, i, o, *end in networks.MOBILENET_V2_POINTWISE)),
-        *of("ResNet-50", *((s, i, o, 1, 1, "relu", added) for s, i, o, added in networks.RESNET50_POINTWISE)),
-        *(partial(linear, network, batch, c_in, 1000) for network, c_in in networks.HEADS),
-    ]
-
-
-def _depthwise(batch: int) -> list[_Maker]:
-    v1 = ((size, c, 3, stride, "relu") for size, c, _, stride in networks.MOBILENET_V1_PAIRS)
-    shapes: list[tuple[Any, ...]] = [*(("MobileNet V1", *shape) for shape in v1), *networks.DEPTHWISE]
-    return [partial(depthwise_conv2d, network, batch, *shape) for network, *shape in shapes]
-
-
-def _separable(batch: int) -> list[_Maker]:
-    pairs = [partial(separable_conv2d, "MobileNet V1", batch, *sizes) for sizes in networks.MOBILENET_V1_PAIRS]
-    return [*pairs, *(partial(inverted_residual, "MobileNet V2", batch, *s) for s in networks.MOBILENET_V2_BLOCKS)]
-
-
-def _grouped(batch: int) -> list[_Maker]:
-    v1 = [
-        layer
-        for size, channels, bottleneck in networks.SHUFFLENET_V1
-        for layer in (
-            partial(grouped_conv2d, "ShuffleNet V1", batch, size, channels, bottleneck, 1, 3, shuffle=3),
-            partial(grouped_conv2d, "ShuffleNet V1", batch, size, bottleneck, channels, 1, 3),
-        )
-    ]
-    resnext = [partial(grouped_conv2d, "ResNeXt-50", batch, size, c, c, 3, 32) for size, c in networks.RESNEXT50]
-    shuffles = [partial(channel_shuffle, "ShuffleNet V1", batch, size, c, 3) for size, c, _ in networks.SHUFFLENET_V1]
-    concats = [partial(shuffle_concat, "ShuffleNet V2", batch, size, c // 2) for size, c in networks.SHUFFLENET_V2]
-    return [*v1, *resnext, *shuffles, *concats]
-
-
-def _ghost(batch: int) -> list[_Maker]:
-    return [
-        partial(ghost_conv2d, "GhostNet", batch, size, c_in, c_out, "relu" if is_active else "identity")
-        for size, c_in, c_out, is_active in networks.GHOSTNET
-    ]
-
-
-def _sparse(batch: int) -> list[_Maker]:
-    of_blocks = (BLOCK, SPARSITY)
-    wide = [sizes for sizes in networks.RESNET50 if sizes[1] >= 128]
-    products = [partial(sparse_matmul, "AlexNet", batch, *sizes, *of_blocks) for sizes in networks.ALEXNET_CLASSIFIER]
-    return [*(partial(sparse_conv2d, "ResNet-50", batch, *sizes, *of_blocks) for sizes in wide), *products]
-
-
-def _int8(batch: int) -> list[_Maker]:
-    convolutions = [partial(int8_conv2d, "ResNet-50", batch, *sizes) for sizes in networks.RESNET50]
-    depthwise = [
-        partial(int8_conv2d, "MobileNet V2", batch, size, c, c, 3, depthwise=True)
-        for size, c in networks.MOBILENET_V2_DEPTHWISE
-    ]
-    products = [partial(int8_matmul, "AlexNet", batch, *sizes) for sizes in networks.ALEXNET_CLASSIFIER]
-    return [*convolutions, *depthwise, *products]
-
-
-_BUILDERS: Mapping[str, Callable[[int], list[_Maker]]] = {
-    "dense": _dense,
-    "depthwise": _depthwise,
-    "separable": _separable,
-    "grouped": _grouped,
-    "ghost": _ghost,
-    "sparse": _sparse,
-    "int8": _int8,
+_LAYERS: Mapping[str, Sequence[tuple[Callable[..., Layer], str, Iterable[Sequence[Any]]]]] = {
+    "dense": (
+        (convolution, "MobileNet V1", [(224, 3, 32, 3, 2)]),
+        (convolution, "ResNet", [(224, 3, 64, 7, 2)]),
+        (convolution, "ResNet-18", networks.RESNET18),
+        (convolution, "MobileNet V1", [(size // s, i, o) for size, i, o, s in networks.MOBILENET_V1_PAIRS]),
+        (
+            convolution,
+            "MobileNet V2",
+            [(s, i, o, 1, 1, *end) for s, i, o, *end in networks.MOBILENET_V2_POINTWISE],
+        ),
+        (convolution, "ResNet-50", [(s, i, o, 1, 1, "relu", o > i) for s, i, o, k in networks.RESNET50 if k == 1]),
+        *((linear, network, [(c_in, 1000)]) for network, c_in in networks.HEADS),
+    ),
+    "depthwise": (
+        (depthwise_conv2d, "MobileNet V1", [(size, c, 3, s, "relu") for size, c, _, s in networks.MOBILENET_V1_PAIRS]),
+        *((depthwise_conv2d, network, [shape]) for network, *shape in networks.DEPTHWISE),
+    ),
+    "separable": (
+        (separable_conv2d, "MobileNet V1", networks.MOBILENET_V1_PAIRS),
+        (inverted_residual, "MobileNet V2", networks.MOBILENET_V2_BLOCKS),
+    ),
+    "grouped": (
+        *(
+            (grouped_conv2d, "ShuffleNet V1", [(size, c, bottleneck, 1, 3, 3), (size, bottleneck, c, 1, 3)])
+            for size, c, bottleneck in networks.SHUFFLENET_V1
+        ),
+        (grouped_conv2d, "ResNeXt-50", [(size, c, c, 3, 32) for size, c in networks.RESNEXT50]),
+        (channel_shuffle, "ShuffleNet V1", [(size, c, 3) for size, c, _ in networks.SHUFFLENET_V1]),
+        (shuffle_concat, "ShuffleNet V2", [(size, c // 2) for size, c in networks.SHUFFLENET_V2]),
+    ),
+    "ghost": ((ghost_conv2d, "GhostNet", networks.GHOSTNET),),
+    "sparse": (
+        (sparse_conv2d, "ResNet-50", [(*shape, BLOCK, SPARSITY) for shape in networks.RESNET50 if shape[1] >= 128]),
+        (sparse_matmul, "AlexNet", [(*shape, BLOCK, SPARSITY) for shape in networks.ALEXNET_CLASSIFIER]),
+    ),
+    "int8": (
+        (int8_conv2d, "ResNet-50", networks.RESNET50),
+        *((int8_conv2d, name, [(s, c, c, k, True)]) for name, s, c, k, stride, _ in networks.DEPTHWISE if stride == 1),
+        (int8_matmul, "AlexNet", networks.ALEXNET_CLASSIFIER),
+    ),
 }
+"""Family → what makes layers of a network, and their shapes behind the batch."""
 
-ALL_FAMILIES = tuple(_BUILDERS)
+ALL_FAMILIES = tuple(_LAYERS)
 
 FAMILIES = ALL_FAMILIES[:3]
 """Those with peers on the CPU."""

@@ -18,15 +18,10 @@ from kernelpress.ops import registry
 from kernelpress.ops.calls.steps import native_steps
 from kernelpress.ops.registry import Tensors
 
-__all__ = ["backend_of", "fused", "on_backend", "unfused"]
+__all__ = ["backend_of", "on_backend", "unfused"]
 
 CHAINS = frozenset({"separable_conv2d", "inverted_residual"})
 """Ops whose steps are ops themselves."""
-
-
-def fused(op: str, tensors: Tensors, options: Mapping[str, Any]) -> Call:
-    """The op as one step or call, on the backend that it takes by itself."""
-    return _steps_or_calls([(op, tensors, options)], backend_of(op, tensors, options))
 
 
 def on_backend(op: str, tensors: Tensors, options: Mapping[str, Any], backend: str) -> Call:
@@ -55,12 +50,8 @@ def unfused(op: str, tensors: Tensors, options: Mapping[str, Any]) -> Call | Non
         window = {"stride": step.stride, "padding": step.padding} if step.groups > 1 else {}
         part = "depthwise_conv2d" if window else "pointwise_conv2d"
         calls.append((part, [given, weight, bias, None, added], {"activation": step.activation, **window}))
-    return _steps_or_calls(calls, backend_of(op, tensors, options))
-
-
-def _steps_or_calls(calls: Sequence[tuple[str, Tensors, Mapping[str, Any]]], backend: str) -> Call:
-    steps = native_steps(calls) if backend == "cpu" else None
-    return steps or (lambda: _call_ops(calls))
+    found = native_steps(calls) if backend_of(op, tensors, options) == "cpu" else None
+    return found or (lambda: _call_ops(calls))
 
 
 def _call_ops(calls: Sequence[tuple[str, Tensors, Mapping[str, Any]]]) -> Tensor:

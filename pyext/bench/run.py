@@ -72,14 +72,17 @@ def measure_layer(
     """
     with threads_set_to(roofline.threads), torch.no_grad():
         call = (layer.op, *layer.make(torch.device("cpu"), torch.float32))
-        others = {UNFUSED: ours.unfused(*call), **(peer_calls(*call, with_inductor=with_inductor) if peers else {})}
+        backend = ours.backend_of(*call)
         contestants, errors = hold(
-            {OURS: ours.fused(*call), **{name: other for name, other in others.items() if other is not None}},
+            {
+                OURS: ours.on_backend(*call, backend),
+                UNFUSED: ours.unfused(*call),
+                **(peer_calls(*call, with_inductor=with_inductor) if peers else {}),
+            },
             expected_of(*call),
             TOLERANCE[torch.float32],
             lambda able: time_alternately(able, budget_seconds=budget_seconds, rounds=rounds),
         )
-        backend = ours.backend_of(*call)
     refuse_any(contestants, f"{layer.op} {layer.title}")
     return row_of(layer, "fp32", backend, contestants, errors[OURS], roofline, threads=roofline.threads)
 
