@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 
 from kernelpress.bench.contest import MODEL_TOLERANCE, OURS
 from peers.networks import export_onnx, prepare
-from peers.protocol import Job
+from peers.protocol import Answer, Job
 
 __all__ = ["RUNTIMES", "ModelResult", "Runtime", "RuntimeResult", "compare"]
 
@@ -36,10 +37,6 @@ class Runtime:
     arguments: tuple[str, ...] = ()
     needs_onnx: bool = False
     import_from: str = ""
-
-    @property
-    def slug(self) -> str:
-        return "-".join([self.loader, *self.arguments, *([Path(self.import_from).name] if self.import_from else [])])
 
 
 RUNTIMES = (
@@ -103,8 +100,9 @@ def compare(
     """
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     with tempfile.TemporaryDirectory(prefix="kernelpress-bench-") as folder:
-        job = Job(model, "", folder, threads, batch, iterations)
-        network = prepare(job, size, seed)
+        network, x = prepare(model, batch, size, seed)
+        weights = {name: weight.numpy() for name, weight in network.state_dict().items()}
+        job = Job(model, weights, x, f"{folder}/model.onnx", threads, iterations)
         onnx_missing = _try_export(network, job) if any(runtime.needs_onnx for runtime in runtimes) else None
         del network
         results: dict[str, RuntimeResult] = {}
@@ -114,7 +112,7 @@ def compare(
                 if runtime.needs_onnx and onnx_missing:
                     results[runtime.name] = RuntimeResult(runtime.name, skipped=onnx_missing)
                     continue
-                process = _Process(runtime, replace(job, runtime=runtime.slug))
+                process = _Process(runtime, job, Path(folder))
                 results[runtime.name] = process.start()
                 if results[runtime.name].skipped is None:
                     running[runtime.name] = process
@@ -130,18 +128,18 @@ def compare(
 class _Process:
     """A runtime's process and the talk with it (see `peers.protocol`)."""
 
-    def __init__(self, runtime: Runtime, job: Job) -> None:
-        self.runtime = runtime
-        self.job = job
-        command = [sys.executable, "-m", "peers.runtimes", json.dumps(asdict(job)), runtime.loader, *runtime.arguments]
-        self.errors = Path(job.folder) / f"stderr-{runtime.slug}.txt"
-        with self.errors.open("wb") as errors:
+    def __init__(self, runtime: Runtime, job: Job, folder: Path) -> None:
+        self.name = runtime.name
+        self.pipe, theirs = Pipe()
+        self.logits = np.empty(0)
+        self.said = folder / f"{runtime.name}.txt"
+        with self.said.open("wb") as said:
             self.popen = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
+                [sys.executable, "-m", "peers.runtimes", str(theirs.fileno()), runtime.loader, *runtime.arguments],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
                 cwd=Path(__file__).resolve().parents[1],
                 env={
                     **os.environ,
@@ -150,30 +148,29 @@ class _Process:
                         filter(None, [runtime.import_from, os.environ.get("PYTHONPATH", "")])
                     ),
                     # Emission times its candidates in this very run, not in some busier hour before.
-                    "KERNELPRESS_CACHE": str(Path(job.folder) / "timings"),
+                    "KERNELPRESS_CACHE": str(folder / "timings"),
                 },
             )
+        theirs.close()
+        with contextlib.suppress(OSError):  # its end is told when it should answer
+            self.pipe.send(job)
 
     def start(self) -> RuntimeResult:
         """Waits until the model is loaded and warm; a runtime that fails to load it is skipped with its last words."""
         try:
-            answer = self._answer()
+            answer: Answer = self._answer()
         except RuntimeError as error:
-            return RuntimeResult(self.runtime.name, skipped=str(error))
-        if "skipped" in answer:
+            return RuntimeResult(self.name, skipped=str(error))
+        if answer.logits is None:
             self.stop()
-            return RuntimeResult(self.runtime.name, skipped=answer["skipped"])
-        return RuntimeResult(self.runtime.name, settings=answer["settings"])
-
-    def output(self) -> np.ndarray[Any, np.dtype[np.float64]]:
-        """The logits it computed."""
-        return np.load(self.job.output_file, allow_pickle=False).astype(np.float64)
+            return RuntimeResult(self.name, skipped=answer.skipped)
+        self.logits = answer.logits.astype(np.float64)
+        return RuntimeResult(self.name, settings=answer.settings)
 
     def round(self) -> float:
         """Has it time one burst; the median in ms."""
-        assert self.popen.stdin is not None
-        print("round", file=self.popen.stdin, flush=True)
-        return float(self._answer()["median_ms"])
+        self.pipe.send("round")
+        return float(self._answer())
 
     def cpu_seconds(self) -> float | None:
         """Processor time of all its threads so far; `None` where the system does not tell."""
@@ -184,25 +181,23 @@ class _Process:
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def stop(self) -> None:
-        """Ends its input, upon which it ends."""
-        assert self.popen.stdin is not None
-        self.popen.stdin.close()
+        """Ends the talk, upon which it ends."""
+        self.pipe.close()
         self.popen.wait(timeout=60)
 
-    def _answer(self) -> dict[str, Any]:
-        assert self.popen.stdout is not None
-        line = self.popen.stdout.readline()
-        if line:
-            return dict(json.loads(line))
-        self.popen.wait(timeout=60)
-        last_words = self.errors.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
+    def _answer(self) -> Any:
+        try:
+            return self.pipe.recv()
+        except (EOFError, ConnectionResetError):
+            self.popen.wait(timeout=60)
+        last_words = self.said.read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
         raise RuntimeError(f"process ended with status {self.popen.returncode}: {''.join(last_words)}")
 
 
 def _try_export(network: torch.nn.Module, job: Job) -> str | None:
     """Exports the network to ONNX; where the packages for it are absent, says which."""
     try:
-        export_onnx(network, torch.from_numpy(job.load_input()), job.onnx_file)
+        export_onnx(network, torch.from_numpy(job.x), job.onnx_file)
     except ImportError as error:
         return f"no ONNX export: {error}; `pip install kernelpress[peers]` installs it"
     return None
@@ -212,9 +207,9 @@ def _check_outputs(results: dict[str, RuntimeResult], running: dict[str, _Proces
     """Notes each runtime's error against the first; those beyond the tolerance leave the contest."""
     if not running:
         return
-    expected = next(iter(running.values())).output()
+    expected = next(iter(running.values())).logits
     for name in list(running):
-        error = float(np.abs(running[name].output() - expected).max() / np.abs(expected).max())
+        error = float(np.abs(running[name].logits - expected).max() / np.abs(expected).max())
         results[name] = replace(results[name], relative_error=error)
         if not error <= MODEL_TOLERANCE[torch.float32]:
             results[name] = replace(results[name], skipped=f"logits differ from eager's by {error:.1e}")

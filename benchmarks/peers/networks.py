@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kernelpress import models
 from peers import to_plain
-from peers.protocol import Job
+from peers.protocol import Array, Job
 
 __all__ = ["build", "build_plain_in", "export_onnx", "prepare"]
 
 CALIBRATION_BATCH = 4
 
 
-def prepare(job: Job, size: int, seed: int) -> nn.Module:
-    """Draws weights and an input from `seed`, writes both where `job` says, and returns the plain network.
+def prepare(model: str, batch: int, size: int, seed: int) -> tuple[nn.Module, Array]:
+    """The plain network and an input, both drawn from `seed`.
 
     BatchNorm gets the statistics of random images, and scales and shifts off the identity: values keep their size from
     layer to layer, and folding it is real work.
     """
     torch.manual_seed(seed)
-    network = to_plain(models.create(job.model))
+    network = to_plain(models.create(model))
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -34,9 +31,7 @@ def prepare(job: Job, size: int, seed: int) -> nn.Module:
         norm.momentum = None
     with torch.no_grad():
         network.train()(torch.randn(CALIBRATION_BATCH, 3, size, size))
-    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, job.weights_file)
-    np.save(job.input_file, torch.randn(job.batch, 3, size, size).numpy())
-    return network.eval()
+    return network.eval(), torch.randn(batch, 3, size, size).numpy()
 
 
 def build(job: Job, *, plain: bool) -> nn.Module:
@@ -44,19 +39,19 @@ def build(job: Job, *, plain: bool) -> nn.Module:
     network = models.create(job.model)
     if plain:
         network = to_plain(network)
-    network.load_state_dict(load_file(job.weights_file))
+    network.load_state_dict({name: torch.from_numpy(weight) for name, weight in job.weights.items()})
     return network.eval()
 
 
 def build_plain_in(job: Job, memory_format_name: str) -> tuple[nn.Module, Tensor]:
     """The plain network of `job` and its input, both `contiguous` or `channels_last`."""
     memory_format = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[memory_format_name]
-    x = torch.from_numpy(job.load_input()).contiguous(memory_format=memory_format)
+    x = torch.from_numpy(job.x).contiguous(memory_format=memory_format)
     network: nn.Module = build(job, plain=True).to(memory_format=memory_format)  # type: ignore[call-overload]
     return network, x
 
 
-def export_onnx(network: nn.Module, x: Tensor, path: Path) -> None:
+def export_onnx(network: nn.Module, x: Tensor, path: str) -> None:
     """Writes `network` as ONNX, exported at the shape of `x`; needs onnx and onnxscript."""
     # It warns of each torchvision operator that it cannot register where torchvision is absent.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""The contestants, each in a process of its own: `python -m peers.runtimes JOB RUNTIME [SETTING]`.
+"""The contestants, each in a process of its own: `python -m peers.runtimes PIPE RUNTIME [SETTING]`.
 
 They import nothing of kernelpress that an older checkout may lack.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def _ours(job: Job, kind: str) -> Contestant:
     that of the other runtimes."""
     import kernelpress as kp
 
-    x = torch.from_numpy(job.load_input())
+    x = torch.from_numpy(job.x)
     emitted = kp.emit(build(job, plain=False), (x,))
     is_captured = kind == "captured"
     settings = f"emitted{' and captured' * is_captured}, contiguous input"
@@ -66,7 +67,7 @@ def _openvino(job: Job) -> Contestant:
         "NUM_STREAMS": 1,
     }
     request = ov.Core().compile_model(job.onnx_file, "CPU", settings).create_infer_request()
-    request.set_input_tensor(ov.Tensor(job.load_input()))
+    request.set_input_tensor(ov.Tensor(job.x))
     return Contestant(request.infer, lambda y: y[0], "latency hint, f32, 1 stream")
 
 
@@ -79,7 +80,7 @@ def _ort(job: Job) -> Contestant:
     options.intra_op_num_threads = job.threads
     options.inter_op_num_threads = 1
     session = ort.InferenceSession(job.onnx_file, options, providers=["CPUExecutionProvider"])
-    feed = {session.get_inputs()[0].name: job.load_input()}
+    feed = {session.get_inputs()[0].name: job.x}
     return Contestant(lambda: session.run(None, feed), lambda y: y[0], "all graph optimisations, default spinning")
 
 
@@ -92,6 +93,6 @@ LOADERS: dict[str, Callable[..., Contestant]] = {
 }
 
 if __name__ == "__main__":
-    _, job_text, runtime, *settings = sys.argv
+    _, pipe, runtime, *settings = sys.argv
     load = LOADERS[runtime]
-    serve(job_text, lambda job: load(job, *settings))
+    serve(Connection(int(pipe)), lambda job: load(job, *settings))
