@@ -113,19 +113,10 @@ def parse(notes: str, family: str) -> list[Use]:
 
 def _demangled(names: Sequence[str]) -> list[str]:
     """`depthwise_ring<float, 7, 2>`: without namespaces, result and parameters."""
-    result = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    return [_short(name) for name in result.stdout.splitlines()]
-
-
-def _short(name: str) -> str:
-    name = name.replace("(anonymous namespace)::", "").replace("kernelpress::cuda::", "").removeprefix("void ")
-    name = re.sub(r"\((?:\w+)\)(-?\d)", r"\1", name)  # (bool)1
-    depth = 0
-    for at, character in enumerate(name):
-        depth += (character == "<") - (character == ">")
-        if character == "(" and depth == 0:
-            return name[:at]
-    return name
+    command = ["c++filt", "--no-params"]
+    told = subprocess.run(command, input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    told = told.replace("(anonymous namespace)::", "").replace("kernelpress::cuda::", "")
+    return re.sub(r"\((?:\w+)\)(-?\d)", r"\1", told).splitlines()  # (bool)1
 
 
 def table(uses: Sequence[Use]) -> str:

@@ -13,7 +13,7 @@ import itertools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,10 @@ __all__ = ["MODELS", "ModelRow", "build", "main"]
 
 IMAGE = 224
 
-OURS = ("mobilenet_v2", "resnet50", "mobilenet_v1", "resnet18")
-THEIRS = {"shufflenet_v2_x1_0": "torchvision", "mobilenet_v3_large": "torchvision", "ghostnet_100": "timm"}
-MODELS = ("mobilenet_v2", "resnet50", "mobilenet_v1", *THEIRS, "resnet18")
+MODELS = (
+    *("mobilenet_v2", "resnet50", "mobilenet_v1", "torchvision:shufflenet_v2_x1_0"),
+    *("torchvision:mobilenet_v3_large", "timm:ghostnet_100", "resnet18"),
+)
 """Most telling first: a short time ends the list early."""
 
 AUTOTUNED = 'torch.compile(mode="max-autotune")'
@@ -58,23 +59,14 @@ class ModelRow:
     emit_seconds: float
     best_peer: str | None = None
     ratio: float | None = None
-    contestants: tuple[Contestant, ...] = field(default=())
+    contestants: tuple[Contestant, ...] = ()
 
 
 def build(name: str, place: Place) -> nn.Module:
     """The model with random weights, in evaluation mode, on the device of `place`. Raises `ImportError` where the
     package that has it is absent."""
     torch.manual_seed(0)
-    if THEIRS.get(name) == "torchvision":
-        import torchvision
-
-        model: nn.Module = torchvision.models.get_model(name, weights=None)
-    elif THEIRS.get(name) == "timm":
-        import timm
-
-        model = timm.create_model(name, pretrained=False)
-    else:
-        model = kernelpress.models.create(name)
+    model = kernelpress.models.build(name)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):  # fresh statistics let activations grow layer by layer
             nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
@@ -105,7 +97,7 @@ def captured(name: str, batch: int, place: Place, *, is_timed: bool) -> Captured
     seconds = time.monotonic() - begin
     plan = kernelpress.capture(emitted, x)
     row = ModelRow(
-        model=name,
+        model=name.rpartition(":")[2],
         batch=batch,
         ms=None,
         relative_error=relative_error(plan(x), expected),
