@@ -55,6 +55,16 @@ def test_a_fused_activation_has_no_plain_twin() -> None:
         to_plain(nn.Sequential(layers.Conv2d(3, 4, 3, activation="relu")))
 
 
+def test_layers_of_others_stay_what_they_are() -> None:
+    from peers import to_plain
+
+    class Same(nn.Conv2d):
+        pass
+
+    network = to_plain(nn.Sequential(Same(3, 4, 3), layers.Linear(4, 2)))
+    assert [type(layer) for layer in network] == [Same, nn.Linear]
+
+
 def test_prepared_weights_are_the_same_in_every_process_and_values_keep_their_size() -> None:
     from peers.networks import build, prepare
     from peers.protocol import Job

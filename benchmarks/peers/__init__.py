@@ -2,6 +2,8 @@
 
 from torch import nn
 
+from kernelpress import layers
+
 __all__ = ["to_plain"]
 
 
@@ -9,10 +11,9 @@ def to_plain(network: nn.Module) -> nn.Module:
     """`network` with our layers, in place, as those of PyTorch that they are kinds of. Raises `ValueError` for a fused
     activation."""
     for layer in network.modules():
-        kind = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Linear
-        if isinstance(layer, kind) and type(layer) is not kind:
-            if getattr(layer, "activation", "identity") != "identity":
-                told = f"got {layer.activation} fused into a layer"
-                raise ValueError(f"network: expected activations that are modules, {told}")
-            layer.__class__ = kind
+        if isinstance(layer, (layers.Conv2d, layers.PointwiseConv2d, layers.DepthwiseConv2d, layers.Linear)):
+            if layer.activation != "identity":
+                fused = f"got {layer.activation} fused into a layer"
+                raise ValueError(f"network: expected activations that are modules, {fused}")
+            layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
     return network

@@ -68,7 +68,8 @@ class Roofline(Ceilings):
     def best_of(self, other: Roofline) -> Roofline:
         """The higher of each ceiling of two measurements with the same number of threads."""
         pairs = {name: (getattr(self, name), getattr(other, name)) for name in _MEASURED}
-        return replace(self, **{name: max(filter(None, pair), default=None) for name, pair in pairs.items()})
+        best: dict[str, Any] = {name: max(filter(None, pair), default=None) for name, pair in pairs.items()}
+        return replace(self, **best)
 
     def told(self) -> str:
         """In one sentence."""
