@@ -6,7 +6,8 @@ python benchmarks/bench_models.py --models mobilenet_v1 mobilenet_v2 --threads 2
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,10 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kernelpress import models
-from kernelpress.bench.model_contest import RUNTIMES, ModelResult, compare
+from kernelpress.bench.model_contest import RUNTIMES, ModelResult, Runtime, compare
 from kernelpress.bench.tables import console_table
 
-__all__ = ["DEFAULT_MODELS", "main", "positive", "table"]
+__all__ = ["contest_parser", "main", "positive", "run", "table"]
 
 TABLE_WIDTH = 130
 
@@ -29,39 +30,47 @@ def table(result: ModelResult) -> Table:
     return console_table(f"{result.model}, {title_of(told)}, fp32", model_cells(told), verdict_on(told))
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Compares the networks asked for, prints a table each and, unless told not to, records them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+def contest_parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
+    """Options of a contest: which networks, how long, and where its results go."""
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--models", nargs="+", metavar="MODEL", choices=models.names(), default=DEFAULT_MODELS)
-    names = [runtime.name for runtime in RUNTIMES]
-    parser.add_argument("--runtimes", nargs="+", metavar="RUNTIME", choices=names, default=names, help=", ".join(names))
     parser.add_argument("--threads", type=positive, default=2)
-    parser.add_argument("--batch", type=positive, default=1)
-    parser.add_argument("--size", type=positive, default=224, help="rows and columns of the image")
-    parser.add_argument("--rounds", type=positive, default=6)
+    parser.add_argument("--rounds", type=positive, default=rounds)
     parser.add_argument("--iterations", type=positive, default=30, help="calls in a burst")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
-    parser.add_argument("--no-record", action="store_true", help="print only")
-    options = parser.parse_args(arguments)
+    return parser
 
+
+def run(
+    options: argparse.Namespace,
+    runtimes: Sequence[Runtime],
+    tell: Callable[[ModelResult], str] | None = None,
+    **more: int,
+) -> list[ModelResult]:
+    """Compares the networks asked for, prints a table each and what there is to tell of it."""
     console = Console(width=max(Console().width, TABLE_WIDTH))
-    chosen = [runtime for runtime in RUNTIMES if runtime.name in options.runtimes]
     results = []
     for model in options.models:
-        result = compare(
-            model,
-            runtimes=chosen,
-            threads=options.threads,
-            batch=options.batch,
-            size=options.size,
-            rounds=options.rounds,
-            iterations=options.iterations,
-            report=lambda text: console.print(text, style="dim"),
-        )
-        console.print(table(result))
-        results.append(result)
+        timing = {name: getattr(options, name) for name in ("threads", "rounds", "iterations")}
+        report = functools.partial(console.print, style="dim")
+        results.append(compare(model, runtimes=runtimes, report=report, **timing, **more))
+        console.print(table(results[-1]), *([tell(results[-1])] if tell else []))
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Compares the networks asked for, prints a table each and, unless told not to, records them."""
+    parser = contest_parser(__doc__, rounds=6)
+    names = [runtime.name for runtime in RUNTIMES]
+    parser.add_argument("--runtimes", nargs="+", metavar="RUNTIME", choices=names, default=names, help=", ".join(names))
+    parser.add_argument("--batch", type=positive, default=1)
+    parser.add_argument("--size", type=positive, default=224, help="rows and columns of the image")
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    options = parser.parse_args(arguments)
+    chosen = [runtime for runtime in RUNTIMES if runtime.name in options.runtimes]
+    results = run(options, chosen, batch=options.batch, size=options.size)
     if not options.no_record:
-        console.print(f"recorded in {save('models', results, options.results)}")
+        print(f"recorded in {save('models', results, options.results)}")
 
 
 DEFAULT_MODELS = ["mobilenet_v1", "mobilenet_v2", "resnet18", "resnet50"]

@@ -7,19 +7,17 @@ python benchmarks/checkouts.py main~5 --models mobilenet_v1 resnet18
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench_models import DEFAULT_MODELS, positive, table
-from recording import RESULTS, save
-from rich.console import Console
+from bench_models import contest_parser, run
+from gpu import link_packages
+from recording import save
 
-from kernelpress import models
-from kernelpress.bench.model_contest import ModelResult, Runtime, compare
+from kernelpress.bench.model_contest import ModelResult, Runtime
 
 __all__ = ["main"]
 
@@ -40,14 +38,7 @@ def checkout(revision: str) -> Path:
 
 
 def _importable(tree: Path) -> Path:
-    """Links that give the folders of a checkout their import names."""
-    package = ROOT / "build" / "checkouts" / f"{tree.name}-import" / "kernelpress"
-    package.mkdir(parents=True, exist_ok=True)
-    for target in [*(tree / "pyext").iterdir(), tree / "kernels"]:
-        link = package / target.name
-        link.unlink(missing_ok=True)
-        link.symlink_to(target)
-    return package.parent
+    return link_packages(tree, ROOT / "build" / "checkouts" / f"{tree.name}-import")
 
 
 def _git(*arguments: str) -> str:
@@ -63,36 +54,17 @@ def ratio(result: ModelResult, kind: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Times the networks asked for on both revisions, prints a table each and records them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = contest_parser(__doc__, rounds=10)
     parser.add_argument("revision", help="what to compare with")
-    parser.add_argument("--models", nargs="+", metavar="MODEL", choices=models.names(), default=DEFAULT_MODELS)
-    parser.add_argument("--threads", type=positive, default=2)
-    parser.add_argument("--rounds", type=positive, default=10)
-    parser.add_argument("--iterations", type=positive, default=30, help="calls in a burst")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     options = parser.parse_args(arguments)
-
     before, now = checkout(options.revision), _importable(ROOT)
     runtimes = [
         Runtime(f"{when}, {kind}", "ours", (kind,), import_from=str(folder))
         for kind in KINDS
         for when, folder in (("before", before), ("now", now))
     ]
-    console, results = Console(width=130), []
-    for model in options.models:
-        results.append(
-            compare(
-                model,
-                runtimes=runtimes,
-                threads=options.threads,
-                rounds=options.rounds,
-                iterations=options.iterations,
-                report=lambda text: console.print(text, style="dim"),
-            )
-        )
-        console.print(table(results[-1]))
-        console.print("; ".join(f"{model}, {kind}: {ratio(results[-1], kind)}" for kind in KINDS))
-    console.print(f"recorded in {save('checkouts', results, options.results)}")
+    results = run(options, runtimes, lambda of: "; ".join(f"{of.model}, {kind}: {ratio(of, kind)}" for kind in KINDS))
+    print(f"recorded in {save('checkouts', results, options.results)}")
 
 
 if __name__ == "__main__":

@@ -13,10 +13,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
 
-from kernelpress.bench import Case, Roofline, Row, cases, measure_roofline, table
+from kernelpress.bench import FAMILIES, Layer, Roofline, Row, layers, measure_roofline, ours, table
 from kernelpress.bench.contest import judged
-from kernelpress.bench.ours import fused
-from kernelpress.bench.run import measure_case
+from kernelpress.bench.run import measure_layer
 from kernelpress.runtime.clock import threads_set_to
 
 TABLE_WIDTH = 160
@@ -40,10 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Gives a benchmark that takes `case` the shapes of the family its module names in `FAMILY`."""
-    if "case" in metafunc.fixturenames:
-        chosen = cases(metafunc.module.FAMILY, batch=metafunc.config.getoption("batch"))
-        metafunc.parametrize("case", chosen, ids=[f"{case.network} {case.label}" for case in chosen])
+    """Gives a benchmark that takes `layer` those of all families with peers."""
+    if "layer" in metafunc.fixturenames:
+        batch = metafunc.config.getoption("batch")
+        chosen = [layer for family in FAMILIES for layer in layers(family, batch=batch)]
+        metafunc.parametrize("layer", chosen, ids=[f"{it.family} {it.network} {it.title}" for it in chosen])
 
 
 @pytest.fixture(scope="session")
@@ -52,25 +52,25 @@ def roofline(pytestconfig: pytest.Config) -> Roofline:
 
 
 @pytest.fixture
-def bench(benchmark: BenchmarkFixture, roofline: Roofline, pytestconfig: pytest.Config) -> Callable[[Case], Row]:
-    """Measures a case twice over: in turn with its peers, for row and ratios; and alone, for pytest-benchmark."""
+def bench(benchmark: BenchmarkFixture, roofline: Roofline, pytestconfig: pytest.Config) -> Callable[[Layer], Row]:
+    """Measures a layer twice over: in turn with its peers, for row and ratios; and alone, for pytest-benchmark."""
 
-    def measure(case: Case) -> Row:
-        row = measure_case(
-            case,
+    def measure(layer: Layer) -> Row:
+        row = measure_layer(
+            layer,
             roofline,
             peers=True,
             with_inductor=pytestconfig.getoption("inductor"),
             budget_seconds=pytestconfig.getoption("budget"),
         )
-        benchmark.group = f"{case.network} {case.op} {case.label}"
+        benchmark.group = f"{layer.network} {layer.op} {layer.title}"
         names = ("roofline_fraction", "limited_by", "best_peer", "ratio", "unfused_ratio", "spread")
         rates = {"GFLOP/s": None if row.tflops is None else row.tflops * 1e3, "GB/s": row.gbs}
         benchmark.extra_info.update({**rates, **{name: getattr(row, name) for name in names}})
         with threads_set_to(roofline.threads), torch.no_grad():
-            tensors = case.make(torch.device("cpu"), torch.float32)
-            benchmark(fused(case.op, tensors, case.options))
-        pytestconfig.stash[_rows].setdefault(case.family, []).append(row)
+            call = (layer.op, *layer.make(torch.device("cpu"), torch.float32))
+            benchmark(ours.on_backend(*call, row.backend))
+        pytestconfig.stash[_rows].setdefault(layer.family, []).append(row)
         return row
 
     return measure
@@ -85,7 +85,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     roofline = measure_roofline(config.getoption("threads"), again=True)
     for family, rows in stashed.items():
         stashed[family] = [judged(row, roofline) for row in rows]
-        complete = len(rows) == len(cases(family, batch=config.getoption("batch")))
+        complete = len(rows) == len(layers(family, batch=config.getoption("batch")))
         if config.getoption("record") and complete:
             recording.save(family, stashed[family], roofline=roofline)
 

@@ -14,6 +14,7 @@ from importlib import import_module
 from itertools import groupby
 from pathlib import Path
 
+from kernelpress.bench.tables import markdown
 from kernelpress.files import write_atomically
 from kernelpress.runtime import native
 
@@ -112,36 +113,24 @@ def parse(notes: str, family: str) -> list[Use]:
 
 def _demangled(names: Sequence[str]) -> list[str]:
     """`depthwise_ring<float, 7, 2>`: without namespaces, result and parameters."""
-    result = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    return [_short(name) for name in result.stdout.splitlines()]
-
-
-def _short(name: str) -> str:
-    name = name.replace("(anonymous namespace)::", "").replace("kernelpress::cuda::", "").removeprefix("void ")
-    name = re.sub(r"\((?:\w+)\)(-?\d)", r"\1", name)  # (bool)1
-    depth = 0
-    for at, character in enumerate(name):
-        depth += (character == "<") - (character == ">")
-        if character == "(" and depth == 0:
-            return name[:at]
-    return name
+    command = ["c++filt", "--no-params"]
+    told = subprocess.run(command, input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    told = told.replace("(anonymous namespace)::", "").replace("kernelpress::cuda::", "")
+    return re.sub(r"\((?:\w+)\)(-?\d)", r"\1", told).splitlines()  # (bool)1
 
 
 def table(uses: Sequence[Use]) -> str:
     """A Markdown table with a row for each kernel; ranges run over its specialisations."""
     architectures = sorted({use.architecture for use in uses}, key=lambda name: int(re.sub(r"\D", "", name)))
     head = ["family", "kernel", "specialisations", *(f"registers, {name}" for name in architectures)]
-    lines = [
-        "| " + " | ".join([*head, "static shared memory, bytes", "spilled bytes"]) + " |",
-        "|---|---|" + "---:|" * (len(head)),
-    ]
+    rows = []
     for (family, kernel), of_kernel in groupby(uses, key=lambda use: (use.family, use.template)):
         found = list(of_kernel)
         registers = [span(use.registers for use in found if use.architecture == name) for name in architectures]
         row = [family, f"`{kernel}`", str(len({use.kernel for use in found})), *registers]
         row += [span(use.shared_bytes for use in found), str(sum(use.spilled_bytes for use in found))]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines)
+        rows.append(row)
+    return "\n".join(markdown(([*head, "static shared memory, bytes", "spilled bytes"], rows)))
 
 
 def span(values: Iterable[int]) -> str:

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+
+from kernelpress.bench.calls import OpCall
+from kernelpress.bench.calls import Operands as Call
+from kernelpress.ops import registry
 
 __all__ = ["DEMANDING", "DEVICE", "FORMS", "Call", "Form", "Layer", "any_layer", "usual_layers"]
 
 DEVICE = "meta"
 
 ACTIVATION = "silu"
-
-Operands = list[Tensor | None]
-Call = tuple[Operands, dict[str, Any]]
-"""Tensors and options."""
 
 Form = Callable[["Layer", torch.dtype], Call]
 
@@ -41,6 +41,22 @@ class Layer:
     stride: int = 1
     groups: int = 2
     block: int = 32
+
+    @property
+    def rows(self) -> int:
+        """Pixels of all images."""
+        return self.batch * self.height * self.width
+
+    @property
+    def window(self) -> dict[str, Any]:
+        return {"stride": [self.stride] * 2, "padding": [self.kernel // 2] * 2}
+
+    def image(self, channels: int | None = None) -> tuple[int, ...]:
+        return self.batch, self.c_in if channels is None else channels, self.height, self.width
+
+    def whole(self, channels: int) -> int:
+        """Rounded up to whole groups."""
+        return -(-channels // self.groups) * self.groups
 
 
 DEMANDING = (
@@ -79,214 +95,135 @@ def any_layer(draw: random.Random) -> Layer:
     return Layer(*sizes, **window, groups=draw.choice((1, 2, 3, 4, 8, 32)), block=draw.choice((16, 32, 64)))
 
 
-def _image(n: int, c: int, h: int, w: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(n, c, h, w, dtype=dtype, device=DEVICE, memory_format=torch.channels_last)
+_META = torch.device(DEVICE)
+_RARE = frozenset({"input_scale", "row_scale", "row_zero_point"})
+"""Operands that only the forms named after them have."""
 
 
-def _tensor(dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=DEVICE)
+def _made(
+    op: str,
+    dtype: torch.dtype,
+    x: tuple[int, ...],
+    *weights: tuple[int, ...],
+    absent: Iterable[str] = (),
+    **options: Any,
+) -> Call:
+    """The call, each of its activations being one that is costly."""
+    names = registry.operator(op).signature.options._fields
+    options = {name: ACTIVATION for name in names if name.endswith("activation")} | options
+    return OpCall(op, x, weights, options, frozenset(absent)).make(_META, dtype)
 
 
-def _x(layer: Layer, dtype: torch.dtype, c_in: int | None = None) -> Tensor:
-    return _image(layer.batch, layer.c_in if c_in is None else c_in, layer.height, layer.width, dtype)
+def _pointwise(s: Layer, dtype: torch.dtype, absent: Iterable[str] = _RARE) -> Call:
+    return _made("pointwise_conv2d", dtype, s.image(), (s.c_out, s.c_in, 1, 1), absent=absent)
 
 
-def _out_sides(layer: Layer, kernel: int | None = None) -> tuple[int, int]:
-    kernel = layer.kernel if kernel is None else kernel
-    height, width = ((side + 2 * (kernel // 2) - kernel) // layer.stride + 1 for side in (layer.height, layer.width))
-    return height, width
+def _linear(s: Layer, dtype: torch.dtype, absent: Iterable[str] = ()) -> Call:
+    return _made("linear", dtype, (s.rows, s.c_in), (s.c_out, s.c_in), absent=absent)
 
 
-def _residual(layer: Layer, dtype: torch.dtype, c_out: int | None = None) -> Tensor:
-    return _image(layer.batch, layer.c_out if c_out is None else c_out, *_out_sides(layer), dtype)
+def _depthwise(s: Layer, dtype: torch.dtype) -> Call:
+    return _made("depthwise_conv2d", dtype, s.image(), (s.c_in, 1, s.kernel, s.kernel), **s.window)
 
 
-def _window(layer: Layer) -> dict[str, Any]:
-    return {"stride": [layer.stride] * 2, "padding": [layer.kernel // 2] * 2}
+def _separable(s: Layer, dtype: torch.dtype) -> Call:
+    weights = ((s.c_in, 1, s.kernel, s.kernel), (s.c_out, s.c_in, 1, 1))
+    return _made("separable_conv2d", dtype, s.image(), *weights, **s.window)
 
 
-def _whole(channels: int, groups: int) -> int:
-    return -(-channels // groups) * groups
+def _inverted(s: Layer, dtype: torch.dtype) -> Call:
+    hidden = 6 * s.c_in
+    weights = ((hidden, s.c_in, 1, 1), (hidden, 1, s.kernel, s.kernel), (s.c_out, hidden, 1, 1))
+    return _made("inverted_residual", dtype, s.image(), *weights, activation="identity", **s.window)
 
 
-def _pointwise(layer: Layer, dtype: torch.dtype, *, input_scale: bool = False) -> Call:
-    weight, vectors = _tensor(dtype, layer.c_out, layer.c_in, 1, 1), [_tensor(dtype, layer.c_out) for _ in range(2)]
-    residual = _image(layer.batch, layer.c_out, layer.height, layer.width, dtype)
-    scales = _tensor(dtype, layer.batch, layer.c_in) if input_scale else None
-    return [_x(layer, dtype), weight, *vectors, residual, scales], {"activation": ACTIVATION}
+def _grouped(s: Layer, dtype: torch.dtype, *, is_shuffled: bool = False) -> Call:
+    c_in, c_out = s.whole(s.c_in), s.whole(s.c_out)
+    options = {**s.window, "groups": s.groups, "shuffle": s.groups if is_shuffled else 1}
+    weight = (c_out, c_in // s.groups, s.kernel, s.kernel)
+    return _made("grouped_conv2d", dtype, s.image(c_in), weight, **options)
 
 
-def _linear(layer: Layer, dtype: torch.dtype) -> Call:
-    rows = layer.batch * layer.height * layer.width
-    tensors = [_tensor(dtype, rows, layer.c_in), _tensor(dtype, layer.c_out, layer.c_in)]
-    vectors = [_tensor(dtype, layer.c_out) for _ in range(2)]
-    return [*tensors, *vectors, _tensor(dtype, rows, layer.c_out)], {"activation": ACTIVATION}
+def _shuffle(s: Layer, dtype: torch.dtype, op: str) -> Call:
+    return _made(op, dtype, s.image(s.whole(s.c_in)), groups=s.groups)
 
 
-def _depthwise(layer: Layer, dtype: torch.dtype) -> Call:
-    channels, kernel = layer.c_in, layer.kernel
-    vectors = [_tensor(dtype, channels) for _ in range(2)]
-    weight, residual = _tensor(dtype, channels, 1, kernel, kernel), _residual(layer, dtype, channels)
-    return [_x(layer, dtype), weight, *vectors, residual], {**_window(layer), "activation": ACTIVATION}
+def _ghost(s: Layer, dtype: torch.dtype, kernel: int = 1, absent: Iterable[str] = ()) -> Call:
+    cheap = max(3, s.kernel // 2 * 2 + 1)
+    weights = ((s.c_out, s.c_in, kernel, kernel), (s.c_out, 1, cheap, cheap))
+    options = {"stride": [s.stride] * 2, "padding": [kernel // 2] * 2}
+    return _made("ghost_conv2d", dtype, s.image(), *weights, absent=absent, **options)
 
 
-def _separable(layer: Layer, dtype: torch.dtype) -> Call:
-    weights = _pair_of_weights(layer, dtype, layer.c_in)
-    options = {**_window(layer), "depthwise_activation": ACTIVATION, "activation": ACTIVATION}
-    return [_x(layer, dtype), *weights, _residual(layer, dtype)], options
-
-
-def _pair_of_weights(layer: Layer, dtype: torch.dtype, hidden: int) -> list[Tensor]:
-    """Of a depthwise convolution and the 1×1 convolution after it, each with its bias."""
-    shapes = ((hidden, 1, layer.kernel, layer.kernel), (hidden,), (layer.c_out, hidden, 1, 1), (layer.c_out,))
-    return [_tensor(dtype, *shape) for shape in shapes]
-
-
-def _inverted(layer: Layer, dtype: torch.dtype) -> Call:
-    hidden = 6 * layer.c_in
-    expand = [_tensor(dtype, hidden, layer.c_in, 1, 1), _tensor(dtype, hidden)]
-    weights = _pair_of_weights(layer, dtype, hidden)
-    activations = {"expand_activation": ACTIVATION, "depthwise_activation": ACTIVATION}
-    return [_x(layer, dtype), *expand, *weights, _residual(layer, dtype)], {**_window(layer), **activations}
-
-
-def _grouped(layer: Layer, dtype: torch.dtype, *, shuffle: bool = False) -> Call:
-    groups, kernel = layer.groups, layer.kernel
-    c_in, c_out = _whole(layer.c_in, groups), _whole(layer.c_out, groups)
-    weight, vectors = _tensor(dtype, c_out, c_in // groups, kernel, kernel), [_tensor(dtype, c_out) for _ in range(2)]
-    options = {**_window(layer), "groups": groups, "shuffle": groups if shuffle else 1, "activation": ACTIVATION}
-    return [_x(layer, dtype, c_in), weight, *vectors, _residual(layer, dtype, c_out)], options
-
-
-def _shuffle(layer: Layer, dtype: torch.dtype) -> Call:
-    return [_x(layer, dtype, _whole(layer.c_in, layer.groups))], {"groups": layer.groups}
-
-
-def _concat(layer: Layer, dtype: torch.dtype) -> Call:
-    return [_x(layer, dtype, _whole(layer.c_in, layer.groups)) for _ in range(2)], {"groups": layer.groups}
-
-
-def _ghost(layer: Layer, dtype: torch.dtype, *, kernel: int = 1) -> Call:
-    primary, cheap = layer.c_out, max(3, layer.kernel // 2 * 2 + 1)
-    shapes = ((primary, layer.c_in, kernel, kernel), (primary,), (primary, 1, cheap, cheap), (primary,))
-    height, width = ((side - 1) // layer.stride + 1 for side in (layer.height, layer.width))
-    residual = _image(layer.batch, 2 * primary, height, width, dtype)
-    options = {"stride": [layer.stride] * 2, "padding": [kernel // 2] * 2}
-    activations = {"activation": ACTIVATION, "cheap_activation": ACTIVATION}
-    return [_x(layer, dtype), *(_tensor(dtype, *shape) for shape in shapes), residual], options | activations
-
-
-def _blocks(layer: Layer, dtype: torch.dtype, columns: int) -> tuple[list[Tensor], int]:
-    """A block-CSR weight with every second block, and its rows; the indices have memory, as they are looked at."""
-    r, rows = layer.block, -(-layer.c_out // layer.block)
-    held = torch.arange(0, columns, 2, dtype=torch.int32)
-    offsets = torch.arange(rows + 1, dtype=torch.int32) * len(held)
-    return [offsets, held.repeat(rows), _tensor(dtype, rows * len(held), r, r)], rows * r
-
-
-def _sparse_epilogue(dtype: torch.dtype, c_out: int) -> tuple[list[Tensor], torch.dtype, dict[str, Any]]:
-    """Bias and scale, the dtype of the output, and options that ask for it."""
-    is_int8 = dtype == torch.int8
-    vectors = [_tensor(torch.float32 if is_int8 else dtype, c_out) for _ in range(2)]
-    out = torch.bfloat16 if is_int8 else dtype
-    return vectors, out, {"activation": ACTIVATION, "output_dtype": out}
-
-
-def _sparse_matmul(layer: Layer, dtype: torch.dtype) -> Call:
-    rows = layer.batch * layer.height * layer.width
-    weight, c_out = _blocks(layer, dtype, -(-layer.c_in // layer.block))
-    vectors, out, options = _sparse_epilogue(dtype, c_out)
-    return [_tensor(dtype, rows, layer.c_in), *weight, *vectors, _tensor(out, rows, c_out)], options
-
-
-def _sparse_conv(layer: Layer, dtype: torch.dtype) -> Call:
-    weight, c_out = _blocks(layer, dtype, layer.kernel**2 * -(-layer.c_in // layer.block))
-    vectors, out, options = _sparse_epilogue(dtype, c_out)
-    options |= {**_window(layer), "kernel_size": [layer.kernel] * 2}
-    return [_x(layer, dtype), *weight, *vectors, _residual(layer, out, c_out)], options
+def _sparse(s: Layer, dtype: torch.dtype, op: str) -> Call:
+    is_product, sides = op == "sparse_matmul", (-(-s.c_out // s.block), -(-s.c_in // s.block))
+    options: dict[str, Any] = {"output_dtype": torch.bfloat16 if dtype == torch.int8 else dtype}
+    if is_product:
+        return _made(op, dtype, (s.rows, s.c_in), (*sides, s.block), **options)
+    grid, options = (sides[0], s.kernel**2 * sides[1], s.block), {**options, "kernel_size": [s.kernel] * 2}
+    return _made(op, dtype, s.image(), grid, **options, **s.window)
 
 
 _MOST_PRODUCTS = 65536
 """Of a sum of int8 products."""
 
-_AFFINE = {"input_scale": 0.37, "input_zero_point": -19, "activation": ACTIVATION}
-_INT8_OUT = {"output_scale": 37.0, "output_zero_point": -11}
-_INT8_RESIDUAL = {"residual_scale": 0.2, "residual_zero_point": 3}
+_AFFINE: dict[str, Any] = {"input_scale": 0.37, "input_zero_point": -19}
+_INT8_OUT: dict[str, Any] = {"output_scale": 37.0, "output_zero_point": -11}
+_INT8_RESIDUAL: dict[str, Any] = {"residual_scale": 0.2, "residual_zero_point": 3}
+_FLOATING: dict[str, Any] = {"output_dtype": torch.bfloat16}
 
 
-def _int8_matmul(layer: Layer, dtype: torch.dtype, *, by_row: bool = False) -> Call:
-    rows = layer.batch * layer.height * layer.width
-    operands = [_tensor(dtype, rows, layer.c_in), _tensor(dtype, layer.c_out, layer.c_in)]
-    vectors = [_tensor(torch.float32, layer.c_out) for _ in range(2)]
-    if not by_row:
-        residual = _tensor(dtype, rows, layer.c_out)
-        return [*operands, *vectors, residual, None, None], _AFFINE | _INT8_OUT | _INT8_RESIDUAL
-    of_rows = [_tensor(torch.float32, rows), _tensor(torch.int32, rows)]
-    residual = _tensor(torch.bfloat16, rows, layer.c_out)
-    return [*operands, *vectors, residual, *of_rows], {"activation": ACTIVATION, "output_dtype": torch.bfloat16}
+def _int8_matmul(s: Layer, dtype: torch.dtype, *, by_row: bool = False) -> Call:
+    options = _FLOATING if by_row else _AFFINE | _INT8_OUT | _INT8_RESIDUAL
+    weight, absent = (s.c_out, s.c_in), () if by_row else _RARE
+    return _made("int8_matmul", dtype, (s.rows, s.c_in), weight, absent=absent, **options)
 
 
-def _int8_conv(layer: Layer, dtype: torch.dtype, *, floating: bool = False, depthwise: bool = False) -> Call:
-    c_in = min(layer.c_in, _MOST_PRODUCTS // layer.kernel**2)
-    c_out = c_in if depthwise else layer.c_out
-    weight = _tensor(dtype, c_out, 1 if depthwise else c_in, layer.kernel, layer.kernel)
-    vectors = [_tensor(torch.float32, c_out) for _ in range(2)]
-    out = {"output_dtype": torch.bfloat16} if floating else _INT8_OUT | _INT8_RESIDUAL
-    residual = _residual(layer, torch.bfloat16 if floating else dtype, c_out)
-    return [_x(layer, dtype, c_in), weight, *vectors, residual], {**_AFFINE, **_window(layer), **out}
+def _int8_conv(s: Layer, dtype: torch.dtype, op: str = "int8_conv2d", *, is_floating: bool = False) -> Call:
+    c_in, is_depthwise = min(s.c_in, _MOST_PRODUCTS // s.kernel**2), op == "int8_depthwise_conv2d"
+    weight = (c_in if is_depthwise else s.c_out, 1 if is_depthwise else c_in, s.kernel, s.kernel)
+    options = {**_AFFINE, **s.window, **(_FLOATING if is_floating else _INT8_OUT | _INT8_RESIDUAL)}
+    return _made(op, dtype, s.image(c_in), weight, **options)
 
 
-def _quantize(layer: Layer, dtype: torch.dtype) -> Call:
-    return [_x(layer, dtype)], {"scale": 0.02, "zero_point": -5}
+def _quantize(s: Layer, dtype: torch.dtype, op: str) -> Call:
+    return _made(op, dtype, s.image(), scale=0.02, zero_point=-5)
 
 
-def _quantize_rows(layer: Layer, dtype: torch.dtype) -> Call:
-    return [_tensor(dtype, layer.batch * layer.height, layer.c_in)], {"symmetric": False}
+def _quantize_rows(s: Layer, dtype: torch.dtype) -> Call:
+    return _made("quantize_rows", dtype, (s.batch * s.height, s.c_in), symmetric=False)
 
 
-def _int8_add(layer: Layer, dtype: torch.dtype) -> Call:
-    scales = {"input_scale": 0.3, "input_zero_point": 4, "other_scale": 0.7, "other_zero_point": 3}
-    return [_x(layer, dtype), _x(layer, dtype)], {**scales, **_INT8_OUT, "activation": ACTIVATION}
-
-
-def _bare(form: Form, *present: int) -> Form:
-    """Without the operands but those at some positions."""
-
-    def make(layer: Layer, dtype: torch.dtype) -> Call:
-        tensors, options = form(layer, dtype)
-        return [t if at in present else None for at, t in enumerate(tensors)], options
-
-    return make
+def _int8_add(s: Layer, dtype: torch.dtype) -> Call:
+    scales: dict[str, Any] = {"input_scale": 0.3, "input_zero_point": 4, "other_scale": 0.7, "other_zero_point": 3}
+    return _made("int8_add", dtype, s.image(), **scales | _INT8_OUT)
 
 
 FORMS: Mapping[str, Mapping[str, Form]] = {
-    "pointwise_conv2d": {
-        "": _pointwise,
-        "input_scale": lambda layer, dtype: _pointwise(layer, dtype, input_scale=True),
-    },
-    "linear": {"": _linear, "with a bias alone": _bare(_linear, 0, 1, 2)},
+    "pointwise_conv2d": {"": _pointwise, "input_scale": partial(_pointwise, absent=())},
+    "linear": {"": _linear, "with a bias alone": partial(_linear, absent=("scale", "residual"))},
     "depthwise_conv2d": {"": _depthwise},
     "separable_conv2d": {"": _separable},
     "inverted_residual": {"": _inverted},
-    "grouped_conv2d": {"": _grouped, "shuffled": lambda layer, dtype: _grouped(layer, dtype, shuffle=True)},
-    "channel_shuffle": {"": _shuffle},
-    "shuffle_concat": {"": _concat},
+    "grouped_conv2d": {"": _grouped, "shuffled": partial(_grouped, is_shuffled=True)},
+    "channel_shuffle": {"": partial(_shuffle, op="channel_shuffle")},
+    "shuffle_concat": {"": partial(_shuffle, op="shuffle_concat")},
     "ghost_conv2d": {
         "": _ghost,
-        "3x3 primary": lambda layer, dtype: _ghost(layer, dtype, kernel=3),
-        "without a residual": _bare(_ghost, 0, 1, 2, 3, 4),
+        "3x3 primary": partial(_ghost, kernel=3),
+        "without a residual": partial(_ghost, absent=("residual",)),
     },
-    "sparse_matmul": {"": _sparse_matmul},
-    "sparse_conv2d": {"": _sparse_conv},
-    "int8_matmul": {"": _int8_matmul, "by row": lambda layer, dtype: _int8_matmul(layer, dtype, by_row=True)},
-    "int8_conv2d": {"": _int8_conv, "bf16 out": lambda layer, dtype: _int8_conv(layer, dtype, floating=True)},
+    "sparse_matmul": {"": partial(_sparse, op="sparse_matmul")},
+    "sparse_conv2d": {"": partial(_sparse, op="sparse_conv2d")},
+    "int8_matmul": {"": _int8_matmul, "by row": partial(_int8_matmul, by_row=True)},
+    "int8_conv2d": {"": _int8_conv, "bf16 out": partial(_int8_conv, is_floating=True)},
     "int8_depthwise_conv2d": {
-        "": lambda layer, dtype: _int8_conv(layer, dtype, depthwise=True),
-        "bf16 out": lambda layer, dtype: _int8_conv(layer, dtype, floating=True, depthwise=True),
+        "": partial(_int8_conv, op="int8_depthwise_conv2d"),
+        "bf16 out": partial(_int8_conv, op="int8_depthwise_conv2d", is_floating=True),
     },
     "int8_add": {"": _int8_add},
-    "quantize": {"": _quantize},
+    "quantize": {"": partial(_quantize, op="quantize")},
     "quantize_rows": {"": _quantize_rows},
-    "dequantize": {"": _quantize},
+    "dequantize": {"": partial(_quantize, op="dequantize")},
 }
 """Op → what is special of a form → how it is made. The first stands for the others."""

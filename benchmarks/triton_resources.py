@@ -17,6 +17,8 @@ from resources import PAGE, read_table, span, write_table
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 from triton_builds import KINDS, TARGETS, Build, build, families, faults, launches, sample
 
+from kernelpress.bench.tables import markdown
+
 __all__ = ["MARKS", "expected_rows", "table", "written_rows"]
 
 MARKS = ("<!-- triton resources: written by `make resources` -->", "<!-- /triton resources -->")
@@ -36,15 +38,15 @@ def table(builds: Sequence[Build]) -> str:
     targets = [target.name for target in TARGETS]
     head = ["family", "kernel", "of", "builds", *(f"registers, {name}" for name in targets)]
     head += ["shared memory, KiB", "spilled bytes", "instructions"]
-    lines = ["| " + " | ".join(head) + " |", "|---|---|---|" + "---:|" * (len(head) - 4) + "---|"]
+    rows = []
     for (family, kernel), alike in groupby(sorted(builds, key=_of_kernel), key=_of_kernel):
         found = list(alike)
         kinds = [kind for kind in KINDS if any(it.kind == kind for it in found)]
         registers = [span(it.registers for it in found if it.target == name) for name in targets]
         row = [family, f"`{kernel}`", ", ".join(kinds), str(len(found)), *registers]
         row += [span(-(-it.shared_bytes // 1024) for it in found), span(it.spilled_bytes for it in found)]
-        lines.append("| " + " | ".join([*row, _short(name for it in found for name in it.instructions)]) + " |")
-    return "\n".join(lines)
+        rows.append([*row, _short(name for it in found for name in it.instructions)])
+    return "\n".join(markdown((head, rows)))
 
 
 def _of_kernel(build: Build) -> tuple[str, str]:

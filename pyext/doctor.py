@@ -6,11 +6,11 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from kernelpress.runtime.host import processor_facts, version_of
 
 __all__ = ["Finding", "examine"]
 
@@ -59,7 +59,8 @@ def _processor() -> Iterator[Finding]:
     from kernelpress.bench.machine import describe_machine
 
     machine = describe_machine()
-    present = _cpu_flags()
+    facts = processor_facts()
+    present = facts.get("flags", facts.get("Features", "")).split()
     yield Finding("processor", "model", None, machine.processor)
     yield Finding("processor", "features", None, ", ".join(flag for flag in FEATURES if flag in present) or "unknown")
     yield Finding(
@@ -69,16 +70,6 @@ def _processor() -> Iterator[Finding]:
         f"torch uses {torch.get_num_threads()} of {len(os.sched_getaffinity(0))} CPUs allowed here",
     )
     yield Finding("processor", "system", None, f"{machine.system}, Python {machine.python}, torch {torch.__version__}")
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return set()
-    return next(
-        (set(line.partition(":")[2].split()) for line in lines if line.startswith(("flags", "Features"))), set()
-    )
 
 
 def _native() -> Iterator[Finding]:
@@ -123,7 +114,7 @@ def _triton() -> Iterator[Finding]:
     from kernelpress.ops.tuning import search
 
     reason = triton.TARGET.reason(None)
-    version = _version("triton")
+    version = version_of("triton")
     named = "" if version is None or reason is None else f"{version}; "
     yield Finding("GPU", "Triton kernels", reason is None, f"{named}{reason or version}")
     try:
@@ -168,7 +159,7 @@ def _energy() -> Iterator[Finding]:
 
 def _packages() -> Iterator[Finding]:
     for name in PEERS:
-        version = _version(name)
+        version = version_of(name)
         yield Finding("peers", name, version is not None, version or "not installed: pip install 'kernelpress[peers]'")
     for module, purpose in OPTIONAL.items():
         if importlib.util.find_spec(module) is None:
@@ -186,10 +177,3 @@ def _cache() -> Iterator[Finding]:
     files = list(folder.glob("timings-*.json")) if folder.is_dir() else []
     state = f"{len(files)} files of timings" if is_writable else "not writable: layers are timed anew in every process"
     yield Finding("timings cache", str(folder), is_writable, state)
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

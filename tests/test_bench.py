@@ -14,19 +14,24 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernelpress import bench, ops
-from kernelpress.bench import Case, Roofline, Stage, ours, peers
-from kernelpress.bench.contest import OURS, UNFUSED, relative_error
+from kernelpress.bench import Layer, Roofline, ours, peers
+from kernelpress.bench.contest import OURS, UNFUSED, expected_of, relative_error
 from kernelpress.bench.layers import (
     channel_shuffle,
+    convolution,
+    depthwise_conv2d,
     ghost_conv2d,
     grouped_conv2d,
     int8_conv2d,
     int8_matmul,
+    inverted_residual,
+    linear,
+    separable_conv2d,
     shuffle_concat,
     sparse_conv2d,
     sparse_matmul,
 )
-from kernelpress.bench.run import measure_case
+from kernelpress.bench.run import measure_layer
 from kernelpress.runtime import native
 
 ROOFLINE = Roofline(
@@ -34,62 +39,39 @@ ROOFLINE = Roofline(
 )
 
 SMALL = {
-    "stem": Case("dense", "conv2d", "test", 9, (Stage(3, 8, 3, 2, activation="relu"),)),
-    "dense_with_residual": Case("dense", "conv2d", "test", 5, (Stage(6, 10, 3, activation="relu"),), residual=True),
-    "pointwise": Case("dense", "pointwise_conv2d", "test", 5, (Stage(12, 7, activation="relu6"),), batch=2),
-    "pointwise_with_residual": Case("dense", "pointwise_conv2d", "test", 4, (Stage(5, 8),), residual=True),
-    "linear": Case("dense", "linear", "test", 1, (Stage(11, 6),), batch=3),
-    "depthwise": Case("depthwise", "depthwise_conv2d", "test", 8, (Stage(10, 10, 5, 2, 10, "hardswish"),)),
-    "separable": Case(
-        "separable", "separable_conv2d", "test", 6, (Stage(8, 8, 3, 2, 8, "relu"), Stage(8, 12, activation="relu"))
-    ),
-    "inverted_residual": Case(
-        "separable",
-        "inverted_residual",
-        "test",
-        6,
-        (Stage(4, 24, activation="relu6"), Stage(24, 24, 3, 1, 24, "relu6"), Stage(24, 4)),
-        residual=True,
-    ),
+    "stem": convolution("test", 1, 9, 3, 8, 3, 2),
+    "dense_with_residual": convolution("test", 1, 5, 6, 10, 3, residual=True),
+    "pointwise": convolution("test", 2, 5, 12, 7, activation="relu6"),
+    "pointwise_with_residual": convolution("test", 1, 4, 5, 8, activation="identity", residual=True),
+    "linear": linear("test", 3, 11, 6),
+    "depthwise": depthwise_conv2d("test", 1, 8, 10, 5, 2, "hardswish"),
+    "separable": separable_conv2d("test", 1, 6, 8, 12, 2),
+    "inverted_residual": inverted_residual("test", 1, 6, 4, 24, 4, 1),
 }
-
-
-def every_case() -> list[Case]:
-    return [case for family in bench.FAMILIES for case in bench.cases(family)]
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(params=SMALL.values(), ids=SMALL.keys())
-def small(request: pytest.FixtureRequest) -> Case:
+def small(request: pytest.FixtureRequest) -> Layer:
     return request.param
 
 
-def drawn(case: Case) -> list[torch.Tensor | None]:
-    return case.make(torch.device("cpu"), torch.float32)
+def drawn(layer: Layer) -> tuple[str, list[torch.Tensor | None], dict[str, Any]]:
+    return layer.op, *layer.make(CPU, torch.float32)
 
 
-def test_flops_and_traffic_are_those_of_the_tensors(small: Case) -> None:
-    tensors = drawn(small)
+def test_flops_and_traffic_are_those_of_the_tensors(small: Layer) -> None:
+    op, tensors, options = drawn(small)
     with FlopCounterMode(display=False) as counter:
-        y = peers.eager(small, tensors)()
+        y = peers.eager(op, tensors, options)()
     assert small.flops == counter.get_total_flops()
-    moved = [y, *(tensors[:-1] if small.residual_is_input else tensors)]
-    assert small.traffic_bytes == sum(tensor.nbytes for tensor in moved if tensor is not None)
-
-
-@pytest.mark.parametrize("case", every_case(), ids=lambda case: f"{case.network} {case.op} {case.label}")
-def test_layers_of_networks_are_consistent(case: Case) -> None:
-    for before, after in zip(case.stages, case.stages[1:], strict=False):
-        assert before.c_out == after.c_in
-    if case.residual_is_input:
-        assert case.x_shape == case.y_shape
-    depthwise = sum(stage.is_depthwise for stage in case.stages)
-    assert depthwise == (case.family != "dense")
-    assert bench.cases(case.family, batch=2)[bench.cases(case.family).index(case)].flops == 2 * case.flops
+    moved = {id(tensor): tensor.nbytes for tensor in [y, *tensors] if tensor is not None}
+    assert small.traffic_bytes(torch.float32) == sum(moved.values())
 
 
 def test_labels_tell_the_layers_of_a_family_apart() -> None:
     for family in bench.FAMILIES:
-        names = [(case.op, case.label) for case in bench.cases(family)]
+        names = [(layer.op, layer.title) for layer in bench.layers(family)]
         assert len(set(names)) == len(names)
 
 
@@ -103,15 +85,20 @@ def test_labels_tell_the_layers_of_a_family_apart() -> None:
     ],
 )
 def test_labels_name_the_shape(name: str, label: str) -> None:
-    assert SMALL[name].label == label
+    assert SMALL[name].title == label
 
 
-def test_all_contestants_agree_with_double_precision(small: Case) -> None:
-    tensors = drawn(small)
-    expected = peers.eager(small, exact(tensors))()
-    calls = {OURS: ours.fused(small.op, tensors, small.options), **peers.peers(small, tensors)}
-    if len(small.stages) > 1:
-        calls[UNFUSED] = ours.unfused(small, tensors)
+def test_all_contestants_agree_with_double_precision(small: Layer) -> None:
+    op, tensors, options = drawn(small)
+    expected = peers.eager(op, exact(tensors), options)()
+    calls = {
+        OURS: ours.on_backend(op, tensors, options, ours.backend_of(op, tensors, options)),
+        **peers.peers(op, tensors, options),
+    }
+    steps = ours.unfused(op, tensors, options)
+    assert (steps is not None) == (small.family == "separable")
+    if steps is not None:
+        calls[UNFUSED] = steps
     with torch.no_grad():
         errors = {name: relative_error(call(), expected) for name, call in calls.items()}
     assert max(errors.values()) < 1e-5, errors
@@ -119,21 +106,20 @@ def test_all_contestants_agree_with_double_precision(small: Case) -> None:
 
 @pytest.mark.slow
 def test_the_compiled_peer_agrees_with_eager() -> None:
-    case = SMALL["pointwise_with_residual"]
-    tensors = drawn(case)
-    chain = peers.inductor(case, tensors)
+    call = drawn(SMALL["pointwise_with_residual"])
+    chain = peers.inductor(*call)
     with torch.no_grad():
-        assert relative_error(chain(), peers.eager(case, tensors)()) < 1e-5
+        assert relative_error(chain(), peers.eager(*call)()) < 1e-5
 
 
 def test_inputs_are_fresh_each_time() -> None:
-    first, second = (drawn(SMALL["stem"]) for _ in range(2))
+    (_, first, _), (_, second, _) = (drawn(SMALL["stem"]) for _ in range(2))
     assert not torch.equal(first[0], second[0])
     assert not torch.equal(first[1], second[1])
 
 
 def test_contiguous_inputs_hold_the_same_values() -> None:
-    tensors = drawn(SMALL["dense_with_residual"])
+    _, tensors, _ = drawn(SMALL["dense_with_residual"])
     for t, plain in zip(tensors, peers.contiguous(tensors), strict=True):
         if t is not None:
             assert plain.is_contiguous()
@@ -141,19 +127,19 @@ def test_contiguous_inputs_hold_the_same_values() -> None:
             assert torch.equal(plain, t)
 
 
-def test_a_row_says_what_its_timings_say(small: Case) -> None:
-    row = measure_case(small, ROOFLINE, peers=True, rounds=2, budget_seconds=0.005)
+def test_a_row_says_what_its_timings_say(small: Layer) -> None:
+    row = measure_layer(small, ROOFLINE, peers=True, rounds=2, budget_seconds=0.005)
     times = {contestant.name: contestant.ms for contestant in row.contestants}
     assert row.ms == times[OURS]
     assert row.tflops == pytest.approx(small.flops / row.ms * 1e-9)
-    assert row.gbs == pytest.approx(small.traffic_bytes / row.ms * 1e-6)
+    assert row.gbs == pytest.approx(small.traffic_bytes(torch.float32) / row.ms * 1e-6)
     rivals = {name: ms for name, ms in times.items() if name not in (OURS, UNFUSED)}
     assert row.best_peer == min(rivals, key=lambda name: rivals[name])
     assert row.ratio == pytest.approx(min(rivals.values()) / row.ms)
-    bound = ROOFLINE.bound_ms(small.flops, small.traffic_bytes)
+    bound = ROOFLINE.bound_ms(small.flops, small.traffic_bytes(torch.float32))
     assert bound is not None
     assert row.roofline_fraction == pytest.approx(bound / row.ms)
-    if len(small.stages) > 1:
+    if small.family == "separable":
         assert row.unfused_ratio == pytest.approx(times[UNFUSED] / row.ms)
     else:
         assert row.unfused_ratio is None
@@ -168,24 +154,24 @@ def test_without_peers_only_ours_are_timed() -> None:
 
 
 def test_a_wrong_kernel_is_no_contestant(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = SMALL["pointwise"]
-    right = ours.fused
-    monkeypatch.setattr(ours, "fused", lambda *given: lambda: right(*given)() * 1.01)
+    layer = SMALL["pointwise"]
+    right = ours.on_backend
+    monkeypatch.setattr(ours, "on_backend", lambda *given: lambda: right(*given)() * 1.01)
     with pytest.raises(RuntimeError, match=r"pointwise_conv2d .*: kernelpress: its result is off by 1\.0e-02"):
-        measure_case(case, ROOFLINE, rounds=1, budget_seconds=0.005)
+        measure_layer(layer, ROOFLINE, rounds=1, budget_seconds=0.005)
 
 
 def test_the_row_names_a_forced_backend() -> None:
     from kernelpress.ops import use_backend
 
     with use_backend("reference"):
-        row = measure_case(SMALL["depthwise"], ROOFLINE, rounds=1, budget_seconds=0.005)
+        row = measure_layer(SMALL["depthwise"], ROOFLINE, rounds=1, budget_seconds=0.005)
     assert row.backend == "reference"
 
 
 def test_backends_are_timed_side_by_side() -> None:
     needed = [name for name in ("cpu", "reference") if name != "cpu" or native.cpu() is not None]
-    only = [bench.layer_of_case(SMALL[name]) for name in ("depthwise", "separable")]
+    only = [SMALL[name] for name in ("depthwise", "separable")]
     for row, layer in zip(
         bench.run_backends("separable", needed, only=only, rounds=1, budget_seconds=2e-3), only, strict=True
     ):
@@ -202,11 +188,11 @@ def test_backends_are_timed_side_by_side() -> None:
 @pytest.mark.usefixtures("interpreted_triton")
 def test_triton_is_a_backend_like_others_and_what_it_lacks_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     rich = pytest.importorskip("rich.console", reason="rich prints the table; the extra `cli` installs it")
-    only = [bench.layer_of_case(SMALL[name]) for name in ("linear", "stem")]
+    only = [SMALL[name] for name in ("linear", "stem")]
     options: dict[str, Any] = {"only": only, "rounds": 1, "budget_seconds": 2e-3}
     rows = bench.run_backends("dense", ["reference", "triton"], dtype="fp16", **options)
     linear, stem = rows
-    assert linear.traffic_bytes == SMALL["linear"].traffic_bytes // 2
+    assert linear.layer.traffic_bytes(torch.float16) == SMALL["linear"].traffic_bytes(torch.float32) // 2
     assert linear.ratio(linear.entries[1]) is not None
     assert stem.entries[1].ms is None
     assert stem.entries[1].reason == "conv2d has no implementation on it"
@@ -227,7 +213,7 @@ def test_a_backend_that_computes_something_else_is_no_contestant(monkeypatch: py
     right = ours.on_backend
     monkeypatch.setattr(ours, "on_backend", lambda *given: lambda: right(*given)() * 1.01)
     with pytest.raises(RuntimeError, match=r"linear .*: reference: its result is off by 1\.0e-02"):
-        bench.run_backends("dense", ["reference"], only=[bench.layer_of_case(SMALL["linear"])])
+        bench.run_backends("dense", ["reference"], only=[SMALL["linear"]])
 
 
 SMALL_LAYERS = {
@@ -245,7 +231,7 @@ SMALL_LAYERS = {
 
 @pytest.mark.parametrize("layer", SMALL_LAYERS.values(), ids=SMALL_LAYERS.keys())
 def test_work_and_traffic_of_a_layer_are_those_of_its_tensors(layer: bench.Layer) -> None:
-    tensors, options = layer.make(torch.device("cpu"), torch.float32)
+    tensors, options = layer.make(CPU, torch.float32)
     y = getattr(ops, layer.op)(*tensors, **options, backend="reference")
     indices = {torch.int32}
     moved = sum(t.nbytes for t in (*tensors, y) if t is not None and t.dtype not in indices)
@@ -263,13 +249,14 @@ def test_layers_of_a_family_are_told_apart_and_scale_with_the_batch(family: str)
     for one, two in zip(found, twice, strict=True):
         assert one.family == family
         assert two.flops == 2 * one.flops
-        assert one.elements < two.elements <= 2 * one.elements
+        moved = one.traffic_bytes(torch.float32)
+        assert moved < two.traffic_bytes(torch.float32) <= 2 * moved
 
 
 @pytest.mark.parametrize("layer", SMALL_LAYERS.values(), ids=SMALL_LAYERS.keys())
 def test_a_layer_in_plain_torch_computes_what_its_op_does(layer: bench.Layer) -> None:
-    tensors, options = layer.make(torch.device("cpu"), torch.float32)
-    expected = getattr(ops, layer.op)(*tensors, **options, backend="reference")
+    tensors, options = layer.make(CPU, torch.float32)
+    expected = expected_of(layer.op, tensors, options)
     for given in (tensors, peers.contiguous(tensors)):
         result = layer.plain(given)()
         assert result.shape == expected.shape
@@ -327,7 +314,7 @@ def test_the_bound_is_the_slower_of_compute_and_bandwidth() -> None:
 
 def test_without_an_fma_peak_there_is_no_fraction() -> None:
     unknown = replace(ROOFLINE, fma_gflops=None, fma_absent_because="not built")
-    row = measure_case(SMALL["pointwise"], unknown, rounds=1, budget_seconds=0.005)
+    row = measure_layer(SMALL["pointwise"], unknown, rounds=1, budget_seconds=0.005)
     assert row.roofline_fraction is None
     assert row.limited_by is None
 
@@ -354,7 +341,7 @@ def test_measuring_again_only_raises_the_roofline(monkeypatch: pytest.MonkeyPatc
 def test_the_table_shows_every_row(capsys: pytest.CaptureFixture[str]) -> None:
     rich = pytest.importorskip("rich.console", reason="rich prints the table; the extra `cli` installs it")
     rows = [
-        measure_case(SMALL[name], ROOFLINE, peers=True, rounds=1, budget_seconds=0.005)
+        measure_layer(SMALL[name], ROOFLINE, peers=True, rounds=1, budget_seconds=0.005)
         for name in ("separable", "inverted_residual")
     ]
     rich.Console(width=200).print(bench.table(rows, ROOFLINE))
@@ -380,8 +367,7 @@ def test_the_machine_has_a_folder_name_and_versions() -> None:
 
 
 def test_weights_keep_values_at_their_size_along_a_chain() -> None:
-    case = SMALL["inverted_residual"]
-    y = peers.eager(case, drawn(case))()
+    y = peers.eager(*drawn(SMALL["inverted_residual"]))()
     assert math.isfinite(float(y.norm()))
     assert 0.1 < float(y.std()) < 10
     assert not isinstance(y, nn.Parameter)

@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from kernelpress import bench, layers, models
-from kernelpress.bench import Case, Roofline, Stage
-from kernelpress.bench.run import measure_case
+from kernelpress.bench import Roofline
+from kernelpress.bench.layers import convolution
+from kernelpress.bench.run import measure_layer
 from kernelpress.runtime.torch_private import TorchDispatchMode
 
 ROOFLINE = Roofline(
@@ -53,7 +54,7 @@ TWINS = [
 
 @pytest.mark.parametrize("name", TWINS)
 def test_the_plain_twin_computes_the_same_without_our_layers(name: str) -> None:
-    from kernelpress.bench.twins import to_plain
+    from kernelpress.bench.plain import to_plain
 
     network = models.create(name, num_classes=10).eval()
     twin = to_plain(models.create(name, num_classes=10)).eval()
@@ -68,10 +69,20 @@ def test_the_plain_twin_computes_the_same_without_our_layers(name: str) -> None:
 
 
 def test_a_fused_activation_has_no_plain_twin() -> None:
-    from kernelpress.bench.twins import to_plain
+    from kernelpress.bench.plain import to_plain
 
     with pytest.raises(ValueError, match="relu fused into a layer"):
         to_plain(nn.Sequential(layers.Conv2d(3, 4, 3, activation="relu")))
+
+
+def test_layers_of_others_stay_what_they_are() -> None:
+    from kernelpress.bench.plain import to_plain
+
+    class Same(nn.Conv2d):
+        pass
+
+    network = to_plain(nn.Sequential(Same(3, 4, 3), layers.Linear(4, 2)))
+    assert [type(layer) for layer in network] == [Same, nn.Linear]
 
 
 def test_prepared_weights_are_the_same_in_every_process_and_values_keep_their_size(tmp_path: Path) -> None:
@@ -133,9 +144,6 @@ class Answer:
         self.logits = np.array([logits])
         self.stopped = False
 
-    def output(self) -> np.ndarray[Any, Any]:
-        return self.logits
-
     def stop(self) -> None:
         self.stopped = True
 
@@ -174,8 +182,7 @@ def test_the_page_shows_what_was_saved_losses_and_skips_included(tmp_path: Path)
     assert saved["results"][0]["runtimes"][1]["rounds_ms"] == [8.0, 9.0]
     assert saved["machine"]["processor"] == bench.describe_machine().processor
     assert saved["date"]
-    case = Case("dense", "pointwise_conv2d", "test", 5, (Stage(12, 7, activation="relu6"),))
-    row = measure_case(case, ROOFLINE, peers=True, rounds=1, budget_seconds=0.005)
+    row = measure_layer(convolution("test", 1, 5, 12, 7), ROOFLINE, peers=True, rounds=1, budget_seconds=0.005)
     recording.save("dense", [row], tmp_path, roofline=ROOFLINE)
     page = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "Best peer: OpenVINO; ours takes 2.00 of its time." in page

@@ -127,12 +127,12 @@ class TestDoctor:
         def finding():
             return next(finding for finding in doctor.examine() if finding.name == "Triton kernels")
 
-        monkeypatch.setattr(doctor, "_version", lambda package: "3.9.0")
+        monkeypatch.setattr(doctor, "version_of", lambda package: "3.9.0")
         with triton.TARGET.changed(reason=lambda index: None):
             assert (finding().is_ok, finding().detail) == (True, "3.9.0")
         with triton.TARGET.changed(reason=lambda index: "no device"):
             assert (finding().is_ok, finding().detail) == (False, "3.9.0; no device")
-        monkeypatch.setattr(doctor, "_version", lambda package: None)
+        monkeypatch.setattr(doctor, "version_of", lambda package: None)
         with triton.TARGET.changed(reason=lambda index: "triton is not installed: pip ..."):
             assert (finding().is_ok, finding().detail) == (False, "triton is not installed: pip ...")
 

@@ -511,12 +511,14 @@ def test_inductor_joins_a_row_on_its_scale(gpu: Any) -> None:
 
 def test_a_wrong_result_is_no_contestant(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from gpu.contest import measure
-    from gpu.place import DRY, Place
+    from gpu.place import DRY
     from gpu.roofline import Roofline
 
+    from kernelpress.bench import ours
+
     layer = gpu.contest.family_layers("ghost", DRY)[0]
-    right = Place.ours
-    monkeypatch.setattr(Place, "ours", lambda place, *given: lambda: right(place, *given)() * 1.1)
+    right = ours.on_backend
+    monkeypatch.setattr(ours, "on_backend", lambda *given: lambda: right(*given)() * 1.1)
     row = measure(layer, DRY, Roofline(4300.0, 790.0, 1600.0))
     assert row.ms is None
     assert row.ratio is None
@@ -530,17 +532,16 @@ def test_a_wrong_result_is_no_contestant(gpu: Any, monkeypatch: pytest.MonkeyPat
 def test_a_triton_kernel_is_tuned_and_stands_beside_ours(
     gpu: Any, family: str, op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpu import place, results
-    from gpu.contest import measure
+    from gpu import contest, place, results
     from gpu.roofline import Roofline
 
     from kernelpress.bench.contest import TRITON
 
     tuned: list[str] = []
-    monkeypatch.setattr(place.ops, "tune", lambda name, *args, **options: tuned.append(f"{options['backend']} {name}"))
+    monkeypatch.setattr(contest.ops, "tune", lambda name, *_, **options: tuned.append(f"{options['backend']} {name}"))
     layer = next(layer for layer in gpu.contest.family_layers(family, place.DRY) if layer.op == op)
     roofline = Roofline(4300.0, 790.0, 1600.0)
-    row = measure(layer, place.DRY, roofline)
+    row = contest.measure(layer, place.DRY, roofline)
     assert tuned == [f"triton {op}"]
     (entry,) = (entry for entry in row.contestants if entry.name == TRITON)
     assert row.backend == "reference"
@@ -556,7 +557,7 @@ def test_without_a_triton_kernel_that_runs_there_is_none_beside_ours(gpu: Any) -
     from kernelpress.bench.contest import TRITON
 
     layers = gpu.contest.family_layers("dense", DRY)
-    assert not any(TRITON in gpu.contest.contest_of(layer, DRY).calls for layer in layers[:3])
+    assert not any(gpu.contest.contest_of(layer, DRY).calls[TRITON] for layer in layers[:3])
 
 
 def test_models_leave_triton_out_unless_asked(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -587,7 +588,7 @@ def test_every_case_with_a_triton_kernel_is_checked_on_it(gpu: Any, monkeypatch:
 
     ran: list[str] = []
     monkeypatch.setattr(cuda_cases, "check", lambda case, dtype, device, backend: ran.append(f"{case.op} {backend}"))
-    outcomes = list(checks.triton(torch.device("cuda"), "depthwise"))
+    outcomes = list(checks.outcomes("triton", torch.device("cuda"), "depthwise"))
     assert [outcome.result for outcome in outcomes] == ["passed"] * len(ran)
     assert set(ran) == {"depthwise_conv2d triton"}
     assert len(ran) == 3 * 7
@@ -650,12 +651,12 @@ def test_golden_vectors_are_checked_and_a_wrong_one_is_told(gpu: Any, monkeypatc
 
     monkeypatch.setattr(cuda_golden, "compile_for_device", lambda folder: folder)
     monkeypatch.setattr(cuda_golden, "on_gpu", lambda library: cuda_golden.on_emulator)
-    outcomes = list(checks.golden(torch.device("cuda"), None))
+    outcomes = list(checks.outcomes("golden", torch.device("cuda")))
     assert len(outcomes) >= 30
     assert [outcome for outcome in outcomes if outcome.result != "passed"] == []
     right = cuda_golden.on_emulator
     monkeypatch.setattr(cuda_golden, "on_gpu", lambda library: lambda *given: ~right(*given))
-    outcomes = list(checks.golden(torch.device("cuda"), None))
+    outcomes = list(checks.outcomes("golden", torch.device("cuda")))
     assert {outcome.result for outcome in outcomes} == {"failed"}
     assert "AssertionError (dp4a_multiplies_signed_bytes, line" in next(
         outcome.reason for outcome in outcomes if outcome.name == "dp4a_multiplies_signed_bytes"

@@ -16,7 +16,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu import folder_name
+from gpu import folder_name, link_packages
 from gpu.stages import Result, Stage, run_beside
 
 __all__ = ["main"]
@@ -75,10 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.dry_run or run(_build(environment)):
         link_packages(ROOT, site)
-        checks = _checks(options.family, options.dry_run, min(CHECK_SECONDS, left()))
-        run(*checks)
+        run(*_checks(options.family, options.dry_run, min(CHECK_SECONDS, left())))
         results += _absent(options.dry_run)
-        _benchmarks(options.family, options.dry_run, folder, run, left, with_triton=options.triton)
+        _benchmarks(options, folder, run, left)
     _report(results, seconds - left(), folder / folder_name(device), logs, options.out)
     return int(not all(result.is_good for result in results))
 
@@ -105,16 +104,6 @@ def _nvcc() -> str | None:
     finally:
         sys.path.remove(str(ROOT))
     return found
-
-
-def link_packages(root: Path, site: Path) -> Path:
-    """A folder in which the checkout's folders have their import names, renewed; nothing is installed."""
-    package = site / "kernelpress"
-    shutil.rmtree(site, ignore_errors=True)
-    package.mkdir(parents=True)
-    for path in [*(root / "pyext").iterdir(), root / "kernels"]:
-        (package / path.name).symlink_to(path)
-    return site
 
 
 def _environment(site: Path) -> dict[str, str]:
@@ -153,7 +142,7 @@ def _checks(family: str | None, is_dry: bool, seconds: float) -> list[Stage]:
         Stage(check, _python("-m", "gpu.checks", check, *chosen, *dry), seconds)
         for check in (("ops", "smallest") if is_dry else ("golden", "ops", "opcheck"))
     ]
-    if has_triton() and not is_dry:
+    if find_spec("triton") is not None and not is_dry:
         # Each kernel is compiled as it is first called, which takes a processor a second: families side by side.
         stages += [
             Stage(f"triton-{name}", _python("-m", "gpu.checks", "triton", "--family", name), seconds)
@@ -187,34 +176,21 @@ def find_sanitizer() -> str | None:
     return next(filter(None, map(shutil.which, places)), None)
 
 
-def has_triton() -> bool:
-    """Whether triton is installed. Its kernels are then compiled, checked and measured too."""
-    return find_spec("triton") is not None
-
-
 def _absent(is_dry: bool) -> list[Result]:
     """Checks that are left out, and why."""
     if is_dry:
         return []
     left_out = []
-    if not has_triton():
+    if find_spec("triton") is None:
         left_out.append(Result("triton", "skipped", 0.0, "not installed: pip install triton"))
     if find_sanitizer() is None:
         left_out.append(Result("compute-sanitizer", "skipped", 0.0, "not installed; the CUDA toolkit has it"))
     return left_out
 
 
-def _benchmarks(
-    family: str | None,
-    is_dry: bool,
-    folder: Path,
-    run: Callable[..., bool],
-    left: Callable[[], float],
-    *,
-    with_triton: bool,
-) -> None:
+def _benchmarks(options: argparse.Namespace, folder: Path, run: Callable[..., bool], left: Callable[[], float]) -> None:
     """One family after the other, alone on the device, each with its share of what time is left."""
-    wanted = [family] if family else [*FAMILIES, "models"]
+    wanted = [options.family] if options.family else [*FAMILIES, "models"]
     for index, name in enumerate(wanted):
         # Whole models compile longest: they count three times.
         shares = sum(3 if other == "models" else 1 for other in wanted[index:])
@@ -224,7 +200,7 @@ def _benchmarks(
             continue
         inside = str(max(limit - STARTING_SECONDS, 5.0))
         module = ("gpu.networks", "bench") if name == "models" else ("gpu.kernels", name)
-        flags = [*(["--dry-run"] if is_dry else []), *(["--triton"] if with_triton and name == "models" else [])]
+        flags = ["--dry-run"] * options.dry_run + ["--triton"] * (options.triton and name == "models")
         command = _python("-m", *module, "--seconds", inside, "--out", str(folder), *flags)
         run(Stage(f"bench-{name}", command, limit, may_be_stopped=True))
 
@@ -238,16 +214,10 @@ def _report(results: Sequence[Result], seconds: float, folder: Path, logs: Path,
     print(f"Results: {folder.relative_to(ROOT)}/README.md", flush=True)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        _copy_out(folder, logs, out)
-
-
-def _copy_out(folder: Path, logs: Path, out: Path) -> None:
-    """The device's results, and all logs in one file."""
-    if folder.is_dir():
-        shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
-    with (out / "log.txt").open("w", encoding="utf-8") as file:
-        for log in sorted(logs.iterdir()):
-            file.write(f"===== {log.name}\n{log.read_text(encoding='utf-8', errors='replace')}\n")
+        if folder.is_dir():
+            shutil.copytree(folder, out / folder.name, dirs_exist_ok=True)
+        said = [f"===== {log.name}\n{log.read_text('utf-8', 'replace')}\n" for log in sorted(logs.iterdir())]
+        (out / "log.txt").write_text("".join(said), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,17 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpu.place import Call, Place
+from gpu.place import Place
 from gpu.roofline import Roofline
-from kernelpress.bench import Layer, layers
+from kernelpress import ops
+from kernelpress.bench import Layer, Row, layers, ours
+from kernelpress.bench.calls import Call
 from kernelpress.bench.contest import (
     KINDS,
     OURS,
+    PARTIAL,
     TOLERANCE,
     TRITON,
     UNFUSED,
     Contestant,
-    Row,
+    expected_of,
     hold,
     judged,
     kind_of,
@@ -31,7 +35,8 @@ from kernelpress.bench.contest import (
 )
 from kernelpress.bench.layers import int8_matmul, sparse_matmul, tiny
 from kernelpress.bench.peers import contiguous
-from kernelpress.kernels import reference
+from kernelpress.ops import registry
+from kernelpress.ops.registry import Tensors
 from kernelpress.ops.sparse_blocks import BlockCsr
 from kernelpress.runtime.torch_private import addmm_activation, int_mm
 
@@ -40,6 +45,9 @@ __all__ = ["BATCHES", "Contest", "contest_of", "family_layers", "measure", "with
 BATCHES = (32, 256, 1)
 
 INDUCTOR = "Inductor"
+
+TUNING_SECONDS = 3.0
+"""Of a layer's Triton kernel. Other layers find compiled what was compiled for this one."""
 
 _PRODUCTS = {
     "sparse": [
@@ -67,66 +75,76 @@ def family_layers(family: str, place: Place) -> list[Layer]:
 
 @dataclass(frozen=True)
 class Contest:
-    """A layer on tensors of its own: our calls and the peers' by name, `expected` the result in float32. Peers in
-    `partial` compute something less: they are timed, but are never the best. Results of those in `other_values` are not
-    compared. `eager`, in plain torch, is what Inductor compiles."""
+    """A layer on tensors of its own: our calls and the peers' by name, `expected` gives the result in float32. Results
+    of those in `other_values` are not compared. `eager`, in plain torch, is what Inductor compiles."""
 
     kind: str
     backend: str
-    calls: Mapping[str, Call]
+    calls: Mapping[str, Call | None]
     expected: Call
     eager: Call | None
-    partial: frozenset[str] = frozenset()
-    other_values: frozenset[str] = frozenset()
+    other_values: frozenset[str]
+
+    def held(self, calls: Mapping[str, Call | None], place: Place) -> tuple[tuple[Contestant, ...], dict[str, float]]:
+        """Some calls against the result in float32, for which cuDNN does not search its best way."""
+        search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+        try:
+            expected = self.expected()
+        finally:
+            torch.backends.cudnn.benchmark = search
+        with place.backend():
+            return hold(calls, expected, TOLERANCE[KINDS[self.kind]], place.time, unjudged=self.other_values)
 
 
 def contest_of(layer: Layer, place: Place) -> Contest:
     """Who runs a layer at a place."""
-    tensors, options = layer.make(place.device, place.dtype)
-    plain = layer.plain(tensors)
-    is_product = all(t is None or t.dim() < 4 for t in tensors)
-    peers = {layer.library + " channels_last" * (not is_product): plain}
-    if not is_product:
-        peers[f"{layer.library} contiguous"] = layer.plain(contiguous(tensors))
-    other_values = frozenset(peers) if layer.dtype == torch.int8 else frozenset()
-    more = _MORE_PEERS.get(layer.op)
-    peers |= more(tensors, options) if more else {}
-    own = {
-        OURS: place.ours(layer.op, tensors, options),
-        TRITON: place.triton(layer.op, tensors, options),
-        UNFUSED: place.parts(layer.case, tensors) if layer.case and len(layer.case.stages) > 1 else None,
-    }
-    if layer.dtype == torch.int8:
-        eager = peers.get(SEPARATE)
-        expected: Call = partial(getattr(reference, layer.op), *tensors, **options)
-    else:
-        expected = layer.plain([t.float() if t is not None and t.is_floating_point() else t for t in tensors])
-        eager = None if layer.op == "sparse_matmul" else plain
+    call = layer.make(place.device, place.dtype)
+    peers = {layer.library + " channels_last" * (len(layer.x) == 4): layer.plain(call[0])}
+    if len(layer.x) == 4:
+        peers[f"{layer.library} contiguous"] = layer.plain(contiguous(call[0]))
+    further = _MORE_PEERS[layer.op](*call) if layer.op in _MORE_PEERS else {}
+    with place.backend():
+        backend = ours.backend_of(layer.op, *call)
+        own: dict[str, Call | None] = {
+            OURS: ours.on_backend(layer.op, *call, "auto"),
+            TRITON: None if backend == "triton" else _tuned_triton(layer.op, *call),
+            UNFUSED: ours.unfused(layer.op, *call),
+        }
+    eager = None if layer.op == "sparse_matmul" else next(iter(peers.values()))
     return Contest(
         kind_of(layer.dtype or place.dtype),
-        place.backend_of(layer.op, tensors, options),
-        {name: call for name, call in own.items() if call is not None} | peers,
-        *(expected, eager),
-        partial=frozenset({ALONE}),
-        other_values=other_values | {ALONE},
+        backend,
+        own | peers | further,
+        lambda: expected_of(layer.op, *call),
+        eager if layer.dtype is None else further.get(SEPARATE),
+        frozenset({PARTIAL} if layer.dtype is None else {PARTIAL, *peers}),
     )
 
 
-SEPARATE, ALONE = "_int_mm + epilogue", "_int_mm alone"
+def _tuned_triton(op: str, tensors: Tensors, options: Mapping[str, Any]) -> Call | None:
+    """A call of the op's Triton kernel, tuned for it here and now; None where it has none or that cannot run it."""
+    if registry.why_not(op, *tensors, **options).get("triton", "no kernel") is not None:
+        return None
+    with contextlib.suppress(RuntimeError):  # the call itself will tell
+        ops.tune(op, *tensors, **options, backend="triton", seconds=TUNING_SECONDS)
+    return ours.on_backend(op, tensors, options, "triton")
+
+
+SEPARATE = "_int_mm + epilogue"
 
 
 def _products_in_int8(tensors: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Call]:
-    x, weight, scale, bias = tensors
+    x, weight, scale, bias, *_ = tensors
     transposed = weight.t()
     return {
         SEPARATE: lambda: F.relu(int_mm(x, transposed).float() * scale + bias).to(torch.bfloat16),
-        ALONE: lambda: int_mm(x, transposed),
+        PARTIAL: lambda: int_mm(x, transposed),
     }
 
 
 def _products_of_blocks(tensors: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Call]:
     """torch's Triton kernel for block-sparse rows, with its own choice of tiles."""
-    x, offsets, columns, blocks, bias = tensors
+    x, offsets, columns, blocks, bias, *_ = tensors
     dense = BlockCsr(offsets, columns, blocks, (len(bias), x.shape[1])).to_dense()
     weight = dense.to_sparse_bsr(tuple(blocks.shape[1:]))
     right, column = x.t(), bias[:, None].expand(-1, x.shape[0])
@@ -141,7 +159,7 @@ def _products_of_blocks(tensors: Sequence[Any], options: Mapping[str, Any]) -> d
 
 def _fused_convolution(tensors: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Call]:
     """cuDNN's call with bias, relu and residual, where it has one."""
-    x, weight, bias, _, residual = tensors
+    x, weight, bias, _, residual, *_ = tensors
     if options["activation"] != "relu" or not x.is_cuda:
         return {}
     geometry = (options.get("stride", [1, 1]), options.get("padding", [0, 0]), [1, 1], 1)
@@ -153,7 +171,7 @@ def _fused_convolution(tensors: Sequence[Any], options: Mapping[str, Any]) -> di
 
 def _fused_pointwise(tensors: Sequence[Any], options: Mapping[str, Any]) -> dict[str, Call]:
     """cuBLASLt's product with bias and relu, where that is all."""
-    x, weight, bias, _, residual = tensors
+    x, weight, bias, _, residual, *_ = tensors
     activation = options["activation"]
     if residual is not None or activation not in ("relu", "identity"):
         return _fused_convolution(tensors, options)
@@ -182,9 +200,8 @@ def measure(layer: Layer, place: Place, roofline: Roofline) -> Row:
     A peer that cannot run, or computes something else, is kept with the reason. Ours too: the row then has no time.
     """
     contest = contest_of(layer, place)
-    contestants, errors = _held(contest, contest.calls, place)
-    row = row_of(layer, contest.kind, contest.backend, contestants, errors.get(OURS))
-    return judged(row, roofline, contest.partial)
+    contestants, errors = contest.held(contest.calls, place)
+    return row_of(layer, contest.kind, contest.backend, contestants, errors.get(OURS), roofline)
 
 
 def with_inductor(row: Row, layer: Layer, place: Place, roofline: Roofline) -> Row:
@@ -195,7 +212,7 @@ def with_inductor(row: Row, layer: Layer, place: Place, roofline: Roofline) -> R
         return row
     try:
         compiled = torch.compile(contest.eager, dynamic=False, backend="eager" if place.is_dry else "inductor")
-        contestants, _ = _held(contest, {OURS: contest.calls[OURS], INDUCTOR: compiled}, place)
+        contestants, _ = contest.held({OURS: contest.calls[OURS], INDUCTOR: compiled}, place)
     except Exception as error:  # Inductor fails in as many ways as it has parts
         added = Contestant(INDUCTOR, None, None, reason_of(error))
     else:
@@ -206,15 +223,4 @@ def with_inductor(row: Row, layer: Layer, place: Place, roofline: Roofline) -> R
             added = replace(added, ms=added.ms * row.ms / mine)
     finally:
         torch.compiler.reset()
-    return judged(replace(row, contestants=(*row.contestants, added)), roofline, contest.partial)
-
-
-def _held(contest: Contest, calls: Mapping[str, Call], place: Place) -> tuple[tuple[Contestant, ...], dict[str, float]]:
-    """The contest, against the result in float32 without a search for cuDNN's best way to it."""
-    search, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
-    try:
-        with torch.no_grad():
-            expected = contest.expected()
-    finally:
-        torch.backends.cudnn.benchmark = search
-    return hold(calls, expected, TOLERANCE[KINDS[contest.kind]], place.time, unjudged=contest.other_values)
+    return judged(replace(row, contestants=(*row.contestants, added)), roofline)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
-from gpu import results
+from gpu import results, stage_parser
 from gpu.contest import family_layers, measure, with_inductor
 from gpu.place import DRY, on_device
 from gpu.roofline import measure_roofline
@@ -25,11 +23,8 @@ INDUCTOR_SHARE = 0.4
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measures until the time is up, saving what there is; returns 1 where one of our layers failed."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition(":")[0])
+    parser = stage_parser(__doc__, seconds=60.0)
     parser.add_argument("family", choices=ALL_FAMILIES)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--dry-run", action="store_true", help="tiny layers on the reference backend, on the CPU")
     options = parser.parse_args(arguments)
     begin = time.monotonic()
     torch.manual_seed(0)
@@ -58,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _line(row: Row) -> str:
     time_text = "failed" if row.ms is None else f"{row.ms:.4f} ms"
     fraction = "" if row.roofline_fraction is None else f"{row.roofline_fraction:.0%} of roofline"
-    others = ", ".join(f"{c.name} {c.reason if c.ms is None else f'{c.ms:.4f}'}" for c in row.contestants)
+    others = ", ".join(map(str, row.contestants))
     return f"{row.op} {row.layer} batch {row.batch}: {time_text} {fraction} {ratio_text(row.ratio)} [{others}]"
 
 

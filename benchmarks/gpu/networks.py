@@ -7,14 +7,13 @@ takes minutes a model.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import itertools
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 import kernelpress
-from gpu import results
+from gpu import results, stage_parser
 from gpu.contest import BATCHES
 from gpu.place import DRY, Place, on_device
 from gpu.roofline import measure_roofline
 from kernelpress.bench.contest import MODEL_TOLERANCE, Contestant, reason_of, relative_error
+from kernelpress.bench.plain import to_plain
 from kernelpress.emit import Candidate
 from kernelpress.ops.backends import triton
 from kernelpress.runtime.cuda_graph import record
@@ -35,9 +35,10 @@ __all__ = ["MODELS", "ModelRow", "build", "main"]
 
 IMAGE = 224
 
-OURS = ("mobilenet_v2", "resnet50", "mobilenet_v1", "resnet18")
-THEIRS = {"shufflenet_v2_x1_0": "torchvision", "mobilenet_v3_large": "torchvision", "ghostnet_100": "timm"}
-MODELS = ("mobilenet_v2", "resnet50", "mobilenet_v1", *THEIRS, "resnet18")
+MODELS = (
+    *("mobilenet_v2", "resnet50", "mobilenet_v1", "torchvision:shufflenet_v2_x1_0"),
+    *("torchvision:mobilenet_v3_large", "timm:ghostnet_100", "resnet18"),
+)
 """Most telling first: a short time ends the list early."""
 
 AUTOTUNED = 'torch.compile(mode="max-autotune")'
@@ -58,36 +59,18 @@ class ModelRow:
     emit_seconds: float
     best_peer: str | None = None
     ratio: float | None = None
-    contestants: tuple[Contestant, ...] = field(default=())
+    contestants: tuple[Contestant, ...] = ()
 
 
 def build(name: str, place: Place) -> nn.Module:
     """The model with random weights, in evaluation mode, on the device of `place`. Raises `ImportError` where the
     package that has it is absent."""
     torch.manual_seed(0)
-    if THEIRS.get(name) == "torchvision":
-        import torchvision
-
-        model: nn.Module = torchvision.models.get_model(name, weights=None)
-    elif THEIRS.get(name) == "timm":
-        import timm
-
-        model = timm.create_model(name, pretrained=False)
-    else:
-        model = kernelpress.models.create(name)
+    model = kernelpress.models.build(name)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):  # fresh statistics let activations grow layer by layer
             nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
     return model.eval().to(place.device, place.dtype)
-
-
-def plain(model: nn.Module, x: Tensor) -> nn.Module:
-    """The model on torch's own operations: layers of kernelpress give way to what they are in its exported graph."""
-    from kernelpress.trace import trace
-
-    if any(type(part).__module__.startswith("kernelpress.layers.") for part in model.modules()):
-        return trace(copy.deepcopy(model), (x,), dynamic_batch=False)
-    return model
 
 
 def onto(backend: str) -> Callable[[Candidate], float]:
@@ -95,24 +78,26 @@ def onto(backend: str) -> Callable[[Candidate], float]:
     return lambda candidate: 1.0 if candidate.variant == backend else 10.0 * len(candidate.nodes)
 
 
-def captured(
-    name: str, batch: int, place: Place, *, is_timed: bool
-) -> tuple[ModelRow, nn.Module, Tensor, Callable[[], Tensor]]:
-    """The model emitted and captured and compared with eager: the row so far, the model, its input, a call. Layers are
-    the fastest ones where `is_timed`, else our kernels wherever they can be."""
+Captured = tuple[ModelRow, nn.Module, Tensor, Callable[[], Tensor]]
+"""A model's row so far, the model, its input, a call."""
+
+
+def captured(name: str, batch: int, place: Place, *, is_timed: bool) -> Captured:
+    """The model emitted and captured and compared with eager. Layers are the fastest ones where `is_timed`, else our
+    kernels wherever they can be, which are to give the same twice."""
     model = build(name, place)
     size = 32 if place.is_dry else IMAGE
     x = torch.randn(batch, 3, size, size, device=place.device, dtype=place.dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     begin = time.monotonic()
     with torch.no_grad():
-        expected = plain(model, x)(x)
+        expected = to_plain(copy.deepcopy(model))(x)
         cost = None if is_timed and not place.is_dry else onto("reference" if place.is_dry else "cuda")
         emitted = kernelpress.emit(model, x, cost=cost, progress=False, dynamic_batch=False)
     seconds = time.monotonic() - begin
     plan = kernelpress.capture(emitted, x)
     row = ModelRow(
-        model=name,
+        model=name.rpartition(":")[2],
         batch=batch,
         ms=None,
         relative_error=relative_error(plan(x), expected),
@@ -122,24 +107,33 @@ def captured(
         kept_original=emitted.record.kept_original,
         emit_seconds=seconds,
     )
+    if not is_timed:
+        once = plan(x)
+        torch.testing.assert_close(plan(x), once, rtol=0, atol=0)
     return row, model, x, lambda: plan(x)
+
+
+def attempted(name: str, batch: int, place: Place, *, is_timed: bool) -> Captured | Exception:
+    """`captured`, or why not, which is printed; an `ImportError` is no failure."""
+    try:
+        return captured(name, batch, place, is_timed=is_timed)
+    except ImportError as error:
+        print(f"skipped {name}: {error}", flush=True)
+        return error
+    except Exception as error:  # the others are to be captured all the same
+        print(f"FAILED {name} batch {batch}: {reason_of(error)}", flush=True)
+        return error
 
 
 def capture_all(place: Place) -> int:
     """Captures every model at a small batch; returns how many failed."""
     failures = 0
     for name in MODELS:
-        try:
-            row, _, _, call = captured(name, 2, place, is_timed=False)
-            again = call()
-            torch.testing.assert_close(call(), again, rtol=0, atol=0)
-        except ImportError as error:
-            print(f"skipped {name}: {error}", flush=True)
+        found = attempted(name, 2, place, is_timed=False)
+        if isinstance(found, Exception):
+            failures += not isinstance(found, ImportError)
             continue
-        except Exception as error:  # the others are to be captured all the same
-            print(f"FAILED {name}: {reason_of(error)}", flush=True)
-            failures += 1
-            continue
+        row = found[0]
         is_close = row.relative_error is not None and row.relative_error <= MODEL_TOLERANCE[place.dtype]
         failures += not is_close
         print(
@@ -155,39 +149,34 @@ def bench(place: Place, seconds: float, out: Path) -> int:
     begin = time.monotonic()
     roofline = measure_roofline(place)
     rows: list[ModelRow] = []
-    batches = (2,) if place.is_dry else BATCHES
-    wanted = list(itertools.product(batches, MODELS[:2] if place.is_dry else MODELS))
+    wanted = list(itertools.product((2,) if place.is_dry else BATCHES, MODELS[:2] if place.is_dry else MODELS))
     failures = 0
     left_out = [f"{name} at batch {batch}" for batch, name in wanted]
     for batch, name in wanted:
         if time.monotonic() - begin > seconds:
             break
         left_out.pop(0)
-        try:
-            row, model, x, call = captured(name, batch, place, is_timed=True)
-        except ImportError as error:
-            print(f"skipped {name}: {error}", flush=True)
+        found = attempted(name, batch, place, is_timed=True)
+        if isinstance(found, Exception):
+            failures += not isinstance(found, ImportError)
             continue
-        except Exception as error:  # the others are to be timed all the same
-            print(f"FAILED {name} batch {batch}: {reason_of(error)}", flush=True)
-            failures += 1
-            continue
+        row, model, x, call = found
         rows.append(row)
         for peer, make in _peers(model, x, place):
             if time.monotonic() - begin > seconds and row.ms is not None:
                 break
             rows[-1] = row = _timed(row, call, peer, make, place)
             results.save("models", rows, place, roofline, out, left_out=left_out)
-        times = ", ".join(f"{c.name} {c.reason if c.ms is None else f'{c.ms:.3f}'}" for c in row.contestants)
+        times = ", ".join(map(str, row.contestants))
         print(f"{name} batch {batch}: {row.ms} ms, {row.ratio} [{times}]", flush=True)
         with contextlib.suppress(AttributeError):
             torch.compiler.reset()
     return failures
 
 
-def _peers(model: nn.Module, x: Tensor, place: Place) -> list[tuple[str, Callable[[], Callable[[], object]]]]:
+def _peers(model: nn.Module, x: Tensor, place: Place) -> Iterator[tuple[str, Callable[[], Callable[[], object]]]]:
     """Every peer by name, made when it is its turn."""
-    network = plain(model, x).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = to_plain(copy.deepcopy(model)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def recorded() -> Callable[[], object]:
         return (lambda: network(x)) if place.is_dry else record(lambda: network(x), place.device).replay
@@ -199,10 +188,7 @@ def _peers(model: nn.Module, x: Tensor, place: Place) -> list[tuple[str, Callabl
             function(x)
         return lambda: function(x)
 
-    return [
-        ("eager, captured", recorded),
-        (AUTOTUNED, compiled),
-    ]
+    yield from (("eager, captured", recorded), (AUTOTUNED, compiled))
 
 
 def _timed(
@@ -226,11 +212,8 @@ def _timed(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns how many models failed, at most 1."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = stage_parser(__doc__, seconds=90.0)
     parser.add_argument("what", choices=("capture", "bench"))
-    parser.add_argument("--seconds", type=float, default=90.0)
-    parser.add_argument("--out", type=Path, default=Path("build/gpu"))
-    parser.add_argument("--dry-run", action="store_true", help="tiny images on the reference backend, on the CPU")
     parser.add_argument("--triton", action="store_true", help="layers may run on Triton's kernels, tuned")
     options = parser.parse_args(arguments)
     place = DRY if options.dry_run else on_device()

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
 
 import kernelpress
-from kernelpress import ops
-from kernelpress.bench import Case, ours
-from kernelpress.bench.shapes import Call
-from kernelpress.ops import registry
 from kernelpress.runtime.clock import Timing, time_alternately
 from kernelpress.runtime.device_clock import time_graphs, time_on_device
 
-__all__ = ["DRY", "Call", "Place", "on_device"]
-
-TUNING_SECONDS = 3.0
-"""Of a layer's Triton kernel. Other layers find compiled what was compiled for this one."""
+__all__ = ["DRY", "Place", "on_device"]
 
 
 @dataclass(frozen=True)
@@ -37,69 +28,23 @@ class Place:
         """The device's name, as in `NVIDIA H200`."""
         return "dry run" if self.is_dry else torch.cuda.get_device_name(self.device)
 
-    def random(self, *shape: int) -> Tensor:
-        """Standard normal, in the dtype of floating layers; channels_last where it is an image."""
-        t = torch.randn(shape, device=self.device, dtype=self.dtype)
-        return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
-
-    def bytes(self, *shape: int) -> Tensor:
-        """Random int8 of the whole range; channels_last where it is an image."""
-        t = torch.randint(-128, 128, shape, device=self.device, dtype=torch.int8)
-        return t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
-
-    @contextlib.contextmanager
-    def backend(self) -> Iterator[None]:
+    def backend(self) -> AbstractContextManager[None]:
         """Our ops choose their backend inside; in a dry run it is the reference."""
-        with kernelpress.use_backend("reference" if self.is_dry else "auto"):
-            yield
-
-    def backend_of(self, op: str, tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> str:
-        """The backend that an op takes here."""
-        with self.backend():
-            return ours.backend_of(op, tensors, options)
-
-    def ours(self, op: str, tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Call:
-        """A call of our op, on the backend of this place."""
-
-        def run() -> Tensor:
-            with self.backend():
-                result: Tensor = getattr(ops, op)(*tensors, **options)
-            return result
-
-        return run
-
-    def parts(self, case: Case, tensors: Sequence[Tensor | None]) -> Call:
-        """Calls of our ops for each stage of a fused layer."""
-        with self.backend():
-            stages = ours.unfused(case, list(tensors))
-
-        def run() -> Tensor:
-            with self.backend():
-                return stages()
-
-        return run
-
-    def triton(self, op: str, tensors: Sequence[Tensor | None], options: Mapping[str, Any]) -> Call | None:
-        """A call of the op's Triton kernel, tuned for it here and now; None where it has none, or that cannot run it,
-        or takes it by itself."""
-        reasons = registry.why_not(op, *tensors, **options)
-        if reasons.get("triton", "no kernel") is not None or self.backend_of(op, tensors, options) == "triton":
-            return None
-        with contextlib.suppress(RuntimeError):  # the call itself will tell
-            ops.tune(op, *tensors, **options, backend="triton", seconds=TUNING_SECONDS)
-        return lambda: getattr(ops, op)(*tensors, **options, backend="triton")
+        return kernelpress.use_backend("reference" if self.is_dry else "auto")
 
     def time(self, calls: Mapping[str, Callable[[], object]], *, budget_seconds: float = 20e-3) -> dict[str, Timing]:
         """Times of layers, in turn: as CUDA graphs by the device's clock; in a dry run each call once."""
-        if self.is_dry:
-            return time_alternately(calls, budget_seconds=1e-6, rounds=1, warmup=1, repeats=1)
-        return time_graphs(calls, self.device, budget_seconds=budget_seconds)
+        return _once(calls) if self.is_dry else time_graphs(calls, self.device, budget_seconds=budget_seconds)
 
     def time_models(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
         """Times of whole models that are graphs already, in turn, from the cache as they leave it."""
         if self.is_dry:
-            return time_alternately(calls, budget_seconds=1e-6, rounds=1, warmup=1, repeats=1)
+            return _once(calls)
         return time_on_device(calls, self.device, budget_seconds=0.2, flush_cache=False)
+
+
+def _once(calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
+    return time_alternately(calls, budget_seconds=1e-6, rounds=1, warmup=1, repeats=1)
 
 
 DRY = Place(torch.device("cpu"), torch.float32, True)

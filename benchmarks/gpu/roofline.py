@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from gpu.place import Place
+from kernelpress.bench.calls import random_tensor
 from kernelpress.bench.roofline import Ceilings
 from kernelpress.runtime.torch_private import int_mm
 
@@ -37,8 +38,8 @@ def measure_roofline(place: Place) -> Roofline:
     count, size = (1 << 12, 64) if place.is_dry else (COPY_BYTES, MATRIX)
     source = torch.randint(0, 255, (count,), dtype=torch.uint8, device=place.device)
     target = torch.empty_like(source)
-    a, b = place.random(size, size), place.random(size, size)
-    a8, b8 = place.bytes(size, size), place.bytes(size, size)
+    a, b = (random_tensor(place.device, place.dtype, size, size) for _ in range(2))
+    a8, b8 = (random_tensor(place.device, torch.int8, size, size) for _ in range(2))
     timings = place.time(
         {
             "copy": lambda: target.copy_(source),

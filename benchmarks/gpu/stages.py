@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,37 +46,30 @@ def run_beside(stages: Sequence[Stage], environment: Mapping[str, str], cwd: Pat
     """Runs the stages at the same time, output into `<logs>/<name>.log`; a stage beyond its time is ended with all its
     children."""
     logs.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(len(stages)) as pool:
+        return list(pool.map(lambda stage: _run(stage, environment, cwd, logs / f"{stage.name}.log"), stages))
+
+
+def _run(stage: Stage, environment: Mapping[str, str], cwd: Path, log: Path) -> Result:
     begin = time.monotonic()
-    running: dict[str, tuple[Stage, subprocess.Popen[bytes]]] = {}
-    results: dict[str, Result] = {}
-    for stage in stages:
-        with (logs / f"{stage.name}.log").open("wb") as log:
-            process = subprocess.Popen(
-                stage.command,
-                cwd=cwd,
-                env={**environment, **stage.environment},
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
-        running[stage.name] = (stage, process)
-    while running:
-        for name, (stage, process) in list(running.items()):
-            seconds = time.monotonic() - begin
-            code = process.poll()
-            if code is None and seconds <= stage.seconds:
-                continue
-            outcome = "passed" if code == 0 else "failed"
-            if code is None:
-                outcome = "stopped" if stage.may_be_stopped else "out of time"
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            lines = SHORT_TAIL_LINES if outcome == "passed" else TAIL_LINES
-            results[name] = Result(name, outcome, seconds, tail(logs / f"{name}.log", lines))
-            del running[name]
-        time.sleep(0.05)
-    return [results[stage.name] for stage in stages]
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            stage.command,
+            cwd=cwd,
+            env={**environment, **stage.environment},
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+    try:
+        outcome = "failed" if process.wait(stage.seconds) else "passed"
+    except subprocess.TimeoutExpired:
+        outcome = "stopped" if stage.may_be_stopped else "out of time"
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    lines = SHORT_TAIL_LINES if outcome == "passed" else TAIL_LINES
+    return Result(stage.name, outcome, time.monotonic() - begin, tail(log, lines))
 
 
 def tail(path: Path, lines: int) -> str:

@@ -8,15 +8,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kernelpress import ops
 from kernelpress.bench import ours
-from kernelpress.bench.contest import KINDS, TF32_TOLERANCE, TOLERANCE, Contestant, hold, kind_of, refuse_any
+from kernelpress.bench.calls import Call
+from kernelpress.bench.contest import (
+    KINDS,
+    TF32_TOLERANCE,
+    TOLERANCE,
+    Contestant,
+    expected_of,
+    hold,
+    kind_of,
+    refuse_any,
+)
 from kernelpress.bench.layers import Layer, layers
-from kernelpress.bench.shapes import Call
 from kernelpress.bench.tables import console_table, number_text
 from kernelpress.measure.units import ABSENT, latency_text, ratio_text
 from kernelpress.ops import registry
-from kernelpress.ops.registry import Tensors
 from kernelpress.runtime.clock import Timing, threads_set_to, time_alternately
 from kernelpress.runtime.device_clock import time_graphs
 
@@ -37,26 +44,22 @@ _NOT_IMPLEMENTED = "has no implementation on it"
 
 @dataclass(frozen=True)
 class BackendRow:
-    """A layer on every backend, in the order asked for."""
+    """A layer on every backend, in the order asked for; `dtype` is that of its arithmetic."""
 
-    family: str
-    op: str
-    network: str
-    layer: str
+    layer: Layer
     device: str
     dtype: str
-    flops: int
-    traffic_bytes: int
     entries: tuple[Contestant, ...]
 
     @property
     def unit(self) -> str:
         """Of the rate: GB/s of compulsory traffic for ops that move memory, else GFLOP/s."""
-        return "GB/s" if self.op in MOVING else "GFLOP/s"
+        return "GB/s" if self.layer.op in MOVING else "GFLOP/s"
 
     def rate(self, entry: Contestant) -> float | None:
         """What an entry reaches, in the row's unit."""
-        work = self.traffic_bytes if self.op in MOVING else self.flops
+        is_moving = self.layer.op in MOVING
+        work = self.layer.traffic_bytes(KINDS[self.dtype]) if is_moving else self.layer.flops
         return None if entry.ms is None else work / entry.ms * 1e-6
 
     def ratio(self, entry: Contestant) -> float | None:
@@ -120,17 +123,10 @@ def run_backends(
         ]
 
 
-def _rounded(layer: Layer, exact: Tensors, dtype: torch.dtype) -> Tensors:
-    """What a layer runs on: floating tensors in `dtype`, unless the layer has a dtype of its own."""
-    if layer.dtype is not None:
-        return exact
-    return [t.to(dtype) if t is not None and t.is_floating_point() else t for t in exact]
-
-
 def _refusals(layer: Layer, backends: Sequence[str], device: torch.device, dtype: torch.dtype) -> dict[str, str | None]:
     """Why a backend cannot run a layer, None where it can."""
-    exact, options = layer.make(device, torch.float32)
-    implemented = registry.why_not(layer.op, *_rounded(layer, exact, dtype), **options)
+    tensors, options = layer.make(device, dtype)
+    implemented = registry.why_not(layer.op, *tensors, **options)
     return {name: implemented.get(name, f"{layer.op} {_NOT_IMPLEMENTED}") for name in backends}
 
 
@@ -142,20 +138,14 @@ def _measured(
     rounds: int,
     budget_seconds: float,
 ) -> BackendRow:
-    exact, options = layer.make(device, torch.float32)
-    expected, tensors = getattr(ops, layer.op)(*exact, **options, backend="reference"), _rounded(layer, exact, dtype)
-    usable = [name for name, reason in refusals.items() if reason is None]
-    calls = {name: ours.on_backend(layer.op, tensors, options, name) for name in usable}
-    kind = layer.dtype or dtype
+    call, kind = (layer.op, *layer.make(device, dtype)), layer.dtype or dtype
+    calls = {name: ours.on_backend(*call, name) for name, reason in refusals.items() if reason is None}
     tolerance = TF32_TOLERANCE if device.type == "cuda" and kind == torch.float32 else TOLERANCE[kind]
-    timed, _ = hold(calls, expected, tolerance, lambda able: _timings(able, device, rounds, budget_seconds))
+    timed, _ = hold(calls, expected_of(*call), tolerance, lambda able: _timings(able, device, rounds, budget_seconds))
     refuse_any(timed, f"{layer.op} {layer.title}")
     by_name = {entry.name: entry for entry in timed}
-    return BackendRow(
-        *(layer.family, layer.op, layer.network, layer.title, device.type, kind_of(kind), layer.flops),
-        traffic_bytes=layer.traffic_bytes(dtype),
-        entries=tuple(by_name.get(name, Contestant(name, None, None, why)) for name, why in refusals.items()),
-    )
+    entries = tuple(by_name.get(name, Contestant(name, None, None, why)) for name, why in refusals.items())
+    return BackendRow(layer, device.type, kind_of(kind), entries)
 
 
 def _timings(calls: Mapping[str, Call], device: torch.device, rounds: int, budget_seconds: float) -> dict[str, Timing]:
@@ -172,7 +162,7 @@ def backend_table(rows: Sequence[BackendRow]) -> Table:
     if not rows:
         raise ValueError("rows: expected at least one row, got none")
     units, first = list(dict.fromkeys(row.unit for row in rows)), rows[0]
-    header, cells = ["network", "layer"], [[row.network, row.layer] for row in rows]
+    header, cells = ["network", "layer"], [[row.layer.network, row.layer.title] for row in rows]
     for at, backend in enumerate(entry.name for entry in first.entries):
         header += [backend, " or ".join(units), *([f"vs {first.entries[0].name}"] if at else [])]
         for row, of_row in zip(rows, cells, strict=True):
@@ -183,13 +173,13 @@ def backend_table(rows: Sequence[BackendRow]) -> Table:
                 number_text(row.rate(entry), ".1f") + unit,
             ]
             of_row += [ratio_text(row.ratio(entry))] if at else []
-    return console_table(f"{first.family} on {first.device}, {first.dtype}", (header, cells), _caption(rows))
+    return console_table(f"{first.layer.family} on {first.device}, {first.dtype}", (header, cells), _caption(rows))
 
 
 def _caption(rows: Sequence[BackendRow]) -> str:
     lines = [
         "time: median of the best round; vs: the first backend's time over this one's, above 1× this one is faster"
     ]
-    refused = {(entry.name, row.op): entry.reason for row in rows for entry in row.entries if entry.reason}
+    refused = {(entry.name, row.layer.op): entry.reason for row in rows for entry in row.entries if entry.reason}
     lines += [f"{backend} cannot run {op}: {reason}" for (backend, op), reason in refused.items()]
     return "\n".join(lines)

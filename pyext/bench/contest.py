@@ -4,25 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernelpress import ops
+from kernelpress.bench.calls import Call
 from kernelpress.bench.layers import Layer
 from kernelpress.bench.roofline import Ceilings
-from kernelpress.bench.shapes import Call
+from kernelpress.ops.registry import Tensors
 from kernelpress.runtime.clock import Timing
 
 __all__ = [
     "KINDS",
     "MODEL_TOLERANCE",
     "OURS",
+    "PARTIAL",
     "TF32_TOLERANCE",
     "TOLERANCE",
     "TRITON",
     "UNFUSED",
     "Contestant",
     "Row",
+    "expected_of",
     "hold",
     "judged",
     "kind_of",
@@ -33,6 +38,9 @@ __all__ = [
 ]
 
 OURS, UNFUSED, TRITON = "kernelpress", "kernelpress unfused", "kernelpress on Triton"
+
+PARTIAL = "_int_mm alone"
+"""A peer that computes something less, and so is never the best."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2, torch.int8: 1e-2}
 """Largest ‖result − expected‖ / ‖expected‖ by the dtype computed in: a fast wrong kernel must not enter a table."""
@@ -64,6 +72,9 @@ class Contestant:
     ms: float | None
     spread: float | None = None
     reason: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.reason if self.ms is None else f'{self.ms:.4f}'}"
 
 
 @dataclass(frozen=True)
@@ -102,14 +113,14 @@ class Row:
 
 
 def hold(
-    calls: Mapping[str, Call],
+    calls: Mapping[str, Call | None],
     expected: Tensor,
     tolerance: float,
     time: Clock,
     *,
     unjudged: frozenset[str] = frozenset(),
 ) -> tuple[tuple[Contestant, ...], dict[str, float]]:
-    """Runs every call once for its result, then times them in turn; the contestants, and errors by name.
+    """Runs every call there is once for its result, then times them in turn; the contestants, and errors by name.
 
     Who cannot run or is further than `tolerance` from `expected` is kept with the reason. Those in `unjudged` compute
     something else and are not compared.
@@ -118,6 +129,8 @@ def hold(
     refused: list[Contestant] = []
     errors: dict[str, float] = {}
     for name, call in calls.items():
+        if call is None:
+            continue
         try:
             with torch.no_grad():
                 result = call()
@@ -135,33 +148,43 @@ def hold(
     return (*timed, *refused), errors
 
 
+def expected_of(op: str, tensors: Tensors, options: Mapping[str, Any]) -> Tensor:
+    """What an op means on these tensors, floating ones in float32."""
+    exact = [t.float() if t is not None and t.is_floating_point() else t for t in tensors]
+    with torch.no_grad():
+        result: Tensor = getattr(ops, op)(*exact, **options, backend="reference")
+    return result
+
+
 def row_of(
     layer: Layer,
     kind: str,
     backend: str,
     contestants: tuple[Contestant, ...],
     error: float | None,
+    ceilings: Ceilings,
     *,
     threads: int | None = None,
 ) -> Row:
-    """The row of a contest, to be judged."""
-    return Row(
+    """The row of a contest."""
+    row = Row(
         *(layer.family, layer.op, layer.network, layer.label, layer.batch, kind, threads, backend, layer.flops),
         traffic_bytes=layer.traffic_bytes(KINDS[kind]),
         relative_error=error,
         contestants=contestants,
     )
+    return judged(row, ceilings)
 
 
-def judged(row: Row, ceilings: Ceilings, partial: frozenset[str] = frozenset()) -> Row:
-    """The row with its rates and ratios. Peers in `partial` compute something less: they are never the best."""
+def judged(row: Row, ceilings: Ceilings) -> Row:
+    """The row with its rates and ratios."""
     times = {entry.name: entry.ms for entry in row.contestants if entry.ms is not None}
     row = replace(row, limited_by=ceilings.limited_by(row.flops, row.traffic_bytes, row.kind))
     if OURS not in times:
         return row
     mine = times.pop(OURS)
     own = {name: times.pop(name) / mine if name in times else None for name in (UNFUSED, TRITON)}
-    peers = {name: ms for name, ms in times.items() if name not in partial}
+    peers = {name: ms for name, ms in times.items() if name != PARTIAL}
     best = min(peers, key=peers.__getitem__, default=None)
     bound = ceilings.bound_ms(row.flops, row.traffic_bytes, row.kind)
     return replace(

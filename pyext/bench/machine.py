@@ -5,12 +5,11 @@ from __future__ import annotations
 import platform
 import re
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 
 import torch
 
 from kernelpress.runtime import native
+from kernelpress.runtime.host import processor_name, version_of
 
 __all__ = ["Machine", "describe_machine"]
 
@@ -40,35 +39,16 @@ class Machine:
 def describe_machine() -> Machine:
     """Describes this machine; no host name, no paths."""
     return Machine(
-        processor=_processor_name(),
+        processor=processor_name(),
         cpus=torch.multiprocessing.cpu_count(),
         torch_capability=torch.backends.cpu.get_cpu_capability(),
         kernel_variant=_kernel_variant(),
         system=f"{platform.system()} {platform.release().split('-')[0]} {platform.machine()}",
         python=platform.python_version(),
-        versions=tuple((name, version) for name in _PACKAGES if (version := _version(name)) is not None),
+        versions=tuple((name, version) for name in _PACKAGES if (version := version_of(name)) is not None),
     )
 
 
 def _kernel_variant() -> str:
     module = native.cpu()
     return "reference kernels" if module is None else str(module.variant())
-
-
-def _processor_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    said = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = said.get("model name") or platform.processor() or platform.machine()
-    if any(map(str.isdigit, name)) or "cpu family" not in said:
-        return name
-    return f"{name} family {said['cpu family']} model {said['model']}"  # a guest's may be no more than a brand
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

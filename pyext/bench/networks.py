@@ -4,10 +4,13 @@ from __future__ import annotations
 
 __all__ = [
     "ALEXNET_CLASSIFIER",
+    "DEPTHWISE",
     "GHOSTNET",
+    "HEADS",
     "MOBILENET_V1_PAIRS",
     "MOBILENET_V2_BLOCKS",
-    "MOBILENET_V2_DEPTHWISE",
+    "MOBILENET_V2_POINTWISE",
+    "RESNET18",
     "RESNET50",
     "RESNEXT50",
     "SHUFFLENET_V1",
@@ -42,13 +45,54 @@ MOBILENET_V2_BLOCKS = (
 )
 """Inverted residuals: map size, channels, expanded channels, channels after, stride (Sandler et al. 2018, table 2)."""
 
-MOBILENET_V2_DEPTHWISE = ((56, 144), (14, 576))
-"""Two of its 3×3 depthwise convolutions of stride 1: map size, channels."""
+MOBILENET_V2_POINTWISE = (
+    (112, 16, 96, "relu6", False),
+    (56, 24, 144, "relu6", False),
+    (56, 144, 24, "identity", True),
+    (28, 192, 32, "identity", True),
+    (14, 96, 576, "relu6", False),
+    (14, 576, 96, "identity", True),
+    (7, 960, 160, "identity", True),
+    (7, 960, 320, "identity", False),
+    (7, 320, 1280, "relu6", False),
+)
+"""Some expansions and projections: map size, channels in and out, activation, with a residual or without."""
+
+DEPTHWISE = (
+    ("MobileNet V2", 112, 96, 3, 2, "relu6"),
+    ("MobileNet V2", 56, 144, 3, 1, "relu6"),
+    ("MobileNet V2", 28, 192, 3, 1, "relu6"),
+    ("MobileNet V2", 14, 576, 3, 1, "relu6"),
+    ("MobileNet V2", 7, 960, 3, 1, "relu6"),
+    ("MobileNet V3", 56, 72, 5, 2, "relu"),
+    ("MobileNet V3", 28, 120, 5, 1, "relu"),
+    ("MobileNet V3", 14, 672, 5, 2, "hardswish"),
+    ("MobileNet V3", 7, 960, 5, 1, "hardswish"),
+    ("ConvNeXt-T", 56, 96, 7, 1, "identity"),
+    ("ConvNeXt-T", 14, 384, 7, 1, "identity"),
+)
+"""Network, map size, channels, window, stride, activation."""
+
+HEADS = (("MobileNet V1", 1024), ("MobileNet V2", 1280), ("ResNet-50", 2048))
+"""Features into the last layer."""
+
+RESNET18 = (
+    (56, 64, 64, 3, 1, "relu", False),
+    (56, 64, 64, 3, 1, "relu", True),
+    (56, 64, 128, 3, 2, "relu", False),
+    (28, 128, 128, 3, 1, "relu", True),
+    (28, 128, 256, 3, 2, "relu", False),
+    (14, 256, 256, 3, 1, "relu", True),
+    (14, 256, 512, 3, 2, "relu", False),
+    (7, 512, 512, 3, 1, "relu", True),
+)
+"""Map size, channels in and out, window, stride, activation, with a residual or without (He et al. 2016, table 1)."""
 
 RESNET50 = (
     (56, 64, 64, 1),
     (56, 64, 64, 3),
     (56, 64, 256, 1),
+    (56, 256, 64, 1),
     (28, 512, 128, 1),
     (28, 128, 128, 3),
     (28, 128, 512, 1),
@@ -71,24 +115,24 @@ SHUFFLENET_V2 = ((28, 116), (14, 232), (7, 464))
 """1×: map size, channels of both branches together (Ma et al. 2018, table 5)."""
 
 GHOSTNET = (
-    (112, 16, 16, True),
-    (112, 16, 48, True),
-    (56, 48, 24, False),
-    (56, 24, 72, True),
-    (56, 72, 24, False),
-    (28, 72, 40, False),
-    (28, 40, 120, True),
-    (28, 120, 40, False),
-    (14, 240, 80, False),
-    (14, 80, 184, True),
-    (14, 80, 480, True),
-    (14, 480, 112, False),
-    (14, 112, 672, True),
-    (7, 672, 160, False),
-    (7, 160, 960, True),
-    (7, 960, 160, False),
+    (112, 16, 16, "relu"),
+    (112, 16, 48, "relu"),
+    (56, 48, 24, "identity"),
+    (56, 24, 72, "relu"),
+    (56, 72, 24, "identity"),
+    (28, 72, 40, "identity"),
+    (28, 40, 120, "relu"),
+    (28, 120, 40, "identity"),
+    (14, 240, 80, "identity"),
+    (14, 80, 184, "relu"),
+    (14, 80, 480, "relu"),
+    (14, 480, 112, "identity"),
+    (14, 112, 672, "relu"),
+    (7, 672, 160, "identity"),
+    (7, 160, 960, "relu"),
+    (7, 960, 160, "identity"),
 )
-"""1.0: map size, channels in and out of its ghost modules, with relu or without (Han et al. 2020, table 1)."""
+"""1.0: map size, channels in and out of its ghost modules, activation (Han et al. 2020, table 1)."""
 
 ALEXNET_CLASSIFIER = ((9216, 4096), (4096, 4096))
 """Features in and out of its wide layers (Krizhevsky et al. 2012, section 3.5)."""

@@ -1,18 +1,21 @@
-"""The same layer as others run it inside PyTorch: eager in both memory formats, oneDNN prepacked, Inductor."""
+"""A layer as others run it inside PyTorch: its stages eager in either memory format, oneDNN prepacked, Inductor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernelpress.bench.shapes import Call, Case, Stage
+from kernelpress.bench.calls import Call
+from kernelpress.ops import registry
 from kernelpress.ops.registry import Tensors
+from kernelpress.ops.sparse_blocks import BlockCsr, conv_weight
 
-__all__ = ["contiguous", "eager", "inductor", "onednn_prepacked", "peers"]
+__all__ = ["Step", "contiguous", "eager", "inductor", "onednn_prepacked", "peers", "steps_of"]
 
 _EAGER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda y: y,
@@ -30,83 +33,163 @@ _ONEDNN_ACTIVATIONS: dict[str, tuple[str, list[Any]]] = {
 }
 
 
+@dataclass(frozen=True)
+class Step:
+    """A convolution, or a product of matrices, and its activation."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    activation: str
+
+
+Steps = Sequence[tuple[Step, Tensor, Tensor | None]]
+"""Each with its weight and bias."""
+
+
 def contiguous(tensors: Sequence[Tensor | None]) -> Tensors:
     """The same values in PyTorch's default memory format."""
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def eager(case: Case, tensors: Sequence[Tensor | None]) -> Call:
+def steps_of(op: str, tensors: Tensors, options: Mapping[str, Any]) -> tuple[Tensor, Steps, Tensor | None]:
+    """What an op with weights is made of: x, steps in turn, and a residual that the last one adds before its
+    activation. int8 is in bfloat16 and lacks the scales, blocks are the dense weight that they are of."""
+    entry = registry.operator(op)
+    bound, given, _ = entry.signature.bind(tensors, options)
+    named = {name: t for name, t in zip(entry.tensors, bound, strict=True) if t is not None}
+    if named["x"].dtype == torch.int8:
+        named = {name: t.to(torch.bfloat16) for name, t in named.items()}
+    if "blocks" in named:
+        named["weight"] = _dense(named, given)
+    x, steps = named["x"], []
+    channels = x.shape[1]
+    for part in [name.removesuffix("weight") for name in named if name.endswith("weight")]:
+        weight, of_window = named[part + "weight"], given if part in ("", "depthwise_", "primary_") else None
+        step = Step(
+            getattr(of_window, "stride", (1, 1)),
+            getattr(of_window, "padding", tuple(side // 2 for side in weight.shape[2:])),
+            getattr(of_window, "dilation", (1, 1)),
+            groups=channels // weight.shape[1],
+            activation=getattr(given, part + "activation", given.activation),
+        )
+        steps.append((step, weight, named.get(part + "bias")))
+        channels = weight.shape[0]
+    return x, steps, named.get("residual")
+
+
+def _dense(named: Mapping[str, Tensor], options: Any) -> Tensor:
+    """The weight of a sparse layer, in the memory format of x."""
+    x, offsets, columns, blocks = (named[name] for name in ("x", "row_offsets", "columns", "blocks"))
+    window = getattr(options, "kernel_size", (1, 1))
+    shape = ((len(offsets) - 1) * blocks.shape[1], window[0] * window[1] * x.shape[1])
+    matrix = BlockCsr(offsets, columns, blocks, shape).to_dense()
+    if x.dim() == 2:
+        return matrix
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    return conv_weight(matrix, x.shape[1], window).contiguous(memory_format=layout)
+
+
+def eager(op: str, tensors: Tensors, options: Mapping[str, Any]) -> Call:
     """PyTorch's operations one by one, activations in place; the memory format is that of `tensors`."""
-    x, layers, residual = case.split(tensors)
-    if case.op == "linear":
-        return lambda: F.linear(x, *layers[0][1:])
+    if op in ("channel_shuffle", "shuffle_concat"):
+        images: list[Tensor] = [t for t in tensors if t is not None]
+        return lambda: _shuffled(torch.cat(images, 1) if len(images) > 1 else images[0], options["groups"])
+    x, steps, residual = steps_of(op, tensors, options)
+    groups = options.get("shuffle", 1)
+
+    def ghost() -> Tensor:
+        primary = _run(x, steps[:1], None)
+        return torch.cat([primary, _run(primary, steps[1:], None)], 1)
+
+    def shuffled() -> Tensor:
+        return _shuffled(_run(x, steps, residual), groups)
+
+    return ghost if op == "ghost_conv2d" else shuffled if groups > 1 else lambda: _run(x, steps, residual)
+
+
+def _run(x: Tensor, steps: Steps, residual: Tensor | None) -> Tensor:
+    y = x
+    for index, (step, weight, bias) in enumerate(steps):
+        if weight.dim() == 2:
+            y = F.linear(y, weight, bias)
+        else:
+            y = F.conv2d(y, weight, bias, step.stride, step.padding, step.dilation, step.groups)
+        if index == len(steps) - 1 and residual is not None:
+            y += residual
+        y = _EAGER_ACTIVATIONS[step.activation](y)
+    return y
+
+
+def _shuffled(x: Tensor, groups: int) -> Tensor:
+    """The shuffle as networks write it; a copy."""
+    n, c, h, w = x.shape
+    return x.view(n, groups, c // groups, h, w).transpose(1, 2).reshape(n, c, h, w)
+
+
+def onednn_prepacked(op: str, tensors: Tensors, options: Mapping[str, Any]) -> Call:
+    """oneDNN's own primitives, one a step, with weights packed beforehand and bias, residual and activation fused."""
+    x, steps, residual = steps_of(op, tensors, options)
+    if op == "linear":
+        ((_, weight, bias),) = steps
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
+        return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    made: list[Callable[[Tensor], Tensor]] = []
+    given = x
+    for index, (step, weight, bias) in enumerate(steps):
+        made.append(_primitive(step, weight, bias, given.shape, residual if index == len(steps) - 1 else None))
+        given = made[-1](given)
 
     def call() -> Tensor:
         y = x
-        for index, (stage, weight, bias) in enumerate(layers):
-            y = F.conv2d(y, weight, bias, stage.stride, stage.padding, 1, stage.groups)
-            if index == len(layers) - 1 and residual is not None:
-                y += residual
-            y = _EAGER_ACTIVATIONS[stage.activation](y)
-        return y
-
-    return call
-
-
-def onednn_prepacked(case: Case, tensors: Sequence[Tensor | None]) -> Call:
-    """oneDNN's own primitives, one a stage, with weights packed beforehand and bias, residual and activation fused."""
-    x, layers, residual = case.split(tensors)
-    if case.op == "linear":
-        packed = torch.ops.mkldnn._reorder_linear_weight(layers[0][1], case.batch)
-        return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, layers[0][2], "none", [], "")
-
-    def step(stage: Stage, weight: Tensor, bias: Tensor, size: int, added: Tensor | None) -> Callable[[Tensor], Tensor]:
-        geometry = ([stage.padding] * 2, [stage.stride] * 2, [1, 1], stage.groups)
-        packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, [case.batch, stage.c_in, size, size])
-        name, scalars = _ONEDNN_ACTIVATIONS[stage.activation]
-        if added is None:
-            end = (name, scalars, "")
-            return lambda y: torch.ops.mkldnn._convolution_pointwise(y, packed, bias, *geometry, *end)
-        sum_end = ("add", 1.0, None if name == "none" else name, scalars, "")
-        return lambda y: torch.ops.mkldnn._convolution_pointwise.binary(y, added, packed, bias, *geometry, *sum_end)
-
-    steps = [
-        step(*layer, size, residual if index == len(layers) - 1 else None)
-        for index, (layer, size) in enumerate(zip(layers, case.sizes, strict=False))
-    ]
-
-    def call() -> Tensor:
-        y = x
-        for run in steps:
+        for run in made:
             y = run(y)
         return y
 
     return call
 
 
-def inductor(case: Case, tensors: Sequence[Tensor | None]) -> Call:
+def _primitive(
+    step: Step, weight: Tensor, bias: Tensor | None, shape: Sequence[int], added: Tensor | None
+) -> Callable[[Tensor], Tensor]:
+    geometry = (step.padding, step.stride, step.dilation, step.groups)
+    packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, shape)
+    name, scalars = _ONEDNN_ACTIVATIONS[step.activation]
+    if added is None:
+        return lambda y: torch.ops.mkldnn._convolution_pointwise(y, packed, bias, *geometry, name, scalars, "")
+    end = ("add", 1.0, None if name == "none" else name, scalars, "")
+    return lambda y: torch.ops.mkldnn._convolution_pointwise.binary(y, added, packed, bias, *geometry, *end)
+
+
+def inductor(op: str, tensors: Tensors, options: Mapping[str, Any]) -> Call:
     """`torch.compile` with freezing, in channels_last; compiles at the first call, which takes seconds."""
-    compiled = torch.compile(_Chain(case, tensors).eval(), options={"freezing": True})
-    return lambda: compiled(tensors[0], tensors[-1])
+    x, steps, residual = steps_of(op, tensors, options)
+    compiled = torch.compile(_Chain(steps).eval(), options={"freezing": True})
+    return lambda: compiled(x, residual)
 
 
 class _Chain(nn.Module):
-    """The stages as modules, for the compiler to see weights as parameters that it may freeze."""
+    """The steps as a module, for the compiler to see weights as parameters that it may freeze."""
 
-    def __init__(self, case: Case, tensors: Sequence[Tensor | None]) -> None:
+    def __init__(self, steps: Steps) -> None:
         super().__init__()
-        self.case = case
-        self.weights = nn.ParameterList([t for t in tensors[1:-1] if t is not None])
+        self.steps = [step for step, _, _ in steps]
+        self.weights = nn.ParameterList([weight for _, weight, _ in steps])
+        self.biases = nn.ParameterList([bias for _, _, bias in steps])
 
     def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        return eager(self.case, [x, *self.weights, residual])()
+        return _run(x, list(zip(self.steps, self.weights, self.biases, strict=True)), residual)
 
 
-def peers(case: Case, tensors: Sequence[Tensor | None], *, with_inductor: bool = False) -> dict[str, Call]:
+def peers(op: str, tensors: Tensors, options: Mapping[str, Any], *, with_inductor: bool = False) -> dict[str, Call]:
     """Every peer by name, ready to be called."""
-    contestants = {"eager": eager(case, contiguous(tensors)), "eager channels_last": eager(case, tensors)}
+    contestants = {
+        "eager": eager(op, contiguous(tensors), options),
+        "eager channels_last": eager(op, tensors, options),
+    }
     if torch.backends.mkldnn.is_available():
-        contestants["oneDNN prepacked"] = onednn_prepacked(case, tensors)
+        contestants["oneDNN prepacked"] = onednn_prepacked(op, tensors, options)
     if with_inductor:
-        contestants["Inductor"] = inductor(case, tensors)
+        contestants["Inductor"] = inductor(op, tensors, options)
     return contestants

@@ -11,20 +11,39 @@ from torch import Tensor, nn
 
 from kernelpress.kernels import reference
 from kernelpress.layers import (
+    Conv2d,
+    DepthwiseConv2d,
     DepthwiseSeparableConv2d,
     GhostBottleneck,
     GhostModule,
+    GroupedConv2d,
     InvertedResidual,
+    Linear,
+    PointwiseConv2d,
     ShuffleUnit,
     ShuffleUnitV2,
     SqueezeExcite,
 )
 from kernelpress.models.ghostnet import AttentiveGhostBottleneck, AttentiveGhostModule
 
-__all__ = ["with_plain_blocks"]
+__all__ = ["to_plain"]
+
+_LAYERS = (Conv2d, PointwiseConv2d, DepthwiseConv2d, GroupedConv2d, Linear)
 
 
-def with_plain_blocks(network: nn.Module) -> nn.Module:
+def to_plain(network: nn.Module) -> nn.Module:
+    """`network` with our blocks and layers, in place, as those of PyTorch that they are kinds of. Raises `ValueError` for
+    a fused activation."""
+    for layer in _with_plain_blocks(network).modules():
+        if isinstance(layer, _LAYERS):
+            if layer.activation != "identity":
+                fused = f"got {layer.activation} fused into a layer"
+                raise ValueError(f"network: expected activations that are modules, {fused}")
+            layer.__class__ = nn.Linear if isinstance(layer, nn.Linear) else nn.Conv2d  # type: ignore[assignment]
+    return network
+
+
+def _with_plain_blocks(network: nn.Module) -> nn.Module:
     """`network` whose blocks, in place, call none of our ops themselves; the layers in them are as they were."""
     for module in network.modules():
         module.__class__ = _PLAIN.get(type(module), type(module))

@@ -24,6 +24,9 @@ MEMORY_BYTES = 512 << 20
 MAX_LLC_COPY_BYTES = 16 << 20
 
 
+_MEASURED = ("fma_gflops", "l2_gbs", "llc_gbs", "memory_gbs")
+
+
 class Ceilings(abc.ABC):
     """What a machine can do at best (Williams et al. 2009); `kind` is that of the arithmetic."""
 
@@ -64,14 +67,9 @@ class Roofline(Ceilings):
 
     def best_of(self, other: Roofline) -> Roofline:
         """The higher of each ceiling of two measurements with the same number of threads."""
-        peaks = [peak for peak in (self.fma_gflops, other.fma_gflops) if peak is not None]
-        return replace(
-            self,
-            fma_gflops=max(peaks, default=None),
-            l2_gbs=max(self.l2_gbs, other.l2_gbs),
-            llc_gbs=max(self.llc_gbs, other.llc_gbs),
-            memory_gbs=max(self.memory_gbs, other.memory_gbs),
-        )
+        pairs = {name: (getattr(self, name), getattr(other, name)) for name in _MEASURED}
+        best: dict[str, Any] = {name: max(filter(None, pair), default=None) for name, pair in pairs.items()}
+        return replace(self, **best)
 
     def told(self) -> str:
         """In one sentence."""

@@ -1,27 +1,25 @@
-"""Times the kernels of a family case by case, in turn with their peers, and states what they reach of the roofline."""
+"""Times the kernels of a family layer by layer, in turn with their peers; states what they reach of the roofline."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kernelpress.bench import ours
-from kernelpress.bench.contest import OURS, TOLERANCE, UNFUSED, Row, hold, judged, refuse_any, row_of
-from kernelpress.bench.layers import layer_of_case
-from kernelpress.bench.peers import contiguous, eager
+from kernelpress.bench.contest import OURS, TOLERANCE, UNFUSED, Row, expected_of, hold, judged, refuse_any, row_of
+from kernelpress.bench.layers import FAMILIES, Layer, layers
 from kernelpress.bench.peers import peers as peer_calls
 from kernelpress.bench.roofline import Roofline, measure_roofline
-from kernelpress.bench.shapes import Case, cases
 from kernelpress.bench.tables import console_table, layer_cells
 from kernelpress.runtime.clock import threads_set_to, time_alternately
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["measure_case", "run", "table"]
+__all__ = ["measure_layer", "run", "table"]
 
 DEVICES = ("cpu",)
 
@@ -36,12 +34,12 @@ def run(
     threads: int | None = None,
     rounds: int = 5,
     budget_seconds: float = 0.3,
-    only: Sequence[Case] | None = None,
+    only: Sequence[Layer] | None = None,
 ) -> list[Row]:
-    """Benchmarks every case of `family` (or those of `only`), one row each.
+    """Benchmarks every layer of `family`, one of `FAMILIES` (or those of `only`), one row each.
 
     `peers` times eager in both memory formats and oneDNN in turn with ours; `with_inductor` adds `torch.compile` to
-    them, which compiles for seconds a case. `budget_seconds` is the measuring time of one contestant at one case,
+    them, which compiles for seconds a layer. `budget_seconds` is the measuring time of one contestant at one layer,
     `threads` torch's number of threads (`None`: as it is).
 
     Raises `ValueError` for an unknown family or device and for counts that are not positive, `RuntimeError` where
@@ -49,25 +47,18 @@ def run(
     """
     if device not in DEVICES:
         raise ValueError(f"device: expected one of {', '.join(DEVICES)}, or `run_backends`; got {device!r}")
-    chosen = cases(family, batch=batch) if only is None else tuple(only)
+    if family not in FAMILIES:
+        raise ValueError(f"family: expected one of {', '.join(FAMILIES)}, got {family!r}")
+    chosen = layers(family, batch=batch) if only is None else only
     roofline = measure_roofline(threads)
-    rows = [
-        measure_case(
-            case,
-            roofline,
-            peers=peers,
-            with_inductor=with_inductor,
-            rounds=rounds,
-            budget_seconds=budget_seconds,
-        )
-        for case in chosen
-    ]
+    settings: Any = {"peers": peers, "with_inductor": with_inductor, "rounds": rounds, "budget_seconds": budget_seconds}
+    rows = [measure_layer(layer, roofline, **settings) for layer in chosen]
     roofline = measure_roofline(threads, again=True)
     return [judged(row, roofline) for row in rows]
 
 
-def measure_case(
-    case: Case,
+def measure_layer(
+    layer: Layer,
     roofline: Roofline,
     *,
     peers: bool = False,
@@ -75,27 +66,25 @@ def measure_case(
     rounds: int = 5,
     budget_seconds: float = 0.3,
 ) -> Row:
-    """Benchmarks one case with as many threads as `roofline` was measured with, on fresh random inputs.
+    """Benchmarks one layer with as many threads as `roofline` was measured with, on fresh random inputs.
 
-    Raises `RuntimeError` where ours or a peer disagrees with eager.
+    Raises `RuntimeError` where ours or a peer disagrees with the reference.
     """
     with threads_set_to(roofline.threads), torch.no_grad():
-        tensors = case.make(torch.device("cpu"), torch.float32)
-        calls = {OURS: ours.fused(case.op, tensors, case.options)}
-        if len(case.stages) > 1:
-            calls[UNFUSED] = ours.unfused(case, tensors)
-        if peers:
-            calls |= peer_calls(case, tensors, with_inductor=with_inductor)
+        call = (layer.op, *layer.make(torch.device("cpu"), torch.float32))
+        backend = ours.backend_of(*call)
         contestants, errors = hold(
-            calls,
-            eager(case, contiguous(tensors))(),
+            {
+                OURS: ours.on_backend(*call, backend),
+                UNFUSED: ours.unfused(*call),
+                **(peer_calls(*call, with_inductor=with_inductor) if peers else {}),
+            },
+            expected_of(*call),
             TOLERANCE[torch.float32],
             lambda able: time_alternately(able, budget_seconds=budget_seconds, rounds=rounds),
         )
-        backend = ours.backend_of(case.op, tensors, case.options)
-    refuse_any(contestants, f"{case.op} {case.label}")
-    row = row_of(layer_of_case(case), "fp32", backend, contestants, errors[OURS], threads=roofline.threads)
-    return judged(row, roofline)
+    refuse_any(contestants, f"{layer.op} {layer.title}")
+    return row_of(layer, "fp32", backend, contestants, errors[OURS], roofline, threads=roofline.threads)
 
 
 def table(rows: Sequence[Row], roofline: Roofline | None = None) -> Table:

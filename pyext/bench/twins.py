@@ -10,14 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kernelpress import layers, models
-from kernelpress.bench.plain import with_plain_blocks
+from kernelpress import models
+from kernelpress.bench.plain import to_plain
 from kernelpress.bench.worker import Job
 
-__all__ = ["build", "build_plain_in", "export_onnx", "prepare", "to_plain"]
+__all__ = ["build", "build_plain_in", "export_onnx", "prepare"]
 
 CALIBRATION_BATCH = 4
-OURS = (layers.Conv2d, layers.PointwiseConv2d, layers.DepthwiseConv2d, layers.GroupedConv2d, layers.Linear)
 
 
 def prepare(job: Job, size: int, seed: int) -> nn.Module:
@@ -55,39 +54,6 @@ def build_plain_in(job: Job, memory_format_name: str) -> tuple[nn.Module, Tensor
     x = torch.from_numpy(job.load_input()).contiguous(memory_format=memory_format)
     network: nn.Module = build(job, plain=True).to(memory_format=memory_format)  # type: ignore[call-overload]
     return network, x
-
-
-def to_plain(network: nn.Module) -> nn.Module:
-    """`network` with our layers replaced, in place, by PyTorch's own of the same parameters and state-dict keys."""
-    with_plain_blocks(network)
-    for name, child in network.named_children():
-        setattr(network, name, _plain_layer(child) or to_plain(child))
-    return network
-
-
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
-    height, width = values
-    return height, width
-
-
-def _plain_layer(layer: nn.Module) -> nn.Module | None:
-    """PyTorch's own layer for one of ours, `None` for any other module. Raises `ValueError` for a fused activation."""
-    if not isinstance(layer, OURS):
-        return None
-    if layer.activation != "identity":
-        raise ValueError(f"network: expected activations that are modules, got {layer.activation} fused into a layer")
-    if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-    return nn.Conv2d(
-        layer.in_channels,
-        layer.out_channels,
-        _pair(layer.kernel_size),
-        stride=_pair(layer.stride),
-        padding=layer.padding if isinstance(layer.padding, str) else _pair(layer.padding),
-        dilation=_pair(layer.dilation),
-        groups=layer.groups,
-        bias=layer.bias is not None,
-    )
 
 
 def export_onnx(network: nn.Module, x: Tensor, path: Path) -> None:

@@ -13,6 +13,7 @@ import os
 import statistics
 import sys
 import time
+import timeit
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -128,14 +129,8 @@ def _say(answers: TextIO, **values: object) -> None:
 
 def _burst_median(call: Callable[[], object], iterations: int) -> float:
     """Median milliseconds of `iterations` calls, back to back."""
-    for _ in range(SETTLE_CALLS):
-        call()
-    samples = []
-    for _ in range(iterations):
-        start = time.perf_counter_ns()
-        call()
-        samples.append((time.perf_counter_ns() - start) * 1e-6)
-    return statistics.median(samples)
+    timeit.repeat(call, number=1, repeat=SETTLE_CALLS)
+    return statistics.median(timeit.repeat(call, number=1, repeat=iterations)) * 1e3
 
 
 def _resident_bytes(field: str) -> int | None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import platform
 import warnings
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from kernelpress.files import cache_folder, write_atomically
 from kernelpress.files.plain import from_plain
 from kernelpress.files.sealed import seal, unseal
 from kernelpress.runtime import native
+from kernelpress.runtime.host import processor_name, version_of
 
 __all__ = ["TimingCache", "cache_folder", "device_key"]
 
@@ -39,25 +38,10 @@ def device_key(device: torch.device) -> str:
     if device.type == "cuda":
         module = native.cuda()
         kernels = _build(module) if module else "no native kernels"
-        where = f"{torch.cuda.get_device_name(device)}, {kernels}, triton {_version_of('triton')}"
+        where = f"{torch.cuda.get_device_name(device)}, {kernels}, triton {version_of('triton') or 'absent'}"
     else:
-        where = f"{_processor()}, {torch.get_num_threads()} threads, {_kernel_variant()}"
+        where = f"{processor_name()}, {torch.get_num_threads()} threads, {_kernel_variant()}"
     return f"{where}, torch {torch.__version__}, kernelpress {kernelpress.__version__}"
-
-
-def _version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "absent"
-
-
-def _processor() -> str:
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _kernel_variant() -> str:
