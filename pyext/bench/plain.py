@@ -32,8 +32,8 @@ _LAYERS = (Conv2d, PointwiseConv2d, DepthwiseConv2d, GroupedConv2d, Linear)
 
 
 def to_plain(network: nn.Module) -> nn.Module:
-    """`network` with our blocks and layers, in place, as those of PyTorch that they are kinds of. Raises `ValueError` for
-    a fused activation."""
+    """`network` with our blocks and layers, in place, as those of PyTorch that they are kinds of. Raises `ValueError`
+    for a fused activation."""
     for layer in _with_plain_blocks(network).modules():
         if isinstance(layer, _LAYERS):
             if layer.activation != "identity":
