@@ -123,9 +123,11 @@ def test_native_ghost_of_any_geometry_writes_its_channels_only(cpu_variant: str,
 @pytest.mark.parametrize("size", [(112, 111), (7, 7)], ids=str)
 def test_native_ghost_runs_by_row_steps_and_by_panels(cpu_variant: str, size: tuple[int, int], kernel: int) -> None:
     primary, cheap = torch.randn(72, 24, kernel, kernel), torch.randn(72, 1, 5, 5)
-    tensors = (channels_last(2, 24, *size), primary, torch.randn(72), cheap, None, channels_last(2, 144, *size))
     options = {"padding": (kernel // 2, kernel // 2), "activation": "relu", "cheap_activation": "silu"}
-    assert_matches("ghost_conv2d", tensors, options, ops.ghost_conv2d(*tensors, **options, backend="cpu"))
+    for residual in (None, channels_last(2, 144, *size)):
+        tensors = (channels_last(2, 24, *size), primary, torch.randn(72), cheap, None, residual)
+        outputs = ops.ghost_conv2d(*tensors, **options, backend="cpu"), run_native("ghost_conv2d", tensors, **options)
+        assert_matches("ghost_conv2d", tensors, options, *outputs)
 
 
 def test_flops_count_both_convolutions_and_only_channels_that_are_kept() -> None:

@@ -16,12 +16,18 @@ struct DepthwiseProblem {
   ActivationFunction activation;
 };
 
-// Where input rows are found: row h at base + (h mod capacity) * row_floats.
+// Where input rows are found: row h at base + (h mod capacity) * row_floats. With `edges`, the rows before `first` end at its row
+// `edge_rows`, and those from `last` on begin there.
 struct RowSource {
   const float* base;
   int64_t row_floats, capacity;
+  const float* edges = nullptr;
+  int64_t edge_rows = 0, first = 0, last = 0;
 
-  const float* row(int64_t h) const { return base + h % capacity * row_floats; }
+  const float* row(int64_t h) const {
+    if (edges && (h < first || h >= last)) return edges + (h - (h < first ? first : last) + edge_rows) * row_floats;
+    return base + h % capacity * row_floats;
+  }
 };
 
 // Where output rows go: row i, pixel q at y + (i * row_pixels + q) * y_stride.
