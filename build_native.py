@@ -170,11 +170,12 @@ def _describe_cpu(writer: Any, root: Path, target: str) -> None:
     _compile_rule(writer, [*CXX_FLAGS, os.environ.get("CXXFLAGS", "")])
     # Inline functions of the standard library are compiled with the variant's instruction set. Were they left weak, the
     # linker could take them for the whole module, and it would die on older processors: so the objects of a variant are
-    # merged and their weak symbols made local to it.
+    # merged and their weak symbols made local to it. Their list begins with no name: objcopy fails on an empty one.
     writer.rule(
         "isolate",
         "$cxx -nostdlib -r -Wl,--force-group-allocation -o $out.merged $in"
-        " && $nm --defined-only --format=posix $out.merged | awk '$$2 ~ /^[uvwVW]$$/ {print $$1}' > $out.weak"
+        " && $nm --defined-only --format=posix $out.merged"
+        " | awk 'BEGIN {print 0} $$2 ~ /^[uvwVW]$$/ {print $$1}' > $out.weak"
         " && $objcopy --localize-symbols=$out.weak $out.merged $out",
         description="isolate $out",
     )

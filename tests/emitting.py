@@ -70,6 +70,11 @@ def ops_of(emitted: EmittedModel) -> list[str]:
     return [str(node.target).removesuffix(".default").removeprefix("kernelpress.") for node in nodes]
 
 
+def torch_steps(emitted: EmittedModel, x: Tensor) -> list[str]:
+    """What a plan of the model calls torch for."""
+    return [step for step in kp.capture(emitted, x).steps if step.startswith("torch")]
+
+
 class Apply(nn.Module):
     """Any function of the input and of these layers."""
 

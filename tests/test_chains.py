@@ -7,6 +7,7 @@ import torch
 from emitting import prefer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import channel_slice
 from torch import nn
 
 import kernelpress as kp
@@ -128,6 +129,71 @@ def test_a_large_map_is_streamed_in_many_steps(cpu_variant):
     plan.run(0, 1, [x.data_ptr(), out.data_ptr()])
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
     del held
+
+
+def append_shuffle(plan, passing, made, groups=2):
+    """A step that shuffles both together; its output."""
+    out = registry.allocate("shuffle_concat", (passing, made), {"groups": groups}).fill_(float("nan"))
+    call = native_call("shuffle_concat", (passing, made), {"groups": groups}, out)
+    getattr(plan, call.name)(*call.arguments)
+    return out, call.tensors
+
+
+@given(
+    kind=st.sampled_from(["pointwise", "separable", "inverted", "depthwise and pointwise"]),
+    c_in=st.sampled_from([3, 16, 40]),
+    c_out=st.sampled_from([1, 7, 8, 16, 31, 32, 58, 70]),
+    activation=st.sampled_from(["identity", "relu6", "hardswish"]),
+    size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    batch=st.sampled_from([1, 3]),
+    residual=st.booleans(),
+    seeds=st.random_module(),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_layer_stores_its_channels_between_those_that_pass(
+    cpu_variant, kind, c_in, c_out, activation, size, batch, residual, seeds
+):
+    x, passing = channel_slice(batch, c_in, *size), channel_slice(batch, c_out, *size)
+    calls = [call_of(one, c_in, 3, 1, c_out, activation) for one in kind.split(" and ")]
+    plan, made, held = native_plan(x, calls, residual)
+    out, shuffled = append_shuffle(plan, passing, made)
+    plan.run(0, len(plan), [x.data_ptr(), made.data_ptr()])
+    expected = out.clone()
+    assert torch.equal(expected[:, 0::2], passing)
+    assert torch.equal(expected[:, 1::2], made)
+    made.fill_(float("nan"))
+    out.fill_(float("nan"))
+    assert plan.join(0, len(calls) + 1)
+    plan.run(0, 1, [x.data_ptr(), made.data_ptr()])
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+    assert made.isnan().all()
+    del held, shuffled
+
+
+def test_shuffles_that_no_layer_can_make_are_not_joined():
+    x = channel_slice(2, 8, 5, 6)
+    for swapped, passing, groups in [(False, 8, 4), (False, 4, 2), (True, 8, 2)]:
+        plan, made, held = native_plan(x, [call_of("pointwise", 8, 1, 1, 8, "relu")], residual=False)
+        parts = (channel_slice(2, passing, 5, 6), made)
+        _, shuffled = append_shuffle(plan, *(parts[::-1] if swapped else parts), groups)
+        assert not plan.join(0, 2)
+        del held, shuffled
+    plan, made, held = native_plan(x, [call_of("depthwise", 8, 3, 1, 8, "relu")], residual=False)
+    _, shuffled = append_shuffle(plan, x, made)
+    assert not plan.join(0, 2)
+    del held, shuffled
+
+
+def test_nothing_follows_a_shuffle_in_its_chain():
+    x = channel_slice(1, 8, 5, 6)
+    plan, made, held = native_plan(x, [call_of("pointwise", 8, 1, 1, 8, "relu")], residual=False)
+    out, shuffled = append_shuffle(plan, x, made)
+    op, parameters, options = call_of("depthwise", 8, 3, 1, 8, "relu")
+    following = native_call(op, (out[:, :8], *parameters), options, torch.empty_like(out[:, :8]))
+    getattr(plan, following.name)(*following.arguments)
+    assert not plan.join(0, 3)
+    assert plan.join(0, 2)
+    del held, shuffled
 
 
 def test_layers_that_do_not_feed_each_other_are_not_joined():

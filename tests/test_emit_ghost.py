@@ -3,7 +3,16 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from emitting import Apply, assert_as_exact_as, assert_saving_and_capture_keep, emit_fused, matched_ops, ops_of
+from emitting import (
+    FUSED_BACKENDS,
+    Apply,
+    assert_as_exact_as,
+    assert_saving_and_capture_keep,
+    emit_fused,
+    matched_ops,
+    ops_of,
+    torch_steps,
+)
 from support import with_random_norms
 from torch import nn
 
@@ -77,17 +86,20 @@ def test_a_ghost_module_is_one_op(out, kernel, ratio, tmp_path):
     assert_saving_and_capture_keep(emitted, tmp_path, x)
 
 
-def test_ghost_bottlenecks_add_their_shortcut_in_the_op(tmp_path):
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_ghost_bottlenecks_add_their_shortcut_in_the_op(backend, tmp_path):
     model = with_random_norms(
         nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), GhostBottleneck(8, 16, 8), GhostBottleneck(8, 24, 12, stride=2))
     )
     x = torch.randn(2, 3, 17, 16)
-    emitted = emit_fused(model, x)
+    emitted = emit_fused(model, x, backend)
     names = ops_of(emitted)
     assert names.count("ghost_conv2d") == 4
     assert not {"aten.add.Tensor", "aten.cat", "aten.slice.Tensor"} & set(names)
     assert_as_exact_as(emitted, model, torch.randn(3, 3, 17, 16))
     assert_saving_and_capture_keep(emitted, tmp_path, x)
+    if backend == "cpu":
+        assert torch_steps(emitted, x) == []
 
 
 @pytest.mark.parametrize(

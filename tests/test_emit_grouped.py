@@ -1,11 +1,24 @@
 """Emission of channel shuffles and grouped convolutions, as models of other people's making spell them."""
 
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
-from emitting import Apply, assert_as_exact_as, assert_saving_and_capture_keep, emit_fused, matches, ops_of
+from emitting import (
+    FUSED_BACKENDS,
+    Apply,
+    assert_as_exact_as,
+    assert_saving_and_capture_keep,
+    emit_fused,
+    matches,
+    ops_of,
+    torch_steps,
+)
 from support import with_random_norms
 from torch import nn
+
+import kernelpress as kp
 
 pytestmark = pytest.mark.usefixtures("own_cache", "every_match_is_exact")
 
@@ -170,18 +183,21 @@ class ShuffleUnitV1(nn.Module):
         return F.relu(torch.cat([F.avg_pool2d(x, 3, 2, 1), y], 1), inplace=True)
 
 
-def test_shufflenet_v1_runs_on_shuffled_grouped_convolutions(tmp_path):
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_shufflenet_v1_runs_on_shuffled_grouped_convolutions(backend, tmp_path):
     model = with_random_norms(
         nn.Sequential(nn.Conv2d(3, 12, 3, 2, 1), ShuffleUnitV1(12, 36, 3, 2), ShuffleUnitV1(36, 36, 3, 1))
     )
     x = torch.randn(2, 3, 17, 16)
-    emitted = emit_fused(model, x)
+    emitted = emit_fused(model, x, backend)
     assert ops_of(emitted).count("grouped_conv2d") == 4
     assert not {"channel_shuffle", "aten.transpose.int", "aten.add.Tensor"} & set(ops_of(emitted))
     shuffled = [n for n in emitted.body.graph.nodes if n.kwargs.get("shuffle", 1) > 1]
     assert len(shuffled) == 2
     assert_as_exact_as(emitted, model, torch.randn(3, 3, 17, 16))
     assert_saving_and_capture_keep(emitted, tmp_path, x)
+    if backend == "cpu":
+        assert not [step for step in torch_steps(emitted, x) if "kernelpress" in step]
 
 
 class ShuffleBlockV2(nn.Module):
@@ -220,17 +236,45 @@ class ShuffleBlockV2(nn.Module):
         return view_transpose(out, 2)
 
 
-def test_shufflenet_v2_joins_and_shuffles_in_one_op(tmp_path):
+@pytest.mark.parametrize("backend", FUSED_BACKENDS)
+def test_shufflenet_v2_joins_and_shuffles_in_one_op(backend, tmp_path):
     model = with_random_norms(
         nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), ShuffleBlockV2(8, 16, 2), ShuffleBlockV2(16, 16, 1))
     )
     x = torch.randn(2, 3, 17, 16)
-    emitted = emit_fused(model, x)
+    emitted = emit_fused(model, x, backend)
     names = ops_of(emitted)
     assert names.count("shuffle_concat") == 2
     assert not [name for name in names if "cat." in name or "reshape" in name or "transpose" in name]
     assert_as_exact_as(emitted, model, torch.randn(3, 3, 17, 16))
     assert_saving_and_capture_keep(emitted, tmp_path, x)
+    if backend == "cpu":
+        assert torch_steps(emitted, x) == []
+        plan = kp.capture(emitted, x)
+        assert plan.chains == [["native inverted_residual", "native shuffle_concat"]] * 2
+        torch.testing.assert_close(pickle.loads(pickle.dumps(plan))(x), plan(x), rtol=0, atol=0)
+
+
+@pytest.mark.skipif("cpu" not in FUSED_BACKENDS, reason="no native kernels: build them with `make build`")
+@pytest.mark.parametrize(
+    ("forward", "chained"),
+    [
+        (lambda x, conv: view_transpose(torch.cat((x[:, :8], conv(x[:, 8:])), 1), 2), True),
+        (lambda x, conv: view_transpose(torch.cat((conv(x[:, 8:]), x[:, :8]), 1), 2), False),
+        (lambda x, conv: view_transpose(torch.cat((x[:, :8], conv(x[:, 8:])), 1), 4), False),
+        (lambda x, conv: view_transpose(torch.cat((x[:, :4], conv(x[:, 8:])), 1), 2), False),
+        (lambda x, conv: view_transpose(torch.cat((x[:, :8], y := conv(x[:, 8:])), 1), 2) + y.mean(), False),
+        (lambda x, conv: view_transpose(torch.cat((y := conv(x[:, 8:]), conv(y)), 1), 2), True),
+    ],
+    ids=["passing first", "passing last", "four groups", "unequal", "read again", "made from what passes"],
+)
+def test_a_layer_stores_between_the_channels_that_pass_where_nobody_else_reads_its_own(forward, chained):
+    model = Apply(lambda x, stem, conv: forward(stem(x), conv), nn.Conv2d(3, 16, 3), nn.Conv2d(8, 8, 1)).eval()
+    x = torch.randn(2, 3, 7, 6)
+    emitted = emit_fused(model, x, "cpu")
+    plan = kp.capture(emitted, x)
+    assert (["native pointwise_conv2d", "native shuffle_concat"] in plan.chains) == chained
+    assert_as_exact_as(plan, model, x)
 
 
 @pytest.mark.parametrize(

@@ -7,18 +7,20 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import (
     MAKERS,
     absolute,
     assert_close,
+    assert_matches,
     called_functions,
     channel_slice,
     channels_last,
     exact,
     expected_output,
     run_compiled,
+    run_native,
     with_random_norms,
 )
 from torch import Tensor, nn
@@ -33,11 +35,11 @@ from kernelpress.layers import GhostBottleneck, GhostModule
 def ghosts(draw: st.DrawFn) -> dict:
     kernel = draw(st.sampled_from([(1, 1), (1, 1), (3, 3), (2, 5)]))
     padding = draw(st.sampled_from([(0, 0), (kernel[0] // 2, kernel[1] // 2)]))
-    primary, multiplier = draw(st.sampled_from([1, 2, 7, 8])), draw(st.integers(1, 3))
+    primary, multiplier = draw(st.sampled_from([1, 2, 7, 8, 33, 70])), draw(st.sampled_from([1, 1, 2, 3]))
     return {
         "size": tuple(k + draw(st.integers(0, 8)) for k in kernel),
         "batch": draw(st.integers(1, 2)),
-        "c_in": draw(st.sampled_from([1, 3, 8])),
+        "c_in": draw(st.sampled_from([1, 3, 8, 40])),
         "primary": primary,
         "multiplier": multiplier,
         "kernel": kernel,
@@ -96,6 +98,38 @@ def test_ghost_of_any_geometry_is_what_two_convolutions_and_a_concatenation_are(
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=ghosts(), seeds=st.random_module())
+def test_native_ghost_of_any_geometry_writes_its_channels_only(cpu_variant: str, case: dict, seeds: object) -> None:
+    primary, cheap = case["primary"], case["primary"] * case["multiplier"]
+    has_bias, has_cheap_bias, has_residual = case["parts"]
+    tensors = [
+        case["make"](case["batch"], case["c_in"], *case["size"]),
+        torch.randn(primary, case["c_in"], *case["kernel"]),
+        torch.randn(primary) if has_bias else None,
+        torch.randn(cheap, 1, *case["cheap"]),
+        torch.randn(cheap) if has_cheap_bias else None,
+        None,
+    ]
+    if has_residual:
+        tensors[5] = channel_slice(*ops.allocate("ghost_conv2d", tensors, case["options"]).shape)
+    outputs = [ops.ghost_conv2d(*tensors, **case["options"], backend="cpu")]
+    if case["make"] in (channels_last, channel_slice):
+        outputs.append(run_native("ghost_conv2d", tensors, **case["options"]))
+    assert_matches("ghost_conv2d", tensors, case["options"], *outputs)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("size", [(112, 111), (7, 7)], ids=str)
+def test_native_ghost_runs_by_row_steps_and_by_panels(cpu_variant: str, size: tuple[int, int], kernel: int) -> None:
+    primary, cheap = torch.randn(72, 24, kernel, kernel), torch.randn(72, 1, 5, 5)
+    options = {"padding": (kernel // 2, kernel // 2), "activation": "relu", "cheap_activation": "silu"}
+    for residual in (None, channels_last(2, 144, *size)):
+        tensors = (channels_last(2, 24, *size), primary, torch.randn(72), cheap, None, residual)
+        outputs = ops.ghost_conv2d(*tensors, **options, backend="cpu"), run_native("ghost_conv2d", tensors, **options)
+        assert_matches("ghost_conv2d", tensors, options, *outputs)
+
+
 def test_flops_count_both_convolutions_and_only_channels_that_are_kept() -> None:
     x, primary, cheap = torch.randn(2, 6, 9, 9), torch.randn(4, 6, 1, 1), torch.randn(8, 1, 5, 3)
     with FlopCounterMode(display=False) as counter:
@@ -103,9 +137,10 @@ def test_flops_count_both_convolutions_and_only_channels_that_are_kept() -> None
     assert counter.get_total_flops() == 2 * 2 * 25 * (6 * 4 + 7 * 15)
 
 
-def test_an_empty_batch_gives_an_empty_output() -> None:
-    out = ops.ghost_conv2d(torch.empty(0, 4, 8, 8), torch.randn(3, 4, 1, 1), None, torch.randn(3, 1, 3, 3), stride=2)
-    assert out.shape == (0, 6, 4, 4)
+@pytest.mark.parametrize("backend", ["auto", "cpu", "reference"])
+def test_an_empty_batch_gives_an_empty_output(backend: str) -> None:
+    tensors = (torch.empty(0, 4, 8, 8), torch.randn(3, 4, 1, 1), None, torch.randn(3, 1, 3, 3))
+    assert ops.ghost_conv2d(*tensors, stride=2, backend=backend).shape == (0, 6, 4, 4)
 
 
 X, PRIMARY, CHEAP = torch.zeros(2, 4, 5, 5), torch.zeros(3, 4, 1, 1), torch.zeros(6, 1, 3, 3)

@@ -9,16 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import (
     MAKERS,
+    Maker,
     assert_close,
     assert_matches,
     channel_slice,
     channels_last,
     relative_error,
     run_compiled,
+    run_native,
     with_random_norms,
 )
 from torch import Tensor, nn
@@ -28,22 +30,25 @@ from kernelpress.kernels import reference
 from kernelpress.kernels.reference import ACTIVATIONS
 from kernelpress.layers import ChannelShuffle, GroupedConv2d, ShuffleUnit, ShuffleUnitV2
 
+many = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+in_place = (channels_last, channel_slice)
+
 
 @st.composite
 def grouped_convolutions(draw: st.DrawFn) -> dict[str, Any]:
-    groups = draw(st.sampled_from([1, 2, 3, 4]))
-    per_group = draw(st.sampled_from([1, 2, 3, 8]))
-    out_per_group = draw(st.sampled_from([1, 2, 6]))
+    groups = draw(st.sampled_from([1, 2, 3, 4, 9]))
+    per_group = draw(st.sampled_from([1, 2, 3, 8, 19]))
+    out_per_group = draw(st.sampled_from([1, 2, 6, 17, 40]))
     c_out = groups * out_per_group
-    kernel = draw(st.sampled_from([(1, 1), (3, 3), (2, 5)]))
+    kernel = draw(st.sampled_from([(1, 1), (1, 1), (3, 3), (2, 5)]))
     return {
         "groups": groups,
         "shuffle": draw(st.sampled_from([divisor for divisor in (1, 2, 3, 4, c_out) if c_out % divisor == 0])),
         "channels": groups * per_group,
         "c_out": c_out,
         "kernel": kernel,
-        "stride": draw(st.sampled_from([(1, 1), (2, 2), (1, 3)])),
-        "padding": draw(st.tuples(st.integers(0, 2), st.integers(0, 3))),
+        "stride": draw(st.sampled_from([(1, 1), (1, 1), (2, 2), (1, 3)])),
+        "padding": draw(st.one_of(st.just((0, 0)), st.tuples(st.integers(0, 2), st.integers(0, 3)))),
         "dilation": draw(st.sampled_from([(1, 1), (2, 1)])),
         "size": (draw(st.integers(5, 9)), draw(st.integers(5, 9))),
         "activation": draw(st.sampled_from(ACTIVATIONS)),
@@ -52,10 +57,8 @@ def grouped_convolutions(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("backend", ["reference", "onednn"])
-@settings(max_examples=40)
-@given(case=grouped_convolutions(), seeds=st.random_module())
-def test_grouped_of_any_geometry(backend: str, case: dict[str, Any], seeds: object) -> None:
+def drawn(case: dict[str, Any]) -> tuple[list[Tensor | None], dict[str, Any]]:
+    """Tensors and options of a case."""
     c_out, (has_bias, has_scale, has_residual) = case["c_out"], case["parts"]
     tensors = [
         case["make"](2, case["channels"], *case["size"]),
@@ -67,11 +70,59 @@ def test_grouped_of_any_geometry(backend: str, case: dict[str, Any], seeds: obje
     options = {name: case[name] for name in ("stride", "padding", "dilation", "groups", "shuffle", "activation")}
     if has_residual:
         tensors[4] = channel_slice(*ops.allocate("grouped_conv2d", tensors, options).shape)
+    return tensors, options
+
+
+@pytest.mark.parametrize("backend", ["reference", "onednn"])
+@settings(max_examples=40)
+@given(case=grouped_convolutions(), seeds=st.random_module())
+def test_grouped_of_any_geometry(backend: str, case: dict[str, Any], seeds: object) -> None:
+    tensors, options = drawn(case)
     reason = ops.why_not("grouped_conv2d", *tensors, **options)[backend]
     if reason is None:
         assert_matches("grouped_conv2d", tensors, options, ops.grouped_conv2d(*tensors, **options, backend=backend))
     else:
-        assert has_residual or "computes wrongly" in reason
+        assert tensors[4] is not None or "computes wrongly" in reason
+
+
+@many
+@given(case=grouped_convolutions(), seeds=st.random_module())
+def test_native_grouped_of_any_geometry_writes_its_channels_only(
+    cpu_variant: str, case: dict[str, Any], seeds: object
+) -> None:
+    tensors, options = drawn(case)
+    outputs = [ops.grouped_conv2d(*tensors, **options, backend="cpu")]
+    if case["make"] in in_place:
+        outputs.append(run_native("grouped_conv2d", tensors, **options))
+    assert_matches("grouped_conv2d", tensors, options, *outputs)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_native_grouped_maps_larger_than_the_cache_run_by_steps(cpu_variant: str, kernel: int) -> None:
+    tensors = [
+        channels_last(1, 96, 57, 56),
+        torch.randn(240, 32, kernel, kernel),
+        None,
+        None,
+        channels_last(1, 240, 57, 56),
+    ]
+    for shuffle in (1, 3):
+        options = {"padding": (kernel // 2, kernel // 2), "groups": 3, "shuffle": shuffle, "activation": "relu"}
+        out = ops.grouped_conv2d(*tensors, **options, backend="cpu")
+        assert_matches("grouped_conv2d", tensors, options, out)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_nan_and_infinity_stay_in_their_group(cpu_variant: str, kernel: int) -> None:
+    x = channels_last(1, 12, 9, 8)
+    x[0, 4, 2, 2], x[0, 5, 8, 7] = torch.nan, torch.inf
+    weight = torch.rand(12, 4, kernel, kernel) + 0.1
+    options: dict[str, Any] = {"padding": kernel // 2, "groups": 3, "shuffle": 3}
+    out = ops.grouped_conv2d(x, weight, **options, backend="cpu")
+    expected = ops.grouped_conv2d(x, weight, **options, backend="reference")
+    assert torch.equal(out.isnan(), expected.isnan())
+    assert torch.equal(out.isinf(), expected.isinf())
+    assert not out[:, 0::3].isnan().any()
 
 
 def test_shuffle_moves_the_convolution_s_channels_and_its_bias_but_not_the_residual() -> None:
@@ -85,24 +136,51 @@ def test_shuffle_moves_the_convolution_s_channels_and_its_bias_but_not_the_resid
     assert_close(out, expected)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3, 4, 12])
-@pytest.mark.parametrize("make", MAKERS, ids=lambda make: make.__name__)
-def test_channel_shuffle_is_that_of_pytorch(make: Callable[..., Tensor], groups: int) -> None:
-    x = make(2, 12, 3, 5)
-    assert torch.equal(ops.channel_shuffle(x, groups=groups), nn.ChannelShuffle(groups)(x))
+@many
+@given(
+    groups=st.one_of(st.integers(1, 9), st.sampled_from([16, 17, 40])),
+    per_group=st.integers(1, 70),
+    size=st.tuples(st.integers(1, 4), st.integers(1, 5)),
+    make=st.sampled_from(MAKERS),
+    seeds=st.random_module(),
+)
+def test_channel_shuffle_is_that_of_pytorch(
+    cpu_variant: str, groups: int, per_group: int, size: tuple[int, int], make: Maker, seeds: object
+) -> None:
+    x = make(2, groups * per_group, *size)
+    expected = nn.ChannelShuffle(groups)(x)
+    for backend in ("cpu", "reference"):
+        assert torch.equal(ops.channel_shuffle(x, groups=groups, backend=backend), expected)
+    if make in in_place:
+        assert torch.equal(run_native("channel_shuffle", (x,), groups=groups), expected)
 
 
-@pytest.mark.parametrize(("c_a", "c_b", "groups"), [(6, 6, 2), (1, 1, 2), (5, 7, 3), (4, 2, 6), (3, 4, 1)])
-def test_shuffle_concat_is_a_concatenation_and_a_shuffle(c_a: int, c_b: int, groups: int) -> None:
-    a, b = channel_slice(2, c_a, 3, 5), channels_last(2, c_b, 3, 5)
-    out = ops.shuffle_concat(a, b, groups=groups)
-    assert torch.equal(out, nn.ChannelShuffle(groups)(torch.cat((a, b), 1)))
-    assert out.is_contiguous(memory_format=torch.channels_last)
+@many
+@given(
+    c_a=st.integers(1, 70),
+    groups=st.one_of(st.integers(1, 9), st.just(24)),
+    equal=st.booleans(),
+    make=st.sampled_from(MAKERS),
+    seeds=st.random_module(),
+)
+def test_shuffle_concat_is_a_concatenation_and_a_shuffle(
+    cpu_variant: str, c_a: int, groups: int, equal: bool, make: Maker, seeds: object
+) -> None:
+    c_b = c_a if equal else groups - c_a % groups
+    groups = 2 if equal else groups
+    a, b = make(2, c_a, 3, 5), channel_slice(2, c_b, 3, 5)
+    expected = nn.ChannelShuffle(groups)(torch.cat((a, b), 1))
+    for backend in ("cpu", "reference"):
+        out = ops.shuffle_concat(a, b, groups=groups, backend=backend)
+        assert torch.equal(out, expected)
+        assert out.is_contiguous(memory_format=torch.channels_last)
+    if make in in_place:
+        assert torch.equal(run_native("shuffle_concat", (a, b), groups=groups), expected)
 
 
 def test_an_empty_batch_gives_an_empty_output() -> None:
     x = torch.empty(0, 4, 8, 8)
-    for backend in ("auto", "onednn", "reference"):
+    for backend in ("auto", "cpu", "onednn", "reference"):
         out = ops.grouped_conv2d(x, torch.randn(8, 2, 3, 3), groups=2, shuffle=2, backend=backend)
         assert out.shape == (0, 8, 6, 6)
     assert ops.channel_shuffle(x, groups=2).shape == x.shape

@@ -65,6 +65,38 @@ struct DepthwiseConv2dArgs {
   Activation activation;
 };
 
+// Channel k · shuffle + i of y is channel i · c_out / shuffle + k of the convolution, whose channels weight and bias follow.
+struct GroupedConv2dArgs {
+  static constexpr int kAddresses = 5;
+  const float *x, *weight, *bias, *residual;
+  float* y;
+  int64_t batch, in_h, in_w, c_in, out_h, out_w, c_out, groups, shuffle;
+  int64_t x_stride, residual_stride, y_stride;
+  Window window;
+  Activation activation;
+};
+
+// y: `primary` channels, then `cheap` ones, of `primary · multiplier` the first, whose window keeps the size.
+struct GhostConv2dArgs {
+  static constexpr int kAddresses = 7;
+  const float *x, *primary_weight, *primary_bias, *cheap_weight, *cheap_bias, *residual;
+  float* y;
+  int64_t batch, in_h, in_w, c_in, out_h, out_w, primary, cheap, multiplier;
+  int64_t x_stride, residual_stride, y_stride;
+  Window window;
+  int64_t cheap_h, cheap_w;
+  Activation cheap_activation, activation;
+};
+
+// The channels of a, then those of b, if there is one, shuffled.
+struct ShuffleConcatArgs {
+  static constexpr int kAddresses = 3;
+  const float *a, *b;
+  float* y;
+  int64_t pixels, c_a, c_b, groups;
+  int64_t a_stride, b_stride, y_stride;
+};
+
 struct SeparableConv2dArgs {
   static constexpr int kAddresses = 7;
   const float *x, *depthwise_weight, *depthwise_bias, *pointwise_weight, *pointwise_bias, *residual;
@@ -97,7 +129,8 @@ struct SeparableStemArgs {
   Activation stem_activation, depthwise_activation, activation;
 };
 
-// Layers one behind the other; the first may be any of them, a dense convolution only the first. `residual` is the last layer's.
+// Layers one behind the other; the first may be any of them, a dense convolution only the first. `residual` is the last layer's. With
+// `between`, as many channels as the last layer has, a 1×1 convolution then, channel c of each is y's 2c and 2c + 1.
 enum class LayerKind : int64_t { conv, depthwise, pointwise };
 
 struct ChainLayer {
@@ -109,10 +142,10 @@ struct ChainLayer {
 };
 
 struct ChainArgs {
-  static constexpr int kAddresses = 3, kMostLayers = 12;
-  const float *x, *residual;
+  static constexpr int kAddresses = 4, kMostLayers = 12;
+  const float *x, *residual, *between;
   float* y;
-  int64_t batch, x_stride_n, x_stride_c, x_stride_h, x_stride_w, residual_stride, y_stride;
+  int64_t batch, x_stride_n, x_stride_c, x_stride_h, x_stride_w, residual_stride, between_stride, y_stride;
   int64_t count;
   ChainLayer layers[kMostLayers];
 };
@@ -178,6 +211,9 @@ struct ElementwiseArgs {
   KERNEL(winograd_conv2d, WinogradConv2dArgs)     \
   KERNEL(pointwise_conv2d, PointwiseConv2dArgs)   \
   KERNEL(depthwise_conv2d, DepthwiseConv2dArgs)   \
+  KERNEL(grouped_conv2d, GroupedConv2dArgs)       \
+  KERNEL(shuffle_concat, ShuffleConcatArgs)       \
+  KERNEL(ghost_conv2d, GhostConv2dArgs)           \
   KERNEL(separable_conv2d, SeparableConv2dArgs)   \
   KERNEL(inverted_residual, InvertedResidualArgs) \
   KERNEL(separable_stem, SeparableStemArgs)       \

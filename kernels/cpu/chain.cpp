@@ -100,6 +100,7 @@ class RowStream {
     const bool ends = i + 1 == a_.count;
     const int64_t pixel = (image_ * layer.out_h + first) * layer.out_w;
     const float* residual = ends && a_.residual ? a_.residual + pixel * a_.residual_stride : nullptr;
+    const Interleaved between{ends && a_.between ? a_.between + pixel * a_.between_stride : nullptr, a_.between_stride};
     const ActivationFunction activation(layer.activation);
     if (layer.kind == LayerKind::conv) {
       Conv2dArgs stem = stem_of(a_);
@@ -114,15 +115,15 @@ class RowStream {
       if (i > 0) provide(i - 1, maximum(0, top), minimum(layer.in_h, bottom));
       const RowSource source = i > 0 ? held_[i - 1].source() : RowSource{x, a_.x_stride_h, layer.in_h};
       const int64_t x_stride = i > 0 ? held_[i - 1].stride : a_.x_stride_w;
-      const DepthwiseProblem problem{layer.window, layer.in_h,   layer.in_w, layer.out_w, layer.c_out,
-                                     x_stride,     layer.weight, layer.bias, activation};
+      const DepthwiseProblem problem{layer.window, layer.in_h,   layer.in_w,  layer.out_w, layer.c_out,
+                                     x_stride,     layer.weight, layer.c_out, layer.bias,  activation};
       return depthwise_rows(problem, source, first, last, {y, y_stride, residual, a_.residual_stride, layer.out_w});
     }
     if (i > 0) provide(i - 1, first, last);
     const TileInput in = i > 0 ? contiguous_rows(held_[i - 1].memory, held_[i - 1].stride, layer.c_in)
                                : contiguous_rows(x + first * a_.x_stride_h, a_.x_stride_w, layer.c_in);
-    multiply_panels(in, layer.weight, {y, y_stride, layer.bias, residual, a_.residual_stride, activation}, (last - first) * layer.out_w,
-                    layer.c_out, 0, ceil_div(layer.c_out, kPanel));
+    multiply_panels(in, layer.weight, {y, y_stride, layer.bias, residual, a_.residual_stride, activation, between},
+                    (last - first) * layer.out_w, layer.c_out, 0, ceil_div(layer.c_out, kPanel));
   }
 
   const ChainArgs& a_;
@@ -139,6 +140,21 @@ void run_chain(const ChainArgs& a, int64_t floats) {
   });
 }
 
-void chain(const ChainArgs& a) { run_chain(a, kChainFloats); }
+void chain(const ChainArgs& a) {
+  const ChainLayer &first = a.layers[0], &last = a.layers[a.count - 1];
+  const Interleaved between{a.between, a.between_stride};
+  if (a.count == 1) {
+    return pointwise_between({a.x, last.weight, last.bias, a.residual, nullptr, a.y, a.batch, last.out_h * last.out_w, last.c_in,
+                              last.c_out, a.x_stride_w, a.residual_stride, a.y_stride, last.activation},
+                             between);
+  }
+  if (a.count == 2 && first.kind == LayerKind::depthwise && last.kind == LayerKind::pointwise) {
+    return separable_between({a.x, first.weight, first.bias, last.weight, last.bias, a.residual, a.y, a.batch, first.in_h, first.in_w,
+                              first.c_in, last.out_h, last.out_w, last.c_out, a.x_stride_w, a.residual_stride, a.y_stride, first.window,
+                              first.activation, last.activation},
+                             between);
+  }
+  run_chain(a, kChainFloats);
+}
 
 }  // namespace kernelpress::KERNELPRESS_ISA

@@ -3,11 +3,15 @@
 #pragma once
 
 #include "args.h"
-#include "simd.h"
+#include "tile.h"
 
 namespace kernelpress::KERNELPRESS_ISA {
 
 // The chain's output, the intermediates of each task held in about `floats` of scratch.
 void run_chain(const ChainArgs& args, int64_t floats);
+
+// The kernels of short chains, with channels that stand between theirs.
+void pointwise_between(const PointwiseConv2dArgs& args, const Interleaved& between);
+void separable_between(const SeparableConv2dArgs& args, const Interleaved& between);
 
 }  // namespace kernelpress::KERNELPRESS_ISA

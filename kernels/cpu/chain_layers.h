@@ -20,8 +20,8 @@ class ChainBuilder {
            end(a.y, a.y_stride, a.residual, a.residual_stride);
   }
   bool append(const PointwiseConv2dArgs& a) {
-    const ImageSize at{out_h(), out_w()};
-    return chain_.count > 0 && !a.input_scale && at.h * at.w == a.positions && follow(a.x, a.batch, at, a.c_in, a.x_stride) &&
+    const ImageSize at = chain_.count ? ImageSize{out_h(), out_w()} : ImageSize{a.positions, 1};
+    return !a.input_scale && at.h * at.w == a.positions && follow(a.x, a.batch, at, a.c_in, a.x_stride) &&
            add(pointwise(a.weight, a.bias, at, a.c_in, a.c_out, a.activation)) && end(a.y, a.y_stride, a.residual, a.residual_stride);
   }
   bool append(const DepthwiseConv2dArgs& a) {
@@ -53,6 +53,14 @@ class ChainBuilder {
            add(depthwise(a.depthwise_weight, a.depthwise_bias, mid, out, a.hidden, a.window, a.depthwise_activation)) &&
            add(pointwise(a.pointwise_weight, a.pointwise_bias, out, a.hidden, a.c_out, a.activation)) && end(a.y, a.y_stride, nullptr, 0);
   }
+  // A shuffle in two groups, the second of which the chain has made: its last layer puts the first between.
+  bool append(const ShuffleConcatArgs& a) {
+    if (chain_.count == 0 || chain_.layers[chain_.count - 1].kind != LayerKind::pointwise || chain_.between) return false;
+    const int64_t channels = chain_.layers[chain_.count - 1].c_out;
+    if (a.groups != 2 || a.c_a != channels || a.c_b != channels || a.b != chain_.y || a.b_stride != chain_.y_stride) return false;
+    chain_.between = a.a, chain_.between_stride = a.a_stride, chain_.y = a.y, chain_.y_stride = a.y_stride;
+    return true;
+  }
 
  private:
   int64_t out_h() const { return chain_.count ? chain_.layers[chain_.count - 1].out_h : 0; }
@@ -75,7 +83,7 @@ class ChainBuilder {
   bool follow(const float* x, int64_t batch, ImageSize in, int64_t c_in, int64_t stride) {
     if (chain_.count == 0) return start(x, batch, in.h * in.w * stride, 1, in.w * stride, stride);
     const ChainLayer& before = chain_.layers[chain_.count - 1];
-    return x == chain_.y && stride == chain_.y_stride && !chain_.residual && batch == chain_.batch && in.h == before.out_h &&
+    return x == chain_.y && stride == chain_.y_stride && !chain_.residual && !chain_.between && batch == chain_.batch && in.h == before.out_h &&
            in.w == before.out_w && c_in == before.c_out;
   }
   bool add(const ChainLayer& layer) {

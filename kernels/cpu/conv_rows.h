@@ -6,6 +6,11 @@
 
 namespace kernelpress::KERNELPRESS_ISA {
 
+// Whether a convolution multiplies pixels alone.
+KP_INLINE bool is_pointwise(const Window& w) {
+  return w.kernel_h == 1 && w.kernel_w == 1 && w.stride_h == 1 && w.stride_w == 1 && w.pad_h == 0 && w.pad_w == 0;
+}
+
 // Scratch that conv_rows needs for `rows` output rows.
 int64_t conv_scratch_floats(const Conv2dArgs& args, int64_t rows);
 

@@ -4,7 +4,7 @@
 //   conv2d      y[p, q, n] = act(… + Σ_rsc x[p·S-P+r·D, q·S-P+s·D, c] · w[n, c, r, s])       no im2col: a band of padded input rows is
 //                                                                                        copied to scratch, and the tile walks over it
 //   one task:  a block of output rows × a range of panels     bound: FMA; weights stream once per block
-#include "args.h"
+#include "chain.h"
 #include "conv_rows.h"
 #include "split.h"
 
@@ -24,7 +24,8 @@ KP_INLINE void copy_scaled(float* to, const float* from, const float* scale, int
   }
 }
 
-void pointwise_rows(const PointwiseConv2dArgs& p, int64_t image, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
+void pointwise_rows(const PointwiseConv2dArgs& p, const Interleaved& between, int64_t image, int64_t begin, int64_t end,
+                    int64_t first_panel, int64_t last_panel) {
   const float* scale = p.input_scale ? p.input_scale + image * p.c_in : nullptr;
   const bool staged = scale || rows_collide(p.x_stride);
   const int64_t staged_stride = round_up(p.c_in, kLanes) + kLanes;
@@ -37,7 +38,7 @@ void pointwise_rows(const PointwiseConv2dArgs& p, int64_t image, int64_t begin, 
       for (int64_t i = 0; i < rows; ++i) copy_scaled(scratch + i * staged_stride, x + i * p.x_stride, scale, p.c_in);
     }
     const TileInput in = staged ? contiguous_rows(scratch, staged_stride, p.c_in) : contiguous_rows(x, p.x_stride, p.c_in);
-    const TileOutput out{p.y, p.y_stride, p.bias, p.residual, p.residual_stride, ActivationFunction(p.activation)};
+    const TileOutput out{p.y, p.y_stride, p.bias, p.residual, p.residual_stride, ActivationFunction(p.activation), between};
     multiply_panels(in, p.weight, out.at(m, 0), rows, p.c_out, first_panel, last_panel);
   }
 }
@@ -151,12 +152,14 @@ void conv_rows(const Conv2dArgs& a, int64_t image, int64_t begin, int64_t end, i
   }
 }
 
-void pointwise_conv2d(const PointwiseConv2dArgs& p) {
+void pointwise_conv2d(const PointwiseConv2dArgs& p) { pointwise_between(p, {}); }
+
+void pointwise_between(const PointwiseConv2dArgs& p, const Interleaved& between) {
   const int64_t panels = ceil_div(p.c_out, kPanel), rows = p.batch * p.positions;
   over_grid(split_work(rows, p.c_in, panels), rows, panels, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-    if (!p.input_scale) return pointwise_rows(p, 0, begin, end, first, last);
+    if (!p.input_scale) return pointwise_rows(p, between, 0, begin, end, first, last);
     for (int64_t image = begin / p.positions; image * p.positions < end; ++image) {
-      pointwise_rows(p, image, maximum(begin, image * p.positions), minimum(end, (image + 1) * p.positions), first, last);
+      pointwise_rows(p, between, image, maximum(begin, image * p.positions), minimum(end, (image + 1) * p.positions), first, last);
     }
   });
 }

@@ -51,7 +51,7 @@ KP_INLINE void add_input_row(const DepthwiseProblem& g, Vec (&acc)[kStrip], cons
   Vec tap[kKernel];
 #pragma GCC unroll 8
   for (int s = 0; s < kKernel; ++s) {
-    const float* weight = g.weight + (h * kKernel + s) * g.channels + c;
+    const float* weight = g.weight + (h * kKernel + s) * g.weight_stride + c;
     tap[s] = kWhole ? load(weight) : load_up_to(weight, lanes);
   }
 #pragma GCC unroll 32
@@ -159,7 +159,7 @@ void row_of_any_window(const DepthwiseProblem& g, const RowSource& source, int64
         const int64_t h = p * w.stride_h - w.pad_h + r * w.dilation_h;
         if (h < 0 || h >= g.in_h) continue;
         for (int64_t s = 0; s < w.kernel_w; ++s) {
-          const Vec tap = load_up_to(g.weight + (r * w.kernel_w + s) * g.channels + c, lanes);
+          const Vec tap = load_up_to(g.weight + (r * w.kernel_w + s) * g.weight_stride + c, lanes);
           for (int64_t q = 0; q < pixels; ++q) {
             const int64_t column = (q0 + q) * w.stride_w - w.pad_w + s * w.dilation_w;
             if (column < 0 || column >= g.in_w) continue;
@@ -172,14 +172,6 @@ void row_of_any_window(const DepthwiseProblem& g, const RowSource& source, int64
   }
 }
 
-void widen_row(const DepthwiseConv2dArgs& a, const float* x, float* to) {
-  for (int64_t q = 0; q < a.in_w; ++q) {
-    for (int64_t c = 0; c < a.channels; ++c) {
-      for (int64_t j = 0; j < a.multiplier; ++j) *to++ = x[q * a.x_stride + c];
-    }
-  }
-}
-
 // Output rows of one image with a channel multiplier, one at a time over a ring of widened input rows.
 void widened_rows(const DepthwiseConv2dArgs& a, DepthwiseProblem g, const float* image, int64_t begin, int64_t end, const DepthwiseOutput& out) {
   const int64_t reach = a.window.reach_h();
@@ -188,7 +180,7 @@ void widened_rows(const DepthwiseConv2dArgs& a, DepthwiseProblem g, const float*
   for (int64_t p = begin, made = 0; p < end; ++p) {
     const int64_t top = p * a.window.stride_h - a.window.pad_h, bottom = minimum(a.in_h, top + reach);
     for (int64_t h = maximum(made, maximum(0, top)); h < bottom; ++h) {
-      widen_row(a, image + h * a.in_w * a.x_stride, const_cast<float*>(ring.row(h)));
+      widen(image + h * a.in_w * a.x_stride, a.x_stride, const_cast<float*>(ring.row(h)), g.channels, a.in_w, a.channels, a.multiplier);
     }
     made = maximum(made, bottom);
     depthwise_rows(g, ring, p, p + 1, out.at((p - begin) * a.out_w));
@@ -196,6 +188,14 @@ void widened_rows(const DepthwiseConv2dArgs& a, DepthwiseProblem g, const float*
 }
 
 }  // namespace
+
+void widen(const float* x, int64_t x_stride, float* to, int64_t to_stride, int64_t pixels, int64_t channels, int64_t multiplier) {
+  for (int64_t q = 0; q < pixels; ++q, x += x_stride, to += to_stride) {
+    for (int64_t c = 0, o = 0; c < channels; ++c) {
+      for (int64_t j = 0; j < multiplier; ++j) to[o++] = x[c];
+    }
+  }
+}
 
 void depthwise_rows(const DepthwiseProblem& g, const RowSource& source, int64_t begin, int64_t end, const DepthwiseOutput& out) {
   const Window& w = g.window;
@@ -215,8 +215,9 @@ void depthwise_rows(const DepthwiseProblem& g, const RowSource& source, int64_t 
 }
 
 void depthwise_conv2d(const DepthwiseConv2dArgs& a) {
-  const DepthwiseProblem g{a.window,   a.in_h,   a.in_w, a.out_w, a.channels * a.multiplier,
-                           a.x_stride, a.weight, a.bias, ActivationFunction(a.activation)};
+  const int64_t channels = a.channels * a.multiplier;
+  const DepthwiseProblem g{a.window, a.in_h,   a.in_w, a.out_w, channels, a.x_stride, a.weight, channels, a.bias,
+                           ActivationFunction(a.activation)};
   const DepthwiseOutput out{a.y, a.y_stride, a.residual, a.residual_stride, a.out_w};
   parallel(a.batch * a.out_h, [&](int64_t begin, int64_t end) {
     for (int64_t image = begin / a.out_h; image * a.out_h < end; ++image) {

@@ -111,14 +111,15 @@ void roll_strip(const DepthwiseProblem& g, const float* const* rows, int64_t fir
   const bool plain = f.clamps && !out.residual;
   const Vec low = plain ? f.low : broadcast(-__builtin_inff()), high = plain ? f.high : broadcast(__builtin_inff());
   // In locals: as far as the compiler knows, a vector stored may change anything that lies behind a pointer.
-  const int64_t channels = g.channels, x_stride = g.x_stride, y_stride = out.y_stride, y_row = out.row_pixels * y_stride;
+  const int64_t channels = g.channels, weight_stride = g.weight_stride, x_stride = g.x_stride;
+  const int64_t y_stride = out.y_stride, y_row = out.row_pixels * y_stride;
   const float* const weight = g.weight;
   float* const y = out.y;
   for (int64_t c = 0; c < channels; c += kLanes) {
     c = minimum(c, channels - kLanes);
     RollingTaps taps;
 #pragma GCC unroll 9
-    for (int t = 0; t < 9; ++t) taps.at[t / 3][t % 3] = in_register(load(weight + t * channels + c));
+    for (int t = 0; t < 9; ++t) taps.at[t / 3][t % 3] = in_register(load(weight + t * weight_stride + c));
     const RollingOutput to{y + c, y_stride, low, high};
     roll_down<kStride, kLeft, kRight>(rows, first_column * x_stride + c, x_stride, taps, bias + c, to, y_row, count);
     if (!plain) {

@@ -10,17 +10,24 @@ struct DepthwiseProblem {
   Window window;
   int64_t in_h, in_w, out_w, channels;
   int64_t x_stride;
-  const float* weight;  // [kernel_h][kernel_w][channels]
+  const float* weight;  // [kernel_h][kernel_w], each with its channels, `weight_stride` apart
+  int64_t weight_stride;
   const float* bias;
   ActivationFunction activation;
 };
 
-// Where input rows are found: row h at base + (h mod capacity) * row_floats.
+// Where input rows are found: row h at base + (h mod capacity) * row_floats. With `edges`, the rows before `first` end at its row
+// `edge_rows`, and those from `last` on begin there.
 struct RowSource {
   const float* base;
   int64_t row_floats, capacity;
+  const float* edges = nullptr;
+  int64_t edge_rows = 0, first = 0, last = 0;
 
-  const float* row(int64_t h) const { return base + h % capacity * row_floats; }
+  const float* row(int64_t h) const {
+    if (edges && (h < first || h >= last)) return edges + (h - (h < first ? first : last) + edge_rows) * row_floats;
+    return base + h % capacity * row_floats;
+  }
 };
 
 // Where output rows go: row i, pixel q at y + (i * row_pixels + q) * y_stride.
@@ -40,6 +47,9 @@ KP_INLINE void finish_pixel(const DepthwiseProblem& g, const DepthwiseOutput& ou
   if (out.residual) value = value + load_up_to(out.residual + pixel * out.residual_stride + c, lanes);
   store_up_to(out.y + pixel * out.y_stride + c, g.activation(value), lanes);
 }
+
+// Pixels of x with each channel `multiplier` times, one behind the other.
+void widen(const float* x, int64_t x_stride, float* to, int64_t to_stride, int64_t pixels, int64_t channels, int64_t multiplier);
 
 // Output rows [begin, end) of one image.
 void depthwise_rows(const DepthwiseProblem& problem, const RowSource& source, int64_t begin, int64_t end, const DepthwiseOutput& out);

@@ -26,10 +26,11 @@ KP_INLINE int64_t rows_per_step(int64_t budget, int64_t floats_per_row, int64_t 
   return ceil_div(rows, steps);
 }
 
-void separable_rows(const SeparableConv2dArgs& a, int64_t image, int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
-  const DepthwiseProblem g{a.window, a.in_h, a.in_w, a.out_w, a.channels, a.x_stride, a.depthwise_weight, a.depthwise_bias,
-                           ActivationFunction(a.depthwise_activation)};
-  const TileOutput out{a.y, a.y_stride, a.pointwise_bias, a.residual, a.residual_stride, ActivationFunction(a.activation)};
+void separable_rows(const SeparableConv2dArgs& a, const Interleaved& between, int64_t image, int64_t begin, int64_t end,
+                    int64_t first_panel, int64_t last_panel) {
+  const DepthwiseProblem g{a.window,           a.in_h,     a.in_w,           a.out_w, a.channels, a.x_stride,
+                           a.depthwise_weight, a.channels, a.depthwise_bias, ActivationFunction(a.depthwise_activation)};
+  const TileOutput out{a.y, a.y_stride, a.pointwise_bias, a.residual, a.residual_stride, ActivationFunction(a.activation), between};
   const float* x = a.x + image * a.in_h * a.in_w * a.x_stride;
   const int64_t stride = padded(a.channels), row_floats = a.in_w * a.x_stride;
   const int64_t step = rows_per_step(kSeparableFloats, a.out_w * stride, a.out_w, end - begin);
@@ -53,11 +54,15 @@ void run_as_chain(const Args& a) {
 
 }  // namespace
 
-void separable_conv2d(const SeparableConv2dArgs& a) {
+void separable_conv2d(const SeparableConv2dArgs& a) { separable_between(a, {}); }
+
+void separable_between(const SeparableConv2dArgs& a, const Interleaved& between) {
   const int64_t panels = ceil_div(a.c_out, kPanel), rows = a.batch * a.out_h;
   const Split split = split_work(rows * a.out_w, a.channels, panels, kDepthwiseCost);
   over_grid({minimum(split.row_parts, rows), split.panel_parts}, rows, panels, [&](int64_t begin, int64_t end, int64_t first, int64_t last) {
-    over_images(begin, end, a.out_h, [&](int64_t image, int64_t from, int64_t to) { separable_rows(a, image, from, to, first, last); });
+    over_images(begin, end, a.out_h, [&](int64_t image, int64_t from, int64_t to) {
+      separable_rows(a, between, image, from, to, first, last);
+    });
   });
 }
 

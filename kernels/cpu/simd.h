@@ -45,6 +45,25 @@ KP_INLINE Vec with_sign_of(Vec magnitude, Vec sign) {
   return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(mask, _mm512_castps_si512(sign.v), _mm512_castps_si512(magnitude.v), 0xCA))};
 }
 
+struct Lanes {
+  __m512i v;
+};
+struct LaneMask {
+  __mmask16 v;
+};
+KP_INLINE Lanes lanes(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+KP_INLINE LaneMask mask_of(Lanes a) { return {_mm512_test_epi32_mask(a.v, a.v)}; }
+KP_INLINE Vec permute(Vec a, Lanes from) { return {_mm512_permutexvar_ps(from.v, a.v)}; }
+KP_INLINE Vec choose(LaneMask where, Vec a, Vec b) { return {_mm512_mask_mov_ps(b.v, where.v, a.v)}; }
+KP_INLINE Vec interleaved_low(Vec a, Vec b) {
+  const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  return {_mm512_permutex2var_ps(a.v, from, b.v)};
+}
+KP_INLINE Vec interleaved_high(Vec a, Vec b) {
+  const __m512i from = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  return {_mm512_permutex2var_ps(a.v, from, b.v)};
+}
+
 #elif defined(__AVX2__)
 
 constexpr int kLanes = 8;
@@ -77,6 +96,23 @@ KP_INLINE Vec times_power_of_two(Vec x, Vec n) {
 KP_INLINE Vec with_sign_of(Vec magnitude, Vec sign) {
   const __m256 mask = _mm256_castsi256_ps(_mm256_set1_epi32(static_cast<int>(0x80000000u)));
   return {_mm256_or_ps(_mm256_andnot_ps(mask, magnitude.v), _mm256_and_ps(mask, sign.v))};
+}
+
+struct Lanes {
+  __m256i v;
+};
+struct LaneMask {
+  __m256 v;
+};
+KP_INLINE Lanes lanes(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+KP_INLINE LaneMask mask_of(Lanes a) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(a.v, _mm256_setzero_si256()))}; }
+KP_INLINE Vec permute(Vec a, Lanes from) { return {_mm256_permutevar8x32_ps(a.v, from.v)}; }
+KP_INLINE Vec choose(LaneMask where, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, where.v)}; }
+KP_INLINE Vec interleaved_low(Vec a, Vec b) {
+  return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x20)};
+}
+KP_INLINE Vec interleaved_high(Vec a, Vec b) {
+  return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x31)};
 }
 
 #else  // portable: GCC and Clang vectors, which SSE2 and NEON both serve
@@ -128,7 +164,30 @@ KP_INLINE Vec with_sign_of(Vec magnitude, Vec sign) {
   return magnitude;
 }
 
+struct Lanes {
+  Int4 v;
+};
+struct LaneMask {
+  Int4 v;
+};
+KP_INLINE Lanes lanes(const int32_t* p) {
+  Lanes a;
+  std::memcpy(&a.v, p, sizeof a.v);
+  return a;
+}
+KP_INLINE LaneMask mask_of(Lanes a) { return {a.v != 0}; }
+KP_INLINE Vec permute(Vec a, Lanes from) {
+  Vec b;
+  for (int i = 0; i < kLanes; ++i) b.v[i] = a.v[from.v[i]];
+  return b;
+}
+KP_INLINE Vec choose(LaneMask where, Vec a, Vec b) { return select(where.v, a, b); }
+KP_INLINE Vec interleaved_low(Vec a, Vec b) { return {Float4{a.v[0], b.v[0], a.v[1], b.v[1]}}; }
+KP_INLINE Vec interleaved_high(Vec a, Vec b) { return {Float4{a.v[2], b.v[2], a.v[3], b.v[3]}}; }
+
 #endif
+
+// permute: lane l of the result is lane from[l] of a; choose: a where the mask holds, elsewhere b; mask_of holds where a lane is not 0.
 
 // The larger of two vectors; a NaN on either side wins, as in PyTorch's pooling.
 KP_INLINE Vec maximum_keeping_nan(Vec a, Vec b) { return keep_nan(at_least(b, a), a); }
@@ -150,6 +209,12 @@ KP_INLINE Vec load_up_to(const float* p, int64_t n) { return n >= kLanes ? load(
 KP_INLINE void store_up_to(float* p, Vec a, int64_t n) {
   if (n >= kLanes) store(p, a);
   else store_first(p, a, static_cast<int>(n));
+}
+
+// a and b in turn, of each the first n lanes, n ≤ kLanes.
+KP_INLINE void store_interleaved(float* p, Vec a, Vec b, int64_t n) {
+  store_up_to(p, interleaved_low(a, b), 2 * n);
+  if (2 * n > kLanes) store_up_to(p + kLanes, interleaved_high(a, b), 2 * n - kLanes);
 }
 
 KP_INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.lower import Buffer, NativeStep, Place, Program, View, views_of
-from kernelpress.emit.streaming import choose_chains, private_bytes
+from kernelpress.emit.streaming import choose_chains, interleaving, private_bytes, with_others
 from kernelpress.ops.calls.aten import aten_call
 from kernelpress.ops.calls.steps import native_call
 from kernelpress.runtime import native
@@ -80,25 +80,31 @@ class NativeSteps:
         self._held.append(call.tensors)
 
     def faster_chains(self, cache: TimingCache) -> list[Chain]:
-        """The steps that take less time joined, by timing; for a plan in which none are."""
+        """The steps that take less time joined, by timing, and the shuffles that layers make as they store; for a plan
+        in which none are joined."""
         links = private_bytes(self._program, self._positions)
         if not any(links):
             return []
-        steps = [step for i in self._positions if isinstance(step := self._program.steps[i], NativeStep)]
+        steps = self._steps()
         addresses = [base.data_ptr() for i in self.external if (base := self._stand_ins[i]) is not None]
         found = choose_chains(self._plan, addresses, steps, links, cache)
-        return [(self._positions[first], self._positions[last - 1]) for first, last in found]
+        return self._chains(found)
 
     def joinable(self, chains: Sequence[Chain]) -> list[Chain]:
-        """Those chains of which this plan has the steps, natively."""
-        if not chains:
-            return []
-        trial, found = self._plan, []
+        """Those chains of which this plan has the steps, natively, and the shuffles that layers make as they store."""
+        trial, found, steps = self._plan, [], self._steps()
         for chain in chains:
             first, last = bisect_left(self._positions, chain[0]), bisect_right(self._positions, chain[1])
             if last - first == chain[1] - chain[0] + 1 and trial.copy().join(first, last):
-                found.append(chain)
-        return found
+                found.append((first, last))
+        links = private_bytes(self._program, self._positions)
+        return self._chains(with_others(found, interleaving(trial, steps, links)))
+
+    def _steps(self) -> list[NativeStep]:
+        return [step for i in self._positions if isinstance(step := self._program.steps[i], NativeStep)]
+
+    def _chains(self, ranges: Sequence[tuple[int, int]]) -> list[Chain]:
+        return [(self._positions[first], self._positions[last - 1]) for first, last in ranges]
 
     def between(self, after: int, before: int) -> tuple[int, int]:
         """The native plan's steps that stand between two positions of the program."""

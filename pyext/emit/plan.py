@@ -34,7 +34,8 @@ def capture(model: EmittedModel, *example_inputs: Any, stream: bool = True, cach
     matter. On a CUDA device the plan is a CUDA graph.
 
     Layers with large maps between them are timed as a chain that streams them by rows, and run so where that is faster;
-    `stream=False` runs every layer by itself. `cache`: reuse and remember those times on disk.
+    `stream=False` runs every layer by itself, but for a channel shuffle, which the layer before it makes as it stores.
+    `cache`: reuse and remember those times on disk.
 
     The plan computes with the model's weights as they are now and owns all that it reads: whatever happens to the
     model's parameters later (in-place writes, `load_state_dict`, `.data`, `.to`, `share_memory`) does not reach it.

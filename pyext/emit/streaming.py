@@ -1,5 +1,5 @@
-"""Which consecutive native steps of a plan run as one chain, streamed by rows, so that no map between them leaves the
-cache."""
+"""Which consecutive native steps of a plan run as one chain: layers streamed by rows, so that no map between them
+leaves the cache, and shuffles that the layer before them makes as it stores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from kernelpress.emit.lower import NativeStep, Place, Program, View, views_of
 from kernelpress.runtime.clock import time_alternately
 from kernelpress.runtime.torch_private import pytree
 
-__all__ = ["LEAST_BYTES", "choose_chains", "private_bytes"]
+__all__ = ["LEAST_BYTES", "choose_chains", "interleaving", "private_bytes", "with_others"]
 
 LEAST_BYTES = 1 << 20
 """Smaller maps mostly stay in the inner caches from layer to layer anyway."""
@@ -53,28 +53,42 @@ def private_bytes(program: Program, positions: Sequence[int]) -> list[int]:
     return found
 
 
+def interleaving(plan: Any, steps: Sequence[NativeStep], links: Sequence[int]) -> list[Range]:
+    """Every layer whose result alone a channel shuffle puts between other channels, with that shuffle: as one step the
+    layer stores its channels where they belong, and the shuffle costs nothing but the copy of the others."""
+    pairs = [(i, i + 2) for i, step in enumerate(steps[1:]) if step.op == "shuffle_concat" and links[i] > 0]
+    return [pair for pair in pairs if plan.copy().join(*pair)]
+
+
+def with_others(ranges: Sequence[Range], others: Sequence[Range]) -> list[Range]:
+    """`ranges` and those of the others that have no step with them in common, in order."""
+    apart = [o for o in others if all(last <= o[0] or o[1] <= first for first, last in ranges)]
+    return sorted([*ranges, *apart])
+
+
 def choose_chains(
     plan: Any, addresses: Sequence[int], steps: Sequence[NativeStep], links: Sequence[int], cache: TimingCache
 ) -> list[Range]:
-    """Ranges of the native plan's steps that make the plan faster as chains, in order.
+    """Ranges of the native plan's steps that make the plan faster as chains, and those `interleaving`, in order.
 
     `addresses` are memory for the plan's external buffers, `steps` what its steps stand for, `links` their
     `private_bytes`. The plan is timed as a whole with one range joined, because what a chain saves is the caches for
     its neighbours; the best is kept, and the rest tried again beside it.
     """
     chosen: list[Range] = []
-    ranges = _candidates(plan, links)[:MOST_RANGES]
+    pairs = interleaving(plan, steps, links)
+    ranges = [one for one in _candidates(plan, links) if one not in pairs][:MOST_RANGES]
     while ranges:
-        arrangements = [chosen, *(sorted([*chosen, one]) for one in ranges)]
+        arrangements = [with_others(chosen, pairs), *(with_others([*chosen, one], pairs) for one in ranges)]
         times = _times(plan, addresses, steps, arrangements, cache)
         best = min(range(len(ranges)), key=lambda i: times[i + 1])
         if times[best + 1] > (1 - LEAST_GAIN) * times[0]:
             break
         first, last = ranges[best]
-        chosen = arrangements[best + 1]
+        chosen = [*chosen, ranges[best]]
         ranges = [one for one in ranges if one[1] <= first or last <= one[0]]
     cache.save()
-    return chosen
+    return with_others(chosen, pairs)
 
 
 def _candidates(plan: Any, links: Sequence[int]) -> list[Range]:

@@ -63,7 +63,7 @@ def _packed(weight: Tensor, scale: Tensor | None, tile: int) -> Tensor:
     def transformed(w: Tensor) -> Tensor:
         return torch.einsum("ar,ncrs,bs->ncab", transform, w.double(), transform).float()
 
-    return packing.panels(weight, scale, f"winograd {tile}", transformed)
+    return packing.panels(weight, scale, name=f"winograd {tile}", transform=transformed)
 
 
 def _input_limit(tile: int, options: Any, x: Tensor, weight: Tensor, bias: Any, scale: Tensor | None, *_: Any) -> float:

@@ -6,9 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
+from kernelpress.ops.backends.cpu import cpu_implementation
 from kernelpress.ops.backends.cuda import cuda_implementation
 from kernelpress.ops.backends.kernel import Kernel, activation_index, float_vector, tf32_reason, window
 from kernelpress.ops.backends.triton import triton_implementation
@@ -101,15 +103,20 @@ def _reason(problem: Problem) -> str | None:
     return tf32_reason(problem)
 
 
-def _operands(options: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
-    x, primary_weight, primary_bias, cheap_weight, cheap_bias, residual = tensors
+def _kept_filters(options: Any, primary_weight: Tensor, cheap_weight: Tensor) -> Tensor:
+    """`[DH, DW, channels]`, of the cheap channels that are kept."""
     primary, cheap = primary_weight.shape[0], cheap_weight.shape[0]
     kept = _kept_channels(options.out_channels, primary, cheap) - primary
+    return packing.packed(cheap_weight, None, ("ghost", kept), lambda w: packing.depthwise_copy(w[:kept]))
+
+
+def _operands(options: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
+    x, primary_weight, primary_bias, cheap_weight, cheap_bias, residual = tensors
     return (
         x,
         packing.packed(primary_weight, None, "channels last", lambda w: w.permute(0, 2, 3, 1).contiguous()),
         float_vector(primary_bias),
-        packing.packed(cheap_weight, None, ("ghost", kept), lambda w: w[:kept, 0].permute(1, 2, 0).contiguous()),
+        _kept_filters(options, primary_weight, cheap_weight),
         float_vector(cheap_bias),
         residual,
     )
@@ -136,6 +143,15 @@ def _triton_options(problem: Problem) -> dict[str, Any]:
     return {**options, "multiplier": _multiplier(problem)}
 
 
+def _cpu_operands(options: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
+    x, primary_weight, primary_bias, cheap_weight, cheap_bias, residual = tensors
+    return (
+        *(x, packing.panels(primary_weight, None), packing.vector(primary_bias)),
+        *(_kept_filters(options, primary_weight, cheap_weight), packing.vector(cheap_bias), residual),
+    )
+
+
+_CPU = Kernel("ghost_conv2d", _cpu_operands, _sizes, dtypes=(torch.float32,))
 _CUDA = Kernel("ghost_conv2d", _operands, _sizes, supports=_reason)
 
 
@@ -144,7 +160,11 @@ _CUDA = Kernel("ghost_conv2d", _operands, _sizes, supports=_reason)
     shape=_shape,
     reference=reference.ghost_conv2d,
     macs=_macs,
-    implementations=(cuda_implementation(_CUDA), triton_implementation("ghost", _CUDA, options=_triton_options)),
+    implementations=(
+        cuda_implementation(_CUDA),
+        triton_implementation("ghost", _CUDA, options=_triton_options),
+        cpu_implementation(_CPU),
+    ),
 )
 def ghost_conv2d(
     x: Tensor,

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
+from kernelpress.ops.backends.cpu import cpu_implementation
 from kernelpress.ops.backends.cuda import cuda_implementation
 from kernelpress.ops.backends.kernel import Kernel, float_vector, tf32_reason, window
 from kernelpress.ops.backends.onednn import ONEDNN
 from kernelpress.ops.backends.triton import triton_implementation
+from kernelpress.ops.calls import packing
 from kernelpress.ops.calls.dispatch import op
 from kernelpress.ops.checks import (
     TensorSpec,
@@ -85,6 +88,26 @@ def _grouped_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, .
     )
 
 
+def _grouped_cpu_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
+    options = problem.options
+    batch, c_in, in_h, in_w = problem["x"].shape
+    _, c_out, out_h, out_w = problem.shape
+    return (
+        *(batch, in_h, in_w, c_in, out_h, out_w, c_out, options.groups, options.shuffle),
+        *(spacing["x"], spacing["residual"], spacing["y"]),
+        *window(problem["weight"].shape[2:], options),
+    )
+
+
+_GROUPED_CPU = Kernel(
+    "grouped_conv2d",
+    lambda options, x, weight, bias, scale, residual: (
+        *(x, packing.panels(weight, scale, options.groups), packing.vector(bias), residual),
+    ),
+    _grouped_cpu_sizes,
+    dtypes=(torch.float32,),
+)
+
 _GROUPED_CUDA = Kernel(
     "grouped_conv2d",
     lambda options, x, weight, bias, scale, residual: (
@@ -107,6 +130,7 @@ _GROUPED_CUDA = Kernel(
             _GROUPED_CUDA,
             options=lambda problem: {**problem.options._asdict(), **_grouping(problem)._asdict()},
         ),
+        cpu_implementation(_GROUPED_CPU),
         _onednn(),
     ),
 )
@@ -160,7 +184,9 @@ def _shuffle_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, .
 _CONCAT_CUDA = Kernel(
     "shuffle_concat", lambda options, a, b: (a, b), _shuffle_sizes, layouts={"a": PIXELS, "b": PIXELS}
 )
+_CONCAT_CPU = replace(_CONCAT_CUDA, dtypes=(torch.float32,))
 _SHUFFLE_CUDA = Kernel("shuffle_concat", lambda options, x: (x, None), _shuffle_sizes)
+_SHUFFLE_CPU = replace(_SHUFFLE_CUDA, dtypes=(torch.float32,))
 
 
 @op(
@@ -170,6 +196,7 @@ _SHUFFLE_CUDA = Kernel("shuffle_concat", lambda options, x: (x, None), _shuffle_
     implementations=(
         cuda_implementation(_SHUFFLE_CUDA),
         triton_implementation("grouped", _SHUFFLE_CUDA, name="channel_shuffle", operands=lambda options, x: (x,)),
+        cpu_implementation(_SHUFFLE_CPU),
     ),
 )
 def channel_shuffle(x: Tensor, *, groups: int, backend: str = "auto") -> Tensor:
@@ -199,7 +226,11 @@ def _concat_shape(options: Any, a: TensorSpec, b: TensorSpec) -> tuple[int, ...]
     out=PIXELS,
     shape=_concat_shape,
     reference=reference.shuffle_concat,
-    implementations=(cuda_implementation(_CONCAT_CUDA), triton_implementation("grouped", _CONCAT_CUDA)),
+    implementations=(
+        cuda_implementation(_CONCAT_CUDA),
+        triton_implementation("grouped", _CONCAT_CUDA),
+        cpu_implementation(_CONCAT_CPU),
+    ),
 )
 def shuffle_concat(a: Tensor, b: Tensor, *, groups: int = 2, backend: str = "auto") -> Tensor:
     """The channels of `a` and then of `b`, shuffled in one pass (ShuffleNet V2, arXiv:1807.11164, Fig. 3).

@@ -24,7 +24,18 @@ from kernelpress.runtime import native
 from kernelpress.runtime.memory import long_lived_copy
 from kernelpress.runtime.snapshot import Snapshot
 
-__all__ = ["contiguous", "depthwise", "forget", "packed", "packed_bytes", "panels", "renewed", "traced", "vector"]
+__all__ = [
+    "contiguous",
+    "depthwise",
+    "depthwise_copy",
+    "forget",
+    "packed",
+    "packed_bytes",
+    "panels",
+    "renewed",
+    "traced",
+    "vector",
+]
 
 _LIMIT_PER_WEIGHT = 8
 
@@ -144,30 +155,37 @@ def packed_bytes(weight: Tensor) -> int:
 
 
 def panels(
-    weight: Tensor, scale: Tensor | None, name: str = "panels", transform: Callable[[Tensor], Tensor] = lambda w: w
+    weight: Tensor,
+    scale: Tensor | None,
+    groups: int = 1,
+    *,
+    name: str = "panels",
+    transform: Callable[[Tensor], Tensor] = lambda w: w,
 ) -> Tensor:
-    """`[C_out, C_in(, KH, KW)]` → `[ceil(C_out / P), KH, KW, C_in, P]`, zero-padded, with panels `P` wide; of what
-    `transform`, known by its `name`, makes of the weight."""
+    """`[C_out, C_in(, KH, KW)]` → `[groups · ceil(C_out / groups / P), KH, KW, C_in, P]`, zero-padded, with panels `P`
+    wide; of what `transform`, known by its `name`, makes of the weight."""
     width = native.cpu().panel_width()
-    return packed(weight, scale, (name, width), lambda w: _to_panels(transform(w), width))
+    return packed(weight, scale, (name, width, groups), lambda w: _to_panels(transform(w), width, groups))
 
 
-def _to_panels(weight: Tensor, width: int) -> Tensor:
+def _to_panels(weight: Tensor, width: int, groups: int) -> Tensor:
     if weight.dim() == 2:
         weight = weight[:, :, None, None]
     c_out, c_in, kernel_h, kernel_w = weight.shape
-    count = -(-c_out // width)
-    padded = pad(weight, (0, 0, 0, 0, 0, 0, 0, count * width - c_out))
-    in_panels = padded.reshape(count, width, c_in, kernel_h, kernel_w).permute(0, 3, 4, 2, 1)
+    per_group = -(-(c_out // groups) // width)
+    grouped = weight.reshape(groups, c_out // groups, c_in, kernel_h, kernel_w)
+    padded = pad(grouped, (0, 0, 0, 0, 0, 0, 0, per_group * width - c_out // groups))
+    in_panels = padded.reshape(groups * per_group, width, c_in, kernel_h, kernel_w).permute(0, 3, 4, 2, 1)
     return long_lived_copy(in_panels)
 
 
 def depthwise(weight: Tensor, scale: Tensor | None) -> Tensor:
     """`[C · multiplier, 1, KH, KW]` → `[KH, KW, C · multiplier]`."""
-    return packed(weight, scale, "depthwise", _to_depthwise)
+    return packed(weight, scale, "depthwise", depthwise_copy)
 
 
-def _to_depthwise(weight: Tensor) -> Tensor:
+def depthwise_copy(weight: Tensor) -> Tensor:
+    """`depthwise` of a weight, not kept."""
     return _copy(weight[:, 0].permute(1, 2, 0))
 
 
