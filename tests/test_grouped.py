@@ -97,6 +97,39 @@ def test_native_grouped_of_any_geometry_writes_its_channels_only(
     assert_matches("grouped_conv2d", tensors, options, *outputs)
 
 
+@many
+@given(
+    width=st.sampled_from([2, 4, 8]),
+    groups=st.sampled_from([2, 3, 4, 7, 13]),
+    size=st.tuples(st.integers(1, 17), st.integers(1, 17)),
+    stride=st.sampled_from([(1, 1), (2, 2)]),
+    padding=st.tuples(st.integers(1, 2), st.integers(1, 3)),
+    activation=st.sampled_from(ACTIVATIONS),
+    parts=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    make=st.sampled_from(MAKERS),
+    seeds=st.random_module(),
+)
+def test_native_3x3_in_narrow_groups(
+    cpu_variant: str,
+    width: int,
+    groups: int,
+    size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    activation: str,
+    parts: tuple[bool, ...],
+    make: Maker,
+    seeds: object,
+) -> None:
+    case = {"channels": width * groups, "c_out": width * groups, "kernel": (3, 3), "dilation": (1, 1), "shuffle": 1}
+    geometry = {"groups": groups, "size": size, "stride": stride, "padding": padding, "activation": activation}
+    tensors, options = drawn({**case, **geometry, "parts": parts, "make": make})
+    outputs = [ops.grouped_conv2d(*tensors, **options, backend="cpu")]
+    if make in in_place:
+        outputs.append(run_native("grouped_conv2d", tensors, **options))
+    assert_matches("grouped_conv2d", tensors, options, *outputs)
+
+
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_native_grouped_maps_larger_than_the_cache_run_by_steps(cpu_variant: str, kernel: int) -> None:
     tensors = [

@@ -65,12 +65,13 @@ struct DepthwiseConv2dArgs {
   Activation activation;
 };
 
-// Channel k · shuffle + i of y is channel i · c_out / shuffle + k of the convolution, whose channels weight and bias follow.
+// Channel k · shuffle + i of y is channel i · c_out / shuffle + k of the convolution, whose channels weight and bias follow. `narrow` is
+// 1 where the weight was packed for grouped_narrow.h.
 struct GroupedConv2dArgs {
   static constexpr int kAddresses = 5;
   const float *x, *weight, *bias, *residual;
   float* y;
-  int64_t batch, in_h, in_w, c_in, out_h, out_w, c_out, groups, shuffle;
+  int64_t batch, in_h, in_w, c_in, out_h, out_w, c_out, groups, shuffle, narrow;
   int64_t x_stride, residual_stride, y_stride;
   Window window;
   Activation activation;

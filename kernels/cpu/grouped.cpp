@@ -8,6 +8,7 @@
 //
 //   one task:  a block of output rows × a range of groups      bound: FMA, of which a group narrower than a vector wastes lanes
 #include "conv_rows.h"
+#include "grouped_narrow.h"
 #include "grouped_shuffle.h"
 #include "rows.h"
 #include "split.h"
@@ -80,6 +81,7 @@ void grouped_rows(const GroupedConv2dArgs& a, int64_t image, int64_t begin, int6
 }  // namespace
 
 void grouped_conv2d(const GroupedConv2dArgs& given) {
+  if (given.narrow) return narrow_grouped_conv2d(given);
   GroupedConv2dArgs a = given;
   if (is_pointwise(a.window)) a.in_h = a.out_h = a.batch * a.out_h * a.out_w, a.in_w = a.out_w = a.batch = 1;
   const int64_t rows = a.batch * a.out_h, depth = a.window.kernel_h * a.window.kernel_w * a.c_in / a.groups;

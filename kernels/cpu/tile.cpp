@@ -6,8 +6,6 @@
 namespace kernelpress::KERNELPRESS_ISA {
 namespace {
 
-constexpr int kPrefetchSteps = 8;  // a panel outgrows the first-level cache: its weights are asked for this far ahead
-
 template <int kRows, int kVecs>
 KP_INLINE void accumulate(Vec (&acc)[kRows][kVecs], const float* a, int64_t row_stride, int64_t half_offset, const float* b, int64_t length,
                           const float* ahead) {

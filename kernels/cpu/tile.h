@@ -14,6 +14,7 @@
 namespace kernelpress::KERNELPRESS_ISA {
 
 constexpr int kPanel = 2 * kLanes;
+constexpr int kPrefetchSteps = 8;  // a panel outgrows the first-level cache: its weights are asked for this far ahead
 
 // Where a tile's rows come from: row m, segment g starts at a + m * row_stride + segment_offsets[g]. The second half of a tile's
 // rows starts half_offset after the first: two narrow image rows make one tile.

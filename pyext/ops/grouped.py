@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,11 +31,14 @@ from kernelpress.ops.grouped_windows import Grouping, grouping_of, windowed_weig
 from kernelpress.ops.layout import PIXELS
 from kernelpress.ops.registry import Implementation, Problem, Run, Tensors
 from kernelpress.ops.signature import IntOrPair
+from kernelpress.runtime import native
 
 __all__ = ["channel_shuffle", "grouped_conv2d", "shuffle_concat"]
 
 _LARGEST_SIDE = 2**15
 _MOST_PIXELS = 2**31
+_LEAST_LANES = 8
+"""Of vectors whose lanes the processor permutes in one instruction."""
 
 
 def _grouped_shape(options: Any, x: TensorSpec, weight: TensorSpec, *epilogue: TensorSpec | None) -> tuple[int, ...]:
@@ -88,12 +91,35 @@ def _grouped_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, .
     )
 
 
+def _is_narrow(options: Any, shape: Sequence[int]) -> bool:
+    """Whether the kernel of narrow groups computes a convolution with a weight of that shape: vectors of at least eight
+    channels are whole groups, as wide in as out."""
+    lanes = native.cpu().panel_width() // 2
+    c_out, width, *kernel = shape
+    geometry = (*kernel, *options.dilation, *options.stride)
+    return (
+        lanes >= _LEAST_LANES
+        and 1 < width < lanes
+        and lanes % width == 0
+        and c_out == width * options.groups
+        and options.shuffle in (1, c_out)
+        and geometry in ((3, 3, 1, 1, 1, 1), (3, 3, 1, 1, 2, 2))
+    )
+
+
+def _grouped_cpu_operands(options: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
+    x, weight, bias, scale, residual = tensors
+    pack = packing.narrow_groups if _is_narrow(options, weight.shape) else packing.panels
+    return x, pack(weight, scale, options.groups), packing.vector(bias), residual
+
+
 def _grouped_cpu_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
     options = problem.options
     batch, c_in, in_h, in_w = problem["x"].shape
     _, c_out, out_h, out_w = problem.shape
     return (
         *(batch, in_h, in_w, c_in, out_h, out_w, c_out, options.groups, options.shuffle),
+        int(_is_narrow(options, problem["weight"].shape)),
         *(spacing["x"], spacing["residual"], spacing["y"]),
         *window(problem["weight"].shape[2:], options),
     )
@@ -101,9 +127,7 @@ def _grouped_cpu_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[in
 
 _GROUPED_CPU = Kernel(
     "grouped_conv2d",
-    lambda options, x, weight, bias, scale, residual: (
-        *(x, packing.panels(weight, scale, options.groups), packing.vector(bias), residual),
-    ),
+    _grouped_cpu_operands,
     _grouped_cpu_sizes,
     dtypes=(torch.float32,),
 )

@@ -29,6 +29,7 @@ __all__ = [
     "depthwise",
     "depthwise_copy",
     "forget",
+    "narrow_groups",
     "packed",
     "packed_bytes",
     "panels",
@@ -177,6 +178,18 @@ def _to_panels(weight: Tensor, width: int, groups: int) -> Tensor:
     padded = pad(grouped, (0, 0, 0, 0, 0, 0, 0, per_group * width - c_out // groups))
     in_panels = padded.reshape(groups * per_group, width, c_in, kernel_h, kernel_w).permute(0, 3, 4, 2, 1)
     return long_lived_copy(in_panels)
+
+
+def narrow_groups(weight: Tensor, scale: Tensor | None, groups: int) -> Tensor:
+    """`[C_out, C_out / groups, 3, 3]` → `[ceil(C_out / L), 3, 3, C_out / groups, L]`, zero-padded, with vectors of `L`
+    channels, half a panel."""
+    lanes = native.cpu().panel_width() // 2
+    return packed(weight, scale, ("narrow groups", lanes), lambda w: _to_vectors(w, lanes))
+
+
+def _to_vectors(weight: Tensor, lanes: int) -> Tensor:
+    padded = pad(weight, (0, 0, 0, 0, 0, 0, 0, -len(weight) % lanes))
+    return long_lived_copy(padded.reshape(-1, lanes, *weight.shape[1:]).permute(0, 3, 4, 2, 1))
 
 
 def depthwise(weight: Tensor, scale: Tensor | None) -> Tensor:
