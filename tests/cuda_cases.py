@@ -256,6 +256,10 @@ CASES: tuple[OpCase, ...] = (
     *[_sparse_matmul(block, rows) for block, rows in ((16, 70), (32, 129), (64, 17))],
     *[_sparse_conv(block, kernel, stride) for block, kernel, stride in ((16, 3, 1), (32, 1, 1), (16, 3, 2))],
     *_int8_cases(),
+    OpCase(
+        *("squeeze_excite", "squeeze_excite", "ragged"),
+        floating(lambda: [image(3, 40, 7, 7), *weights((10, 40, 1, 1), (10,), (37, 10, 1, 1)), None]),
+    ),
     OpCase("dense", "global_avg_pool2d", "7x7", floating(lambda: [image(3, 40, 7, 7)])),
     OpCase(
         *("dense", "max_pool2d", "3x3/2", floating(lambda: [image(2, 24, 15, 13)])),

@@ -97,8 +97,9 @@ KERNEL_STEPS: Steps = {
     "kernels/cpu/<family>.cpp": lambda kernel: (
         f"\nvoid {kernel}(const {listed_kernels()[kernel]}&" in source("kernels/cpu/<family>.cpp")
     ),
-    "pyext/ops/<family>.py": lambda kernel: any(
-        op.on("cpu") is not None and op.kernel("cpu").name == kernel for op in registry.operators()
+    "pyext/ops/<family>.py": lambda kernel: (
+        any(op.on("cpu") is not None and op.kernel("cpu").name == kernel for op in registry.operators())
+        or f'"{kernel}"' in source("pyext/ops/calls/*.py")
     ),
     "tests/test_<family>.py": has_own_test,
 }

@@ -92,6 +92,11 @@ def _examples(dtype: torch.dtype) -> dict[str, tuple[tuple[Tensor, ...], dict[st
             },
             (2 * 2 * 2) * (4 * 3 * 6 + 7 * 15),
         ),
+        "squeeze_excite": (
+            (draw(2, 6, 4, 5), draw(3, 6, 1, 1), draw(3), draw(5, 3, 1, 1), draw(5)),
+            {"reduce_activation": "silu", "activation": "hardsigmoid"},
+            2 * 3 * (6 + 5),
+        ),
         "grouped_conv2d": (
             (draw(2, 6, 4, 5), draw(12, 2, 3, 2), draw(12), draw(12), draw(2, 12, 2, 3)),
             {"stride": [2, 2], "groups": 3, "shuffle": 4, "activation": "silu", **padded},

@@ -137,7 +137,7 @@ def test_a_kernel_that_wants_a_workspace_is_no_native_step(monkeypatch):
     """Steps would give it no memory there."""
     x = torch.randn(2, 3, 9, 9)
     emitted, operator = emit(nn.MaxPool2d(2), x), registry.operator("max_pool2d")
-    assert kp.capture(emitted, x).native_steps == 1
+    assert "native max_pool2d" in kp.capture(emitted, x).steps
     kernel = replace(operator.kernel("cpu"), workspace=lambda problem, device: 64)
     changed = replace(operator, implementations=(cpu_implementation(kernel), operator.on("reference")))
     monkeypatch.setitem(registry._OPERATORS, "max_pool2d", changed)
@@ -151,7 +151,7 @@ def test_views_cost_no_steps_and_torch_calls_stand_between_native_stretches():
     x = torch.randn(2, 3, 16, 16)
     plan = kp.capture(emit(Mixed(), x), x)
     assert plan.steps[0] == "native conv2d"
-    assert "torch aten.cat.default" in plan.steps
+    assert "torch aten.leaky_relu.default" in plan.steps
     assert not any(name in step for step in plan.steps for name in ("permute", "chunk", "split", "getitem"))
     assert plan.native_steps < len(plan)
 

@@ -115,12 +115,51 @@ struct GlobalAvgPool2dArgs {
   int64_t batch, positions, channels, x_stride;
 };
 
+// y [batch, c_out], its rows `y_stride` apart.
+struct SqueezeExciteArgs {
+  static constexpr int kAddresses = 6;
+  const float *x, *reduce_weight, *reduce_bias, *expand_weight, *expand_bias;
+  float* y;
+  int64_t batch, positions, c_in, hidden, c_out, x_stride, y_stride;
+  Activation reduce_activation, activation;
+};
+
 struct MaxPool2dArgs {
   static constexpr int kAddresses = 2;
   const float* x;
   float* y;
   int64_t batch, in_h, in_w, channels, out_h, out_w, x_stride, y_stride;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+};
+
+// The mean of a window is its sum over `divisor`; over its pixels where that is 0, padding among them or not.
+struct AvgPool2dArgs {
+  static constexpr int kAddresses = 2;
+  const float* x;
+  float* y;
+  int64_t batch, in_h, in_w, channels, out_h, out_w, x_stride, y_stride;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+  int64_t counts_padding, divisor;
+};
+
+// Pixel i of y lies at (i + shift) · step + offset of x, in rows and in columns.
+struct Resize2dArgs {
+  static constexpr int kAddresses = 2;
+  const float* x;
+  float* y;
+  int64_t batch, in_h, in_w, channels, out_h, out_w, x_stride, y_stride;
+  int64_t is_bilinear;
+  double step_h, step_w, shift, offset;
+};
+
+// Tensors of any memory format, in dimensions of which y's largest stride comes first; those that a tensor lacks have one element.
+struct ElementwiseArgs {
+  static constexpr int kAddresses = 4, kMostDims = 6;
+  const float *a, *b, *c;
+  float* y;
+  int64_t sizes[kMostDims], a_strides[kMostDims], b_strides[kMostDims], c_strides[kMostDims], y_strides[kMostDims];
+  Activation activation;
+  double scale, c_scale, shift;
 };
 
 // Every CPU kernel with its argument block: declarations, table and bindings follow from this list.
@@ -133,7 +172,11 @@ struct MaxPool2dArgs {
   KERNEL(separable_stem, SeparableStemArgs)       \
   KERNEL(chain, ChainArgs)                        \
   KERNEL(global_avg_pool2d, GlobalAvgPool2dArgs)  \
-  KERNEL(max_pool2d, MaxPool2dArgs)
+  KERNEL(squeeze_excite, SqueezeExciteArgs)       \
+  KERNEL(max_pool2d, MaxPool2dArgs)               \
+  KERNEL(avg_pool2d, AvgPool2dArgs)               \
+  KERNEL(resize2d, Resize2dArgs)                  \
+  KERNEL(elementwise, ElementwiseArgs)
 
 // One instruction set's kernels. Packed dense weights are panels of `panel_width` output channels.
 struct KernelTable {

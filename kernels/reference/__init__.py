@@ -19,6 +19,7 @@ from kernelpress.kernels.reference.separable import (
     separable_stem,
 )
 from kernelpress.kernels.reference.sparse import block_csr_to_dense, sparse_conv2d, sparse_matmul
+from kernelpress.kernels.reference.squeeze_excite import squeeze_excite
 
 __all__ = [
     "ACTIVATIONS",
@@ -48,4 +49,5 @@ __all__ = [
     "shuffle_concat",
     "sparse_conv2d",
     "sparse_matmul",
+    "squeeze_excite",
 ]

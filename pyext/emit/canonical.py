@@ -10,23 +10,12 @@ from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.emit.graph import arguments, number, shape, value
 from kernelpress.emit.quantized import canonicalize_quantization
+from kernelpress.ops.calls.aten import activation_of_call
 from kernelpress.runtime.torch_private import OpOverload
 
 __all__ = ["activation_of", "canonicalize"]
 
 aten = torch.ops.aten
-
-_NAMES = {
-    aten.relu.default: "relu",
-    aten.relu6.default: "relu6",
-    aten.silu.default: "silu",
-    aten.hardswish.default: "hardswish",
-    aten.hardsigmoid.default: "hardsigmoid",
-    aten.sigmoid.default: "sigmoid",
-    aten.gelu.default: "gelu",
-    aten.hardtanh.default: "relu6",
-}
-
 
 _RESHAPES = (
     aten.reshape.default,
@@ -39,12 +28,7 @@ _EXCHANGES = (aten.transpose.int, aten.swapaxes.default, aten.swapdims.default)
 
 def activation_of(node: Node) -> str | None:
     """The epilogue's name of the activation that `node` applies to its first argument, or None."""
-    name = _NAMES.get(node.target) if node.op == "call_function" else None  # type: ignore[call-overload]
-    if node.target is aten.hardtanh.default and not _clips_to(node, 0, 6):
-        return None
-    if node.target is aten.gelu.default and arguments(node)["approximate"] != "none":
-        return None
-    return name
+    return activation_of_call(node.target, node.args, node.kwargs) if node.op == "call_function" else None
 
 
 def canonicalize(graph_module: GraphModule) -> GraphModule:

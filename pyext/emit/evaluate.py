@@ -16,6 +16,7 @@ from kernelpress.emit.candidates import Candidate, constant, conversion, origina
 from kernelpress.emit.examples import Example
 from kernelpress.emit.tolerance import INT8_TOLERANCE, relative_error, tolerance_of
 from kernelpress.measure.race import Alternative, race
+from kernelpress.ops.calls.aten import aten_steps
 from kernelpress.ops.calls.steps import native_steps
 from kernelpress.ops.layout import DENSE, PIXELS, Layout
 from kernelpress.ops.tuning import search
@@ -278,9 +279,14 @@ def runnable(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[No
 
 
 def _timed(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any]) -> Callable[[], Any]:
-    """The candidate as it is timed: a layer on the `cpu` backend as the native step that plans make of it, since they
-    are what speed is for; anything else as a call of torch, which it is in plans as well."""
-    steps = native_steps([_op_call(graph_module, candidate, inputs)]) if candidate.variant == "cpu" else None
+    """The candidate as it is timed: a layer on the `cpu` backend, or an operation that a kernel of ours computes, as
+    the native steps that plans make of it, since they are what speed is for; anything else as a call of torch, which it
+    is in plans as well."""
+    steps = None
+    if candidate.variant == "cpu":
+        steps = native_steps([_op_call(graph_module, candidate, inputs)])
+    elif candidate.is_original and len(candidate.nodes) == 1:
+        steps = aten_steps(*_last_call(graph_module, candidate, inputs))
     return steps or runnable(graph_module, candidate, inputs)
 
 
@@ -295,14 +301,24 @@ def _op_call(
     graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any]
 ) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     """The op of a layer of ours, with what its fragment calls it on."""
+    target, args, kwargs = _last_call(graph_module, candidate, inputs)
+    if target.namespace != "kernelpress":
+        raise ValueError(f"candidate: expected a layer of ours, got {candidate.label}")
+    return candidate.name, args, kwargs
+
+
+def _last_call(
+    graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """What a fragment calls last, and on what."""
     known = dict(zip(candidate.placeholders, (inputs[node] for node in candidate.inputs), strict=True))
     known |= {node: constant(graph_module, node) for node in candidate.fragment.nodes if node.op == "get_attr"}
-    for node in (node for node in candidate.fragment.nodes if node.op == "call_function"):
+    *before, last = (node for node in candidate.fragment.nodes if node.op == "call_function")
+    for node in before:
         args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
-        if node.target.namespace == "kernelpress":
-            return candidate.name, args, kwargs
         known[node] = node.target(*args, **kwargs)
-    raise ValueError(f"candidate: expected a layer of ours, got {candidate.label}")
+    args, kwargs = map_arg((last.args, last.kwargs), known.__getitem__)
+    return last.target, args, kwargs
 
 
 def _check(

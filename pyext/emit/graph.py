@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from kernelpress.ops.calls.aten import arguments_of
 from kernelpress.ops.registry import Operator, operators
 from kernelpress.runtime.torch_private import OpOverload
 from kernelpress.trace.regions import is_written
@@ -42,11 +43,7 @@ def shape(node: object) -> tuple[Any, ...] | None:
 
 def arguments(node: Node) -> dict[str, Any]:
     """The arguments of an operator call by their schema names, defaults included."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    bound.update({a.name: given for a, given in zip(schema.arguments, node.args, strict=False)})
-    bound.update(node.kwargs)
-    return bound
+    return arguments_of(node.target, node.args, node.kwargs)
 
 
 def only_user(node: Node) -> Node | None:

@@ -1,8 +1,9 @@
 """Lowers an emitted graph, at fixed shapes, to steps over buffers: what the plan runs.
 
 The graph is interpreted once. A result that shares memory with an argument becomes another view of that argument's
-buffer and costs nothing; a kernelpress layer on the `cpu` backend becomes a native step; everything else is a call of
-torch. Calls of torch read constants in memory of the program's own; native steps pack theirs.
+buffer and costs nothing; a kernelpress layer on the `cpu` backend and an ATen operator that a kernel of ours computes
+become native steps; everything else is a call of torch. Calls of ATen operators read constants in memory of the
+program's own; layers pack theirs.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from kernelpress.emit.graph import operator_of
+from kernelpress.emit.graph import only_user, operator_of
 from kernelpress.ops import registry
+from kernelpress.ops.calls.aten import activation_of_call, aten_call, is_elementwise, parts_of
 from kernelpress.ops.calls.steps import native_reason
 from kernelpress.runtime.torch_private import OpOverload, pytree
 from kernelpress.trace.regions import is_written, writes
@@ -47,7 +49,7 @@ class Place(enum.Enum):
 class Buffer:
     """A piece of memory of `nbytes`; `base` is the view that covers what was stored there first.
 
-    `constant` is the graph's own tensor where native steps alone read it, to pack it; else a copy.
+    `constant` is the graph's own tensor where layers alone read it, to pack it; else a copy.
     """
 
     place: Place
@@ -69,12 +71,17 @@ class View:
 
 @dataclass(frozen=True)
 class NativeStep:
-    """A kernelpress op that a native kernel computes into `out`; views stand for tensors among the arguments."""
+    """A kernelpress op that a native kernel computes into `out`; views stand for tensors among the arguments.
+
+    With a `target` it is a part of that ATen operator, as `aten_call` takes it, with `activation` applied to it.
+    """
 
     op: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: View
+    target: Any = None
+    activation: str = "identity"
 
     @property
     def results(self) -> tuple[View, ...]:
@@ -135,8 +142,8 @@ def lower(graph_module: GraphModule, inputs: Sequence[Any]) -> Program:
 
 
 def _own_constants(program: Program) -> None:
-    """Copies the constants that calls of torch read, or that are handed out."""
-    calls = [(step.args, step.kwargs) for step in program.steps if isinstance(step, TorchStep)]
+    """Copies the constants that are read where they lie, or that are handed out."""
+    calls = [(s.args, s.kwargs) for s in program.steps if isinstance(s, TorchStep) or s.target is not None]
     copies: dict[int, Tensor] = {}
     for index in {view.buffer for view in views_of((calls, program.output))}:
         buffer = program.buffers[index]
@@ -159,6 +166,7 @@ class _Lowering(Interpreter):
         self.extra_traceback = False
         self.program = Program()
         self._views: dict[Node, Any] = {}
+        self._made_by: dict[Node, int] = {}
 
     def run_node(self, node: Node) -> Any:
         if node.op == "call_function":
@@ -196,6 +204,9 @@ class _Lowering(Interpreter):
             if native is not None:
                 self.program.steps.append(native)
                 return native.out
+            whole = self._aten_steps(node, result, owners) if isinstance(result, Tensor) else None
+            if whole is not None:
+                return whole
             out_variant = _out_variant(node.target) if fresh and spec.is_leaf() else None
             place = Place.TORCH if out_variant is None else Place.ARENA
             target = out_variant or target
@@ -214,6 +225,36 @@ class _Lowering(Interpreter):
                 TorchStep(str(node.target), target, args, kwargs, tuple(results), fresh, into_out)
             )
         return pytree.tree_unflatten(views, spec)
+
+    def _aten_steps(self, node: Node, result: Tensor, owners: Sequence[tuple[Tensor, View]]) -> View | None:
+        """What native steps make of a call of an ATen operator, None where no kernel computes it.
+
+        An activation goes into the step before where that can apply it.
+        """
+        args, kwargs = self.fetch_args_kwargs_from_env(node)
+        name, source = activation_of_call(node.target, args, kwargs), next(iter(node.all_input_nodes), None)
+        if name is not None and source in self._made_by and only_user(source) is node:
+            made_by = self._made_by[source]
+            step = self.program.steps[made_by]
+            assert isinstance(step, NativeStep)
+            self.program.steps[made_by] = replace(step, op=f"{step.op} + {name}", activation=name)
+            return step.out
+        parameters = owners[1:] if node.target is aten.batch_norm.default else []
+        if any(self.program.buffers[view.buffer].place is not Place.CONSTANT for _, view in parameters):
+            return None
+        calls = parts_of(node.target, args, kwargs, result)
+        if not calls or any(aten_call(node.target, given, kwargs, out) is None for given, out in calls):
+            return None
+        views = {id(t): view for t, view in owners}
+        whole = self._new_view(result, Place.ARENA)
+        if is_elementwise(node.target):
+            self._made_by[node] = len(self.program.steps)
+        for given, out in calls:
+            part = self._alias(out, [(result, whole)])
+            assert part is not None
+            arguments = tuple(views.get(id(argument), argument) for argument in given)
+            self.program.steps.append(NativeStep(str(node.target), arguments, kwargs, part, node.target))
+        return whole
 
     def _owners(self, node: Node) -> list[tuple[Tensor, View]]:
         """The tensors that `node` reads, with their views."""
@@ -243,8 +284,16 @@ class _Lowering(Interpreter):
         """A view of a constant as a copy of it: plans do not give their own memory away."""
         if not isinstance(leaf, View) or self.program.buffers[leaf.buffer].place is not Place.CONSTANT:
             return leaf
-        copy = self._new_view(torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype), Place.ARENA)
-        self.program.steps.append(TorchStep("copy of a constant", aten_copy, (leaf,), {}, (copy,), into_out=True))
+        return self._copy("copy of a constant", leaf, torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype))
+
+    def _copy(self, name: str, source: View, like: Tensor) -> View:
+        """A copy of a tensor that lies like another one of its shape."""
+        copy = self._new_view(like, Place.ARENA)
+        if aten_call(aten.clone.default, (like,), {}, like) is None:
+            step: Step = TorchStep(name, aten_copy, (source,), {}, (copy,), into_out=True)
+        else:
+            step = NativeStep(name, (source,), {}, copy, aten.clone.default)
+        self.program.steps.append(step)
         return copy
 
     def _constant(self, tensor: Tensor) -> View:
@@ -295,10 +344,7 @@ class _Lowering(Interpreter):
         if native_reason(operator.name, tensors, named, result) is not None:
             return None
         for i, copied in copies:
-            view = self._new_view(copied, Place.ARENA)
-            copy = TorchStep("copy to the kernel's layout", aten_copy, (given[i],), {}, (view,), into_out=True)
-            self.program.steps.append(copy)
-            given[i] = view
+            given[i] = self._copy("copy to the kernel's layout", given[i], copied)
         return NativeStep(operator.name, tuple(given), named, self._new_view(result, Place.ARENA))
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.lower import Buffer, NativeStep, Place, Program, View, views_of
 from kernelpress.emit.streaming import choose_chains, private_bytes
+from kernelpress.ops.calls.aten import aten_call
 from kernelpress.ops.calls.steps import native_call
 from kernelpress.runtime import native
 
@@ -71,7 +72,10 @@ class NativeSteps:
     def _append(self, step: NativeStep) -> None:
         args = [tensor_at(a, self._stand_ins, self._program) if isinstance(a, View) else a for a in step.args]
         out = tensor_at(step.out, self._stand_ins, self._program)
-        call = native_call(step.op, args, step.kwargs, out)
+        if step.target is None:
+            call = native_call(step.op, args, step.kwargs, out)
+        else:
+            call = aten_call(step.target, args, step.kwargs, out, step.activation)  # type: ignore[assignment]
         getattr(self._plan, call.name)(*call.arguments)
         self._held.append(call.tensors)
 

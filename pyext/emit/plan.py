@@ -14,6 +14,7 @@ from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.cuda_plan import CudaPlan
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.examples import Example
+from kernelpress.emit.in_place import without_copies
 from kernelpress.emit.lower import NativeStep, Place, Program, TorchStep, View, lower, views_of
 from kernelpress.emit.native_steps import Bases, Chain, NativeSteps, tensor_at
 from kernelpress.emit.recapture import fingerprint, reduced
@@ -66,7 +67,7 @@ def plan_of(
     if device is not None:
         return CudaPlan(model, inputs, contract, device)
     with packing.renewed():
-        return Plan(model, lower(model.body, inputs), contract, times, chains)
+        return Plan(model, without_copies(lower(model.body, inputs)), contract, times, chains)
 
 
 def _cuda_device(model: EmittedModel, inputs: Sequence[Any]) -> torch.device | None:

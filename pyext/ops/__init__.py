@@ -12,6 +12,7 @@ from kernelpress.ops.registry import BACKENDS, allocate, availability, use_backe
 from kernelpress.ops.separable import inverted_residual, separable_conv2d, separable_stem
 from kernelpress.ops.sparse import sparse_conv2d, sparse_matmul
 from kernelpress.ops.sparse_blocks import BlockCsr
+from kernelpress.ops.squeeze_excite import squeeze_excite
 from kernelpress.ops.tuning.search import Tuning, tune
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "shuffle_concat",
     "sparse_conv2d",
     "sparse_matmul",
+    "squeeze_excite",
     "tune",
     "use_backend",
     "why_not",

@@ -19,6 +19,7 @@ __all__ = [
     "check_epilogue",
     "check_grouped_weight",
     "check_groups",
+    "check_image",
     "check_input",
     "check_pair",
     "check_same_shape",
@@ -73,6 +74,13 @@ def check_input(x: TensorSpec) -> None:
         raise ValueError(f"x: expected [N, C, H, W], got {describe(x.shape)}")
     if x.shape[1] == 0:
         raise ValueError(f"x: expected at least one channel, got {describe(x.shape)}")
+
+
+def check_image(x: TensorSpec) -> None:
+    """As `check_input`, with at least one position. Raises `ValueError`."""
+    check_input(x)
+    if any(isinstance(size, int) and size == 0 for size in x.shape[2:]):
+        raise ValueError(f"x: expected at least one position, got {describe(x.shape)}")
 
 
 def check_pair(name: str, value: Sequence[int], least: int) -> None:

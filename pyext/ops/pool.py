@@ -12,7 +12,7 @@ from kernelpress.kernels import reference
 from kernelpress.ops.backends.cpu import cpu_implementation
 from kernelpress.ops.backends.kernel import Kernel
 from kernelpress.ops.calls.dispatch import op
-from kernelpress.ops.checks import TensorSpec, check_input, check_pair, conv_output_size, describe
+from kernelpress.ops.checks import TensorSpec, check_image, check_input, check_pair, conv_output_size, describe
 from kernelpress.ops.layout import DENSE, PIXELS
 from kernelpress.ops.registry import Problem
 from kernelpress.ops.signature import IntOrPair
@@ -21,9 +21,7 @@ __all__ = ["global_avg_pool2d", "max_pool2d"]
 
 
 def _global_shape(options: Any, x: TensorSpec) -> tuple[int, ...]:
-    check_input(x)
-    if any(isinstance(size, int) and size == 0 for size in x.shape[2:]):
-        raise ValueError(f"x: expected at least one position, got {describe(x.shape)}")
+    check_image(x)
     return (x.shape[0], x.shape[1])
 
 

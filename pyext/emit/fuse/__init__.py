@@ -11,6 +11,7 @@ from kernelpress.emit.fuse.int8 import int8_layers, int8_sums, quantizers
 from kernelpress.emit.fuse.match import Match
 from kernelpress.emit.fuse.pools import pools
 from kernelpress.emit.fuse.sparse import sparse_layers
+from kernelpress.emit.fuse.squeeze_excite import squeeze_excites
 from kernelpress.emit.fuse.stages import stages_at
 
 __all__ = ["Match", "find_matches"]
@@ -27,6 +28,7 @@ def find_matches(graph_module: GraphModule) -> list[Match]:
     matches += [stage.match() for stage in stages]
     matches += chains(stages)
     matches += ghosts(stages)
+    matches += squeeze_excites(stages)
     matches += sparse_layers(graph_module, stages)
     matches += int8_layers(graph_module, stages)
     for node in nodes:

@@ -11,7 +11,7 @@ from kernelpress.emit.fuse.match import Match
 from kernelpress.emit.fuse.stages import pair
 from kernelpress.emit.graph import arguments, only_user, shape, value
 
-__all__ = ["pools"]
+__all__ = ["averaged_image", "pools"]
 
 aten = torch.ops.aten
 
@@ -33,7 +33,7 @@ def pools(node: Node) -> Iterator[Match]:
             }
             yield Match("max_pool2d", frozenset({node}), node, {"x": given["self"], **sizes})
         return
-    x = _averaged_image(node)
+    x = averaged_image(node)
     if x is None:
         return
     if len(shape(node) or ()) == 2:
@@ -44,7 +44,7 @@ def pools(node: Node) -> Iterator[Match]:
         yield Match("global_avg_pool2d", frozenset({node, flat}), flat, {"x": x})
 
 
-def _averaged_image(node: Node) -> Node | None:
+def averaged_image(node: Node) -> Node | None:
     """x [N, C, H, W] if `node` is its mean over all pixels, of shape [N, C, 1, 1] or [N, C]."""
     if node.target is aten.adaptive_avg_pool2d.default:
         x, is_global = node.args[0], pair(node.args[1]) == [1, 1]

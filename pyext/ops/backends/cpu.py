@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from kernelpress.ops.backends.kernel import (
     Kernel,
     Target,
     activation_index,
+    bits,
     build,
     implementation,
     laid_out,
@@ -42,8 +42,7 @@ def arguments(kernel: Kernel, problem: Problem, tensors: Tensors) -> Arguments:
     """What a kernel of `_cpu` is called with: words of eight bytes, a float by its bits."""
     activation = getattr(problem.options, "activation", None)
     built = build(kernel, problem, tensors, () if activation is None else (activation_index(activation),))
-    words = [struct.unpack("q", struct.pack("d", word))[0] if isinstance(word, float) else word for word in built.words]
-    return built._replace(words=tuple(words))
+    return built._replace(words=tuple([bits(word) if isinstance(word, float) else word for word in built.words]))
 
 
 def _prepare(kernel: Kernel, problem: Problem, tensors: Tensors) -> Run:

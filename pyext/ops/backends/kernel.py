@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ __all__ = [
     "Likes",
     "Target",
     "activation_index",
+    "bits",
     "build",
     "float_vector",
     "implementation",
@@ -182,6 +184,12 @@ def float_vector(t: Tensor | None) -> Tensor | None:
 def activation_index(name: str) -> int:
     """The integer that the kernels know an activation by."""
     return ACTIVATIONS.index(name)
+
+
+def bits(number: float) -> int:
+    """A scalar as the words of `_cpu` have it: the bits of a double."""
+    word: int = struct.unpack("q", struct.pack("d", number))[0]
+    return word
 
 
 def window(kernel: Sequence[int], options: Any) -> tuple[int, ...]:
