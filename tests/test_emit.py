@@ -205,6 +205,82 @@ def test_affine_steps_after_a_convolution_are_folded_into_it():
         torch.testing.assert_close(emitted(x).double(), Double().eval()(x.double()), rtol=1e-5, atol=1e-5)
 
 
+def test_norms_and_activations_behind_a_concatenation_go_into_the_layers_before_it():
+    def forward(x, a, b, norm):
+        left, right = x.chunk(2, dim=1)
+        return F.silu(norm(torch.cat([a(left), b(right)], 1)))
+
+    layers = nn.Conv2d(4, 6, 3, padding=1, groups=2), nn.Conv2d(4, 5, 5, padding=2, bias=False)
+    for norm in (with_random_norms(nn.BatchNorm2d(11)), nn.BatchNorm2d(11, affine=False)):
+        model = Apply(forward, *layers, norm).eval()
+        x = torch.randn(2, 8, 7, 7)
+        emitted = emit_fused(model, x)
+        assert not {"aten.batch_norm", "aten.silu"} & set(ops_of(emitted))
+        assert_as_exact_as(emitted, model, x)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda x, a, b, norm: norm(torch.cat([a(x), x], 1)),
+        lambda x, a, b, norm: (y := torch.cat([a(x), b(x)], 1)) + norm(y),
+        lambda x, a, b, norm: norm(torch.cat([(y := a(x)), b(x)], 1)) + y.mean((1, 2, 3), True),
+        lambda x, a, b, norm: norm(torch.cat([a(x), b(x)], 2).reshape(2, 16, 7, 7)),
+    ],
+    ids=["a part that is no layer", "the whole is read", "a part is read", "rows"],
+)
+def test_norms_behind_other_concatenations_stay(forward):
+    model = Apply(forward, nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), with_random_norms(nn.BatchNorm2d(16))).eval()
+    x = torch.randn(2, 8, 7, 7)
+    emitted = emit_fused(model, x)
+    assert "aten.batch_norm" in ops_of(emitted)
+    assert_as_exact_as(emitted, model, x)
+
+
+def test_a_sum_behind_a_concatenation_goes_into_the_layers_before_it():
+    def forward(x, a, b, norm):
+        y = norm(torch.cat([a(x[:, :5]), b(x[:, 3:])], 1))
+        return (x + y).relu()
+
+    model = Apply(
+        forward, nn.Conv2d(5, 6, 1), nn.Conv2d(5, 2, 3, padding=1), with_random_norms(nn.BatchNorm2d(8))
+    ).eval()
+    x = torch.randn(2, 8, 7, 7)
+    emitted = emit_fused(model, x)
+    assert set(ops_of(emitted)) <= {"pointwise_conv2d", "conv2d", "aten.slice.Tensor", "aten.cat"}
+    assert_as_exact_as(emitted, model, x)
+
+
+@pytest.mark.parametrize(
+    "split",
+    [lambda y: y.split([5, 3], 1), lambda y: y.chunk(2, 1), lambda y: y.split(4, -3)],
+    ids=["sizes", "chunks", "equal"],
+)
+def test_a_gate_before_a_split_scales_the_input_of_every_part(split):
+    def forward(x, reduce, expand, a, b):
+        gate = expand(reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        left, right = split(gate * x)
+        return torch.cat([a(left), b(right)], 1)
+
+    sizes = [part.shape[1] for part in split(torch.empty(1, 8, 1, 1))]
+    layers = [nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1), *(nn.Conv2d(size, 6, 1) for size in sizes)]
+    model = Apply(forward, *layers).eval()
+    x = torch.randn(2, 8, 7, 7)
+    emitted = emit_fused(model, x)
+    assert "aten.mul.Tensor" not in ops_of(emitted)
+    assert_as_exact_as(emitted, model, x)
+
+
+def test_one_layer_twice_in_a_concatenation_is_normalised_for_each_place():
+    model = Apply(
+        lambda x, a, norm: norm(torch.cat([(y := a(x)), y], 1)).relu(),
+        nn.Conv2d(8, 8, 1),
+        with_random_norms(nn.BatchNorm2d(16)),
+    ).eval()
+    x = torch.randn(2, 8, 7, 7)
+    assert_as_exact_as(emit_fused(model, x), model, x)
+
+
 def test_a_batch_norm_over_the_wrong_dimension_of_a_linear_layer_is_not_folded():
     model = with_random_norms(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(4)))
     x = torch.randn(3, 4, 6)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from kernelpress.emit.distribute import CONVOLUTIONS, distribute
 from kernelpress.emit.graph import (
     arguments,
     attribute,
@@ -30,7 +31,6 @@ __all__ = ["fold"]
 
 aten = torch.ops.aten
 
-CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default)
 IDENTITIES = (
     aten.alias.default,
     aten.contiguous.default,
@@ -47,6 +47,7 @@ def fold(graph_module: GraphModule) -> GraphModule:
     before = [_memory_of_output(node) for node in _outputs(graph_module)]
     _remove_identities(graph_module)
     _evaluate_constants(graph_module)
+    distribute(graph_module)
     _fold_affine_steps(graph_module)
     _keep_outputs_apart(graph_module, before)
     graph_module.graph.eliminate_dead_code()
