@@ -6,7 +6,7 @@
 //   merged where every operand runs on: most images are one dimension or two.
 //   bound: bandwidth
 //
-// One task: a run of elements of y, cut into its rows of the last dimension.
+// One task: rows of the last dimension, whole ones where there are enough for all threads, else a part of each.
 #include "args.h"
 #include "epilogue.h"
 #include "runtime.h"
@@ -32,14 +32,15 @@ KP_INLINE void store_strided(float* p, int64_t stride, Vec value, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i * stride] = lanes[i];
 }
 
-// Where a row begins, and how far apart its elements are.
-struct Row {
+// Where a block of rows begins, and how far apart its rows and its elements are; those of dense ones are neighbours, or one for all.
+struct Block {
   const float* at;
-  int64_t stride;
+  int64_t row_stride, stride;
 
   template <bool kDense>
-  KP_INLINE Vec elements(int64_t i, int64_t n) const {
-    return kDense ? load_up_to(at + i, n) : load_strided(at + i * stride, stride, n);
+  KP_INLINE Vec elements(const float* row, int64_t i, int64_t n) const {
+    if (!kDense) return load_strided(row + i * stride, stride, n);
+    return stride ? load_up_to(row + i, n) : broadcast(*row);
   }
 };
 
@@ -54,64 +55,87 @@ struct Formula {
         c_scale(broadcast(static_cast<float>(args.c_scale))),
         shift(broadcast(static_cast<float>(args.shift))),
         is_scaled(args.scale != 1 || args.shift != 0) {}
-
-  template <bool kDense>
-  KP_INLINE Vec at(const Row& a, const Row& b, const Row& c, int64_t i, int64_t n) const {
-    Vec value = a.elements<kDense>(i, n);
-    if (b.at) value = value * b.elements<kDense>(i, n);
-    if (is_scaled) value = fma(value, scale, shift);
-    if (c.at) value = fma(c.elements<kDense>(i, n), c_scale, value);
-    return activation(value);
-  }
 };
 
-void compute_row(const Formula& formula, const Row& a, const Row& b, const Row& c, float* y, int64_t y_stride, int64_t count) {
-  const bool is_dense = a.stride == 1 && (!b.at || b.stride == 1) && (!c.at || c.stride == 1) && y_stride == 1;
-  int64_t i = 0;
-  if (is_dense) {
-    for (; i + kLanes <= count; i += kLanes) store(y + i, formula.at<true>(a, b, c, i, kLanes));
-    if (i < count) store_up_to(y + i, formula.at<true>(a, b, c, i, count - i), count - i);
-    return;
-  }
-  for (; i < count; i += kLanes) {
-    const int64_t n = minimum(kLanes, count - i);
-    store_strided(y + i * y_stride, y_stride, formula.at<false>(a, b, c, i, n), n);
+template <bool kHasB, bool kHasC, bool kDense>
+void compute_rows(const Formula& formula, const Block& a, const Block& b, const Block& c, float* y, int64_t y_row_stride, int64_t y_stride,
+                  int64_t rows, int64_t count) {
+  const Formula f = formula;  // which y cannot be a part of
+  const auto at = [&](const float* a_row, const float* b_row, const float* c_row, int64_t i, int64_t n) __attribute__((always_inline)) {
+    Vec value = a.elements<kDense>(a_row, i, n);
+    if (kHasB) value = value * b.elements<kDense>(b_row, i, n);
+    if (f.is_scaled) value = fma(value, f.scale, f.shift);
+    if (kHasC) value = fma(c.elements<kDense>(c_row, i, n), f.c_scale, value);
+    return f.activation(value);
+  };
+  for (int64_t r = 0; r < rows; ++r, y += y_row_stride) {
+    const float *a_row = a.at + r * a.row_stride, *b_row = kHasB ? b.at + r * b.row_stride : nullptr,
+                *c_row = kHasC ? c.at + r * c.row_stride : nullptr;
+    int64_t i = 0;
+    if (kDense) {
+      for (; i + kLanes <= count; i += kLanes) store(y + i, at(a_row, b_row, c_row, i, kLanes));
+      if (i < count) store_up_to(y + i, at(a_row, b_row, c_row, i, count - i), count - i);
+    } else {
+      for (; i < count; i += kLanes) {
+        const int64_t n = minimum(kLanes, count - i);
+        store_strided(y + i * y_stride, y_stride, at(a_row, b_row, c_row, i, n), n);
+      }
+    }
   }
 }
 
-// Distance of an element, by its index in every dimension but the last, from the first one.
-KP_INLINE int64_t offset_of(const int64_t* index, const int64_t* strides) {
-  int64_t offset = 0;
-  for (int d = 0; d + 1 < ElementwiseArgs::kMostDims; ++d) offset += index[d] * strides[d];
-  return offset;
+using ComputeRows = void (*)(const Formula&, const Block&, const Block&, const Block&, float*, int64_t, int64_t, int64_t, int64_t);
+
+template <bool kHasB, bool kHasC>
+ComputeRows rows_function(bool is_dense) {
+  return is_dense ? compute_rows<kHasB, kHasC, true> : compute_rows<kHasB, kHasC, false>;
 }
 
-void compute_elements(const ElementwiseArgs& args, int64_t begin, int64_t end) {
+ComputeRows rows_function(const ElementwiseArgs& args) {
   constexpr int kLast = ElementwiseArgs::kMostDims - 1;
+  const auto is_run = [](const int64_t* strides) { return strides[kLast] == 0 || strides[kLast] == 1; };
+  const bool is_dense = is_run(args.a_strides) && is_run(args.b_strides) && is_run(args.c_strides) && args.y_strides[kLast] == 1;
+  if (args.b) return args.c ? rows_function<true, true>(is_dense) : rows_function<true, false>(is_dense);
+  return args.c ? rows_function<false, true>(is_dense) : rows_function<false, false>(is_dense);
+}
+
+// Rows [begin, end) of the last dimension, of each its elements [from, to).
+void compute_block(const ElementwiseArgs& args, int64_t begin, int64_t end, int64_t from, int64_t to) {
+  constexpr int kLast = ElementwiseArgs::kMostDims - 1, kRows = kLast - 1;
   const Formula formula(args);
-  const int64_t length = args.sizes[kLast];
+  const ComputeRows compute = rows_function(args);
   int64_t index[kLast];
-  for (int64_t d = kLast - 1, rest = begin / length; d >= 0; --d) index[d] = rest % args.sizes[d], rest /= args.sizes[d];
-  for (int64_t from = begin % length; begin < end; from = 0) {
-    const int64_t count = minimum(length - from, end - begin);
-    const auto row = [&](const float* base, const int64_t* strides) {
-      return Row{base ? base + offset_of(index, strides) + from * strides[kLast] : nullptr, strides[kLast]};
+  for (int64_t d = kRows, rest = begin; d >= 0; --d) index[d] = rest % args.sizes[d], rest /= args.sizes[d];
+  while (begin < end) {
+    const int64_t rows = minimum(args.sizes[kRows] - index[kRows], end - begin);
+    const auto offset = [&](const int64_t* strides) {
+      int64_t elements = from * strides[kLast];
+      for (int d = 0; d < kLast; ++d) elements += index[d] * strides[d];
+      return elements;
     };
-    const Row a = args.a ? row(args.a, args.a_strides) : Row{&kOne, 0};
-    float* y = args.y + offset_of(index, args.y_strides) + from * args.y_strides[kLast];
-    compute_row(formula, a, row(args.b, args.b_strides), row(args.c, args.c_strides), y, args.y_strides[kLast], count);
-    begin += count;
-    for (int d = kLast - 1; d >= 0 && ++index[d] == args.sizes[d]; --d) index[d] = 0;
+    const auto block = [&](const float* base, const int64_t* strides) {
+      return base ? Block{base + offset(strides), strides[kRows], strides[kLast]} : Block{&kOne, 0, 0};
+    };
+    compute(formula, block(args.a, args.a_strides), block(args.b, args.b_strides), block(args.c, args.c_strides),
+            args.y + offset(args.y_strides), args.y_strides[kRows], args.y_strides[kLast], rows, to - from);
+    begin += rows;
+    index[kRows] += rows - 1;
+    for (int d = kRows; d >= 0 && ++index[d] == args.sizes[d]; --d) index[d] = 0;
   }
 }
 
 }  // namespace
 
 void elementwise(const ElementwiseArgs& args) {
-  int64_t count = 1;
-  for (const int64_t size : args.sizes) count *= size;
-  const int64_t tasks = minimum(thread_count(), ceil_div(count, kElementsWorthATask));
-  parallel(tasks, [&](int64_t first, int64_t last) { compute_elements(args, count * first / tasks, count * last / tasks); });
+  constexpr int kLast = ElementwiseArgs::kMostDims - 1;
+  const int64_t length = args.sizes[kLast];
+  int64_t rows = 1;
+  for (int d = 0; d < kLast; ++d) rows *= args.sizes[d];
+  const int64_t tasks = minimum(thread_count(), ceil_div(rows * length, kElementsWorthATask));
+  parallel(tasks, [&](int64_t first, int64_t last) {
+    if (rows >= tasks) compute_block(args, rows * first / tasks, rows * last / tasks, 0, length);
+    else compute_block(args, 0, rows, length * first / tasks, length * last / tasks);
+  });
 }
 
 }  // namespace kernelpress::KERNELPRESS_ISA
