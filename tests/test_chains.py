@@ -244,11 +244,11 @@ def test_tensors_that_others_read_are_not_private(monkeypatch):
             y = self.a(x)
             return self.c(self.b(y)) * y
 
-    x = torch.randn(1, 8, 20, 20)
+    x = torch.randn(1, 8, 20, 20).contiguous(memory_format=torch.channels_last)
     program = lower(kp.emit(Fork().eval(), x, cost=single_layers, progress=False).body, [x])
     positions = [i for i, step in enumerate(program.steps) if isinstance(step, NativeStep)]
     links = streaming.private_bytes(program, positions)
-    assert links == [0, 8 * 20 * 20 * 4]
+    assert links == [0, 8 * 20 * 20 * 4, 8 * 20 * 20 * 4]
 
 
 def test_small_maps_are_not_timed(monkeypatch):
