@@ -197,8 +197,7 @@ def _copied(call: _Call) -> NativeCall | None:
 
 
 def _nearest(call: _Call) -> NativeCall | None:
-    is_exact = "exact" in call.target.name()
-    return _resized(call, False, _steps(call, call.given), 0.5 if is_exact else 0.0, 0.0)
+    return _resized(call, False, _steps(call, call.given), 0.0, 0.0)
 
 
 def _bilinear(call: _Call) -> NativeCall | None:
@@ -312,8 +311,6 @@ _CALLS: dict[Any, Maker] = {
     aten.max_pool2d.default: _window_maximum,
     aten.upsample_nearest2d.default: _nearest,
     aten.upsample_nearest2d.vec: _nearest,
-    aten._upsample_nearest_exact2d.default: _nearest,
-    aten._upsample_nearest_exact2d.vec: _nearest,
     aten.upsample_bilinear2d.default: _bilinear,
     aten.upsample_bilinear2d.vec: _bilinear,
 }
