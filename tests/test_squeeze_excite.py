@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from emitting import FUSED_BACKENDS, Apply, assert_as_exact_as, emit_fused, matched_ops, ops_of
+from emitting import (
+    FUSED_BACKENDS,
+    Apply,
+    assert_as_exact_as,
+    assert_saving_and_capture_keep,
+    emit_fused,
+    matched_ops,
+    ops_of,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support import MAKERS, Maker, assert_matches, channel_slice, channels_last, run_native
@@ -124,17 +133,19 @@ class Bottleneck(nn.Module):
 @pytest.mark.parametrize("backend", FUSED_BACKENDS)
 @pytest.mark.parametrize("pool", ["mean", "pool"])
 @pytest.mark.parametrize("gate", [F.hardsigmoid, torch.sigmoid], ids=["hardsigmoid", "sigmoid"])
-def test_the_block_is_one_op_and_scales_the_projections_input(backend: str, pool: str, gate: Any) -> None:
+def test_the_block_is_one_op_and_scales_the_projections_input(
+    backend: str, pool: str, gate: Any, tmp_path: Path
+) -> None:
     model, x = Bottleneck(pool=pool, gate=gate).eval(), channels_last(2, 12, 9, 7)
     emitted = emit_fused(model, x, backend)
     assert [op for op in ops_of(emitted) if op != "aten.flatten.using_ints"] == [
         *("depthwise_conv2d", "squeeze_excite", "pointwise_conv2d")
     ]
     assert_as_exact_as(emitted, model, x)
-    plan = kp.capture(emitted, x)
+    assert_saving_and_capture_keep(emitted, tmp_path, x)
     if backend == "cpu":
+        plan = kp.capture(emitted, x)
         assert plan.native_steps == len(plan) == 3
-    torch.testing.assert_close(plan(x), emitted(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""Networks of timm and torchvision, in processes of their own: what their plans leave to torch."""
+"""Networks of timm and torchvision, in processes of their own: what their plans leave to torch. `make zoo` holds their
+results against float64."""
 
 from __future__ import annotations
 
@@ -27,12 +28,11 @@ NETWORKS = [
 SCRIPT = """
 import json, sys
 import kernelpress as kp, torch, zoo
-from emitting import assert_as_exact_as, emit_fused
+from emitting import emit_fused
 zoo.import_packages()
 model, inputs, _ = zoo.make(zoo.family_of(sys.argv[1], "", sys.argv[2]))
 emitted = emit_fused(model, *inputs, "cpu", cache=False)
 plan = kp.capture(emitted, *inputs, stream=False, cache=False)
-assert_as_exact_as(plan, model, *inputs)
 print(json.dumps(plan.steps))
 """
 
