@@ -144,6 +144,9 @@ class Answer:
         self.logits = np.array([logits])
         self.stopped = False
 
+    def output(self) -> np.ndarray[Any, Any]:
+        return self.logits
+
     def stop(self) -> None:
         self.stopped = True
 

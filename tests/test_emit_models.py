@@ -12,17 +12,6 @@ from support import with_random_norms
 import kernelpress as kp
 from kernelpress.emit import EmittedModel
 
-AWAITS_KERNELS = {
-    "alexnet",
-    "ghostnet",
-    "ghostnet_v2",
-    "shufflenet_v1",
-    "shufflenet_v2",
-    "squeezenet1_0",
-    "squeezenet1_1",
-}
-"""Models whose captured plans still have steps of torch."""
-
 
 @dataclass(frozen=True)
 class Emitted:
@@ -62,7 +51,8 @@ def test_every_model_of_ours_emits_exactly_at_any_batch_size(emitted: Emitted) -
 def test_every_model_of_ours_is_exact_on_every_instruction_set(cpu_variant: str, emitted: Emitted) -> None:
     for case in (emitted.one, emitted.three):
         plan = kp.capture(emitted.model, *case.inputs)
-        assert (plan.native_steps < len(plan)) == (emitted.name in AWAITS_KERNELS), repr(plan)
+        # AlexNet's adaptive pooling enlarges maps of images as small as these.
+        assert len(plan) - plan.native_steps == (emitted.name == "alexnet"), repr(plan)
         case.check(plan)
         case.check(emitted.model)
 
