@@ -197,7 +197,10 @@ def _copied(call: _Call) -> NativeCall | None:
 
 
 def _nearest(call: _Call) -> NativeCall | None:
-    return _resized(call, False, _steps(call, call.given), 0.0, 0.0)
+    sizes = zip(call.args[0].shape[2:], call.out.shape[2:], _steps(call, call.given), strict=True)
+    # To twice the size torch looks at no factor.
+    steps = [0.5 if after == 2 * before else step for before, after, step in sizes]
+    return _resized(call, False, steps, 0.0, 0.0)
 
 
 def _bilinear(call: _Call) -> NativeCall | None:
@@ -208,10 +211,10 @@ def _bilinear(call: _Call) -> NativeCall | None:
 
 
 def _steps(call: _Call, given: Mapping[str, Any]) -> list[float]:
-    """Rows and columns of the input under one of the output."""
+    """Rows and columns of the input under one of the output. Where the size stays, torch looks at no factor."""
     factors = given["scale_factors"] if "scale_factors" in given else (given["scales_h"], given["scales_w"])
     sizes = zip(call.args[0].shape[2:], call.out.shape[2:], factors or (None, None), strict=True)
-    return [1 / factor if factor else before / after for before, after, factor in sizes]
+    return [1 / factor if factor and after != before else before / after for before, after, factor in sizes]
 
 
 def _resized(call: _Call, is_bilinear: bool, steps: Sequence[float], shift: float, offset: float) -> NativeCall | None:
