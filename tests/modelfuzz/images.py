@@ -303,7 +303,7 @@ def resized(g: Grower) -> None:
     g.let(
         g.one(
             f"F.interpolate({x}, scale_factor=2, {whole})",
-            f"F.interpolate({x}, scale_factor={g.one(1.5, 0.5, (2, 1))}, {whole})",
+            f"F.interpolate({x}, scale_factor={g.one(1.5, 0.5, 1.1, (2, 1), (2.3, 1.1))}, {whole})",
             f"F.interpolate({x}, size={y}.shape[-2:], {mode})",
             f"F.interpolate({x}, size=({y}.shape[2] * 2, {y}.shape[3]), {mode})",
             f"F.interpolate({x}, size=(5, 7), {mode})",
