@@ -27,6 +27,7 @@ import kernelpress as kp
 from kernelpress import models
 from kernelpress.emit import evaluate
 from kernelpress.measure.race import Heat, race
+from kernelpress.ops.registry import NATIVE_BACKENDS
 
 IMAGE = (1, 3, 224, 224)
 TO_THE_END = (Heat(20, float("inf")),)
@@ -65,7 +66,8 @@ def emission(name: str, count: int, rounds: int) -> Emissions:
                 begin = time.perf_counter()
                 emitted = kp.emit(model, x, progress=False)
                 seconds.append(time.perf_counter() - begin)
-            calls.append(sum(not place.choice.endswith("[cpu]") for place in emitted.record.places))
+            backends = [place.choice.rpartition("[")[2].rstrip("]") for place in emitted.record.places]
+            calls.append(sum(backend not in NATIVE_BACKENDS for backend in backends))
             plans[str(i)] = functools.partial(kp.capture(emitted, x), x)
     times: dict[str, list[float]] = {key: [] for key in plans}
     for _ in range(rounds):
