@@ -98,7 +98,7 @@ class TestFactorizations:
         model.requires_grad_(False)
         expected = (model[0](x) - bias).unflatten(1, (2, 6)).transpose(0, 1).flatten(1)
         lost = (small[0](x) - bias).unflatten(1, (2, 6)).transpose(0, 1).flatten(1) - expected
-        assert first.output_error == pytest.approx(float(lost.norm() / expected.norm()), rel=1e-6)
+        assert first.output_error == pytest.approx(float((lost.norm() / expected.norm()).detach()), rel=1e-6)
         # The second layer was whitened by what it reads in the original.
         hidden = model[:2](x)
         assert second.output_error == pytest.approx(_tail(model[2](hidden), 3), rel=1e-6)

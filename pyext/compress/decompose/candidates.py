@@ -102,6 +102,16 @@ class Job:
             lost_outputs = self._output_error(modules)
         return Chain(candidate, modules, lost, lost_outputs)
 
+    def expected_loss(self, candidate: Candidate) -> float:
+        """About the squared relative error: what ranks cut of the singular values; CP's is only known afterwards."""
+        if candidate.method == "cp":
+            return self.made(candidate).output_error ** 2
+        cut = whole = 0.0
+        for group in self.weights.spectra(candidate.method, of_outputs=True):
+            cut += sum(float((values[rank:] ** 2).sum()) for values, rank in zip(group, candidate.ranks, strict=True))
+            whole += float((group[0] ** 2).sum())
+        return cut / whole if whole > 0 else 0.0
+
     def told(self, made: Chain, milliseconds: tuple[float, ...]) -> DecomposedLayer:
         """What the record says of it."""
         return DecomposedLayer(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Geometry:
     dilation: Pair = (1, 1)
     groups: int = 1
     has_bias: bool = False
-    padding_mode: str = "zeros"
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros"
     is_linear: bool = False
 
     @classmethod
@@ -54,15 +54,16 @@ class Geometry:
         padding = [r // 2 for r in reach] if module.padding == "same" else module.padding
         if module.padding == "same" and any(r % 2 for r in reach):
             return None
-        pairs: Any = (module.kernel_size, module.stride, (0, 0) if padding == "valid" else tuple(padding))
         return cls(
-            module.in_channels,
-            module.out_channels,
-            *pairs,
-            (module.dilation[0], module.dilation[1]),
-            module.groups,
-            bias,
-            module.padding_mode,
+            inputs=module.in_channels,
+            outputs=module.out_channels,
+            kernel=_pair(module.kernel_size),
+            stride=_pair(module.stride),
+            padding=(0, 0) if module.padding == "valid" else _pair(padding),
+            dilation=_pair(module.dilation),
+            groups=module.groups,
+            has_bias=bias,
+            padding_mode=module.padding_mode,
         )
 
     @property
@@ -187,6 +188,10 @@ def joined(chain: Sequence[Geometry]) -> Geometry:
         max((layer.padding_mode for layer in chain if any(layer.padding)), key=len, default="zeros"),
         last.is_linear,
     )
+
+
+def _pair(sizes: Any) -> Pair:
+    return int(sizes[0]), int(sizes[1])
 
 
 def _halves(layer: Geometry) -> tuple[Geometry, Geometry]:

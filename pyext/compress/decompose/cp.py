@@ -64,10 +64,10 @@ def _leading_products(tensor: Tensor, rank: int) -> list[Tensor]:
         bases.append(torch.eye(size, dtype=tensor.dtype) if axis == long else own)
     core = torch.einsum("abcd,ai,bj,ck,dl->ijkl", tensor, *bases)
     energy = (core**2).sum(long)
-    places = torch.unravel_index(energy.flatten().sort(descending=True, stable=True).indices[:rank], energy.shape)
-    others = iter(places)
+    chosen = energy.flatten().sort(descending=True, stable=True).indices[:rank]
+    others = iter(torch.unravel_index(chosen, energy.shape))
     factors = [basis if axis == long else basis[:, next(others)] for axis, basis in enumerate(bases)]
-    factors[long] = core.movedim(long, 0)[(slice(None), *places)]
+    factors[long] = core.movedim(long, 0).flatten(1)[:, chosen]
     return factors
 
 

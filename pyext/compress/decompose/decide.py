@@ -89,7 +89,7 @@ def by_budget(
     are faster; the other layers have their reason."""
     options = [option for job in jobs for option in _options(job, rules, advance)]
     if rules.metric is not None:
-        options = search.sensitivities(options, model, rules.metric, advance)
+        search.measure_sensitivities(options, model, rules.metric, advance)
     timed: dict[search.Option, Choice | None] = {}
     while True:
         if rules.metric is None:
@@ -124,8 +124,7 @@ def _options(job: Job, rules: Rules, advance: Callable[[str], None]) -> list[sea
     cheaper = [c for c in found.values() if job.is_cheaper(c) and c.flops < job.flops]
     if not cheaper:
         job.layer.reason = _too_dear(job, found.values())
-    chains = [job.made(candidate) for candidate in cheaper]
-    return [search.Option(job, chain, chain.output_error**2) for chain in chains]
+    return [search.Option(job, candidate, job.expected_loss(candidate)) for candidate in cheaper]
 
 
 def _timed(job: Job, chains: Sequence[Chain], latency: Latency | None) -> Choice | None:

@@ -21,7 +21,7 @@ from kernelpress.compress.decompose.chains import Ranks
 __all__ = ["composed", "factorize", "relative_error", "spectra"]
 
 HOOI_STEPS = 20
-CONVERGED = 1e-9
+CONVERGED = 1e-7
 
 
 def factorize(weight: Tensor, method: str, ranks: Ranks, gram: Tensor | None = None, *, seed: int = 0) -> list[Tensor]:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from kernelpress.compress.decompose import vbmf
@@ -137,17 +136,22 @@ def _usable(found: Sequence[int], method: str, weights: Weights, round_to: int) 
         if not any(weight.any() for weight in weights.weights):
             held = [1]
         elif all(
-            _held(values, weights) == 1 for group in weights.spectra(method, of_outputs=False) for values in group
+            _held(values, weights.precision) == 1
+            for group in weights.spectra(method, of_outputs=False)
+            for values in group
         ):
             held = [min(layer.kernel)]
     else:
-        groups = [[_held(values, weights) for values in group] for group in weights.spectra(method, of_outputs=False)]
+        groups = [
+            [_held(values, weights.precision) for values in group]
+            for group in weights.spectra(method, of_outputs=False)
+        ]
         held = [max(sizes) for sizes in zip(*groups, strict=True)]
     rounded = (math.ceil(size / unit) * unit for size in found)
     return useful_ranks(tuple(map(min, rounded, most, held)), method, layer)
 
 
-def _held(values: Tensor, weights: Weights) -> int:
-    """How many singular values are no rounding of the weight's dtype; at least one."""
-    size = max(max(shape) for shape in _shapes("tucker2", weights.layer))
-    return max(1, int((values > values[0] * weights.precision * size**0.5).sum())) if torch.is_nonzero(values[0]) else 1
+def _held(values: Tensor, precision: float) -> int:
+    """How many singular values are no rounding of the weight's dtype, a random matrix of below 0.6 `precision` of its
+    norm; at least one."""
+    return max(1, int((values > values[0] * precision).sum()))

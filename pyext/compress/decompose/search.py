@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import nn
 
 from kernelpress.compress.decompose.candidates import Candidate, Chain, Job
 from kernelpress.preserve import evaluation
 
-__all__ = ["LEVELS", "Metric", "Option", "most_within", "sensitivities", "steps", "within_flops"]
+__all__ = ["LEVELS", "Metric", "Option", "measure_sensitivities", "most_within", "put", "steps", "within_flops"]
 
 LEVELS = (0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97)
 """Shares of the squared singular values at which layers are tried."""
@@ -23,18 +24,18 @@ Metric = Callable[[nn.Module], float]
 """A model in eval mode → a number, higher for what is better, such as an accuracy in 0…1."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Option:
     """A chain that a layer could become, and what that loses."""
 
     job: Job
-    chain: Chain
+    candidate: Candidate
     loss: float
 
-    @property
-    def candidate(self) -> Candidate:
-        """The method and the ranks."""
-        return self.chain.candidate
+    @cached_property
+    def chain(self) -> Chain:
+        """Its layers."""
+        return self.job.made(self.candidate)
 
     @property
     def saved(self) -> int:
@@ -89,17 +90,16 @@ def most_within(
     return latest(order[:low])
 
 
-def sensitivities(
+def measure_sensitivities(
     options: Sequence[Option], model: nn.Module, metric: Metric, advance: Callable[[str], None]
-) -> list[Option]:
-    """`options` whose loss is what `metric` loses where this chain alone is in the model."""
-    whole, found = measured(metric, model), []
+) -> None:
+    """Makes the loss of each option what `metric` loses where this chain alone is in the model."""
+    whole = measured(metric, model)
     for option in options:
         advance(option.job.layer.path)
         with trial(model, [option]):
             drop = max(0.0, whole - measured(metric, model))
-        found.append(Option(option.job, option.chain, drop + TIE * option.loss))
-    return found
+        option.loss = drop + TIE * option.loss
 
 
 def measured(metric: Metric, model: nn.Module) -> float:
