@@ -83,7 +83,7 @@ EVERY_LOSS = [
     compress.DKDLoss(),
     compress.DISTLoss(),
     compress.HintLoss(["stem", "stage"]),
-    compress.VIDLoss(["stage"]),
+    compress.VIDLoss(["stage"], weight=30.0),
     compress.AttentionLoss(["bn", "stage"]),
     compress.SimilarityLoss(["stage"]),
     compress.RKDDistanceLoss(),

@@ -148,6 +148,11 @@ class TestResponses:
         with pytest.raises(ValueError, match=r"^target: expected class indices \[4\], got torch.float64 \[4, 10\]"):
             compress.DKDLoss()(logits(), logits(), logits().softmax(1))
 
+    @pytest.mark.parametrize("value", [-100, CLASSES])
+    def test_targets_that_are_no_class_are_named(self, value: int):
+        with pytest.raises(ValueError, match=r"^target: expected classes 0 … 9, got"):
+            compress.DKDLoss()(logits(), logits(), torch.tensor([0, 1, 2, value]))
+
 
 def maps(*shape: int) -> Tensor:
     return torch.randn(*(shape or (3, 4, 5, 6)), dtype=torch.float64)

@@ -1,7 +1,8 @@
 """Passes that change a network's mathematics and return ordinary, trainable PyTorch."""
 
-from kernelpress.compress.changes import Change, Masked, Replaced, Resized
+from kernelpress.compress.changes import Change, Masked, Rebuilt, Replaced, Resized
 from kernelpress.compress.decompose import decompose
+from kernelpress.compress.distill import distill
 from kernelpress.compress.evaluation import evaluate
 from kernelpress.compress.finetune import EpochRecord, FinetuneResult, finetune
 from kernelpress.compress.losses import (
@@ -39,6 +40,7 @@ __all__ = [
     "PassRecord",
     "RKDAngleLoss",
     "RKDDistanceLoss",
+    "Rebuilt",
     "Replaced",
     "Resized",
     "ResponseLoss",
@@ -48,6 +50,7 @@ __all__ = [
     "VIDLoss",
     "create_loss",
     "decompose",
+    "distill",
     "evaluate",
     "finetune",
     "load",

@@ -6,6 +6,7 @@ A change keeps its place: what replaces a layer lies at or below the layer's pat
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,11 +23,13 @@ from kernelpress.compress.resize import (
     set_size_attributes,
     size_attributes,
 )
+from kernelpress.files.plain import did_you_mean
 
 __all__ = [
     "Change",
     "Masked",
     "NewLayer",
+    "Rebuilt",
     "Replaced",
     "Resized",
     "copied",
@@ -175,7 +178,42 @@ class Masked:
         return f"{self.parameter} masked"
 
 
-Change = Resized | Replaced | Masked
+@dataclass(frozen=True)
+class Rebuilt:
+    """The whole model, in whose place stands one of `kernelpress.models` by name, as a student does."""
+
+    name: str
+    options: dict[str, Any]
+    layer: Literal[""] = ""
+    kind: Literal["rebuilt"] = "rebuilt"
+
+    def build(self) -> nn.Module:
+        """The network, freshly initialised. Raises `ValueError` for an unknown name or a value out of range,
+        `TypeError` for an option that it does not have."""
+        from kernelpress.models.registry import ARCHITECTURES
+
+        if self.name not in ARCHITECTURES:
+            known = sorted(ARCHITECTURES)
+            raise ValueError(
+                f"student: expected one of {', '.join(known)}, got {self.name!r}{did_you_mean(self.name, known)}"
+            )
+        factory = ARCHITECTURES[self.name].build
+        if wrong := sorted(self.options.keys() - inspect.signature(factory).parameters):
+            raise TypeError(f"options: {self.name} has no {', '.join(map(str, wrong))}")
+        if any(isinstance(value, int) and abs(value) >= _MOST_CHANNELS for value in self.options.values()):
+            raise ValueError(f"options: {self.name} is not made of {self.options}")
+        return factory(**self.options)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """The network, on the meta device."""
+        with torch.device("meta"):
+            return self.build().train(model.training)
+
+    def __str__(self) -> str:
+        return f"the whole model → {self.name}"
+
+
+Change = Resized | Replaced | Masked | Rebuilt
 """A change has a `layer`, a `kind` by which files know it, and `apply`, which returns the model to go on with."""
 
 

@@ -25,6 +25,7 @@ class EMATeacher(nn.Module):
     """
 
     model: nn.Module | None
+    updates: Tensor
 
     def __init__(self, decay: float = 0.999) -> None:
         super().__init__()

@@ -37,6 +37,8 @@ class DataSection(Section):
     test_folder: Path | None = None
     """Images to test on; without it, `test_fraction` of those in the source folder."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of the training images that is used, drawn by the seed."""
     image_size: Annotated[int, Field(ge=1)] = 32
     batch_size: Annotated[int, Field(ge=1)] = 64
     workers: Annotated[int, Field(ge=0)] = 0
@@ -56,13 +58,13 @@ class ModelSection(Section):
 class TrainSection(Section):
     """Settings of `kernelpress.compress.finetune`."""
 
-    epochs: Annotated[int, Field(ge=0)]
-    lr: Annotated[float, Field(gt=0)] = 0.05
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    epochs: Annotated[int, Field(ge=0, description="passes over the training images")]
+    lr: Annotated[float, Field(gt=0, description="highest learning rate")] = 0.05
+    weight_decay: Annotated[float, Field(ge=0, description="of weights; norms and biases are spared")] = 1e-4
+    optimizer: Annotated[Literal["sgd", "adamw"], Field(description="SGD has Nesterov momentum")] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1, description="of SGD")] = 0.9
+    warmup: Annotated[float, Field(ge=0, lt=1, description="part of all steps over which lr rises")] = 0.05
+    label_smoothing: Annotated[float, Field(ge=0, lt=1, description="of cross-entropy")] = 0.0
 
 
 class EmitSection(Section):

@@ -61,7 +61,9 @@ class Run:
     def classes(self) -> tuple[str, ...]:
         """The names of the classes."""
         dataset: Any = self.loaders[0].dataset
-        return tuple(getattr(dataset, "dataset", dataset).classes)
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        return tuple(dataset.classes)
 
     @cached_property
     def architecture(self) -> nn.Module:
@@ -122,10 +124,7 @@ def _train(run: Run, step: RunStep, key: str) -> dict[str, Any]:
     """Trains the model, going on from where an interrupted run stopped under the same key."""
     assert isinstance(step.section, TrainSection)
     model = run.model(step.before)
-    checkpoints = run.folder.path / "checkpoints" / f"{step.id}-{key}"
-    for stale in checkpoints.parent.glob(f"{step.id}-*"):
-        if stale != checkpoints:
-            shutil.rmtree(stale, ignore_errors=True)
+    checkpoints = _checkpoints(run, step, key)
     result = compress.finetune(
         model,
         run.loaders[0],
@@ -139,15 +138,34 @@ def _train(run: Run, step: RunStep, key: str) -> dict[str, Any]:
     return _keep(run, step, model) | {"history": [asdict(epoch) for epoch in result.history]}
 
 
-def _compress(run: Run, step: RunStep, _: str) -> dict[str, Any]:
+def _checkpoints(run: Run, step: RunStep, key: str) -> Path:
+    """Where a training of this step leaves its checkpoints; those under another key are removed."""
+    checkpoints = run.folder.path / "checkpoints" / f"{step.id}-{key}"
+    for stale in checkpoints.parent.glob(f"{step.id}-*"):
+        if stale != checkpoints:
+            shutil.rmtree(stale, ignore_errors=True)
+    return checkpoints
+
+
+def _compress(run: Run, step: RunStep, key: str) -> dict[str, Any]:
     before = run.model(step.before)
     earlier = len(compress.record_of(before))
     torch.manual_seed(run.recipe.seed)
-    context = PassContext(step.section, *run.loaders, (run.images(1),), run.recipe.seed, run.model, run.dense)
+    context = PassContext(
+        step.section,
+        *run.loaders,
+        (run.images(1),),
+        run.recipe.seed,
+        run.model,
+        run.dense,
+        checkpoint_dir=_checkpoints(run, step, key),
+        progress=run.progress,
+    )
     model = known_passes()[step.name].run(before, context)
     if len(compress.record_of(model)) != earlier + 1:
         raise RuntimeError(f"{step.name}: expected the pass to add its record to the model that it returns")
     run.tell("  " + compress.record_of(model)[-1].costs())
+    shutil.rmtree(_checkpoints(run, step, key), ignore_errors=True)
     return _keep(run, step, model)
 
 
@@ -267,4 +285,8 @@ def _loaders(recipe: Recipe) -> tuple[DataLoader[Any], DataLoader[Any]]:
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
             held_out = max(1, round(section.test_fraction * len(order)))
             train, test = Subset(images, order[held_out:]), Subset(plain, order[:held_out])
+    if section.train_fraction < 1:
+        count = len(train)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+        train = Subset(train, order[: max(1, round(section.train_fraction * count))])
     return data.loaders(train, test, batch_size=section.batch_size, workers=section.workers)

@@ -60,6 +60,9 @@ class DKDLoss:
             raise ValueError(
                 f"target: expected class indices {list(student[:, 0].shape)}, got {target.dtype} {list(target.shape)}"
             )
+        if target.numel() and not 0 <= target.min() <= target.max() < student.shape[1]:
+            given = f"{int(target.min())} … {int(target.max())}"
+            raise ValueError(f"target: expected classes 0 … {student.shape[1] - 1}, got {given}")
         is_target = F.one_hot(target.long(), student.shape[1]).movedim(-1, 1).bool()
         (binary_s, rest_s), (binary_t, rest_t) = (
             _decoupled(logits / self.temperature, is_target) for logits in (student, teacher)
