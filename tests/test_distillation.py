@@ -180,6 +180,22 @@ class TestTheTeacherIsATeacher:
         seen = self.seen_by(teacher, lambda: train(student, teacher))
         assert len({output.sum().item() for given, output in seen if torch.equal(given, seen[0][0])}) == 1
 
+    def test_it_drops_nothing_where_it_shares_a_dropout_with_the_student(self):
+        student, teacher, modes = network(), network(8), []
+        student.dropout = teacher.dropout = nn.Dropout(0.5)
+
+        def look(student_output: Tensor, teacher_output: Tensor, target: Tensor) -> Tensor:
+            modes.append((teacher_output - answers(8)).abs().max().item())
+            return (student_output - teacher_output).square().mean()
+
+        def answers(count: int) -> Tensor:
+            with torch.no_grad():
+                return copy.deepcopy(teacher).eval()(images(count).tensors[0])
+
+        train(student, teacher, [look], loader=DataLoader(images(8), batch_size=8))
+        assert max(modes) < 1e-5
+        assert student.dropout.training
+
     def test_it_may_be_an_emitted_file(self, tmp_path: Path):
         import kernelpress
 

@@ -198,7 +198,7 @@ class TestFeatures:
         error = regressed + bias.view(-1, *[1] * (student.dim() - 2)) - teacher.double()
         expected = 2 * 0.5 * float((error**2).sum()) / teacher.numel()
         value = loss([student], [teacher])
-        assert float(value) == pytest.approx(expected, rel=1e-6)
+        assert value.item() == pytest.approx(expected, rel=1e-6)
 
     def test_variational_information_is_what_its_paper_says(self):
         student, teacher = torch.randn(3, 4, 5, 6), torch.randn(3, 7, 5, 6)
@@ -213,7 +213,7 @@ class TestFeatures:
             squares = (teacher[:, c].double().numpy() - mean[:, c]) ** 2
             expected += np.sum(math.log(math.sqrt(variance)) + squares / (2 * variance))
         value = loss([student], [teacher])
-        assert float(value) == pytest.approx(2 * expected / teacher.numel(), rel=1e-5)
+        assert value.item() == pytest.approx(2 * expected / teacher.numel(), rel=1e-5)
 
     def test_variances_start_where_they_are_said_to(self):
         loss = compress.VIDLoss(["a"])
@@ -358,3 +358,39 @@ def test_losses_are_known_by_name():
         compress.create_loss("atention")
     with pytest.raises(TypeError, match=r"^loss: response is not made of .*temprature"):
         compress.create_loss("response", temprature=2)
+
+
+class TestBesideTorchdistill:
+    """Where it states a loss as the paper does. Its FSP takes norms where eq. 2 squares them, and its similarities are
+    divided by the sum of a row where eq. 2 divides by the root of the sum of squares."""
+
+    @pytest.fixture
+    def theirs(self):
+        module = "torchdistill.losses.mid_level"
+        return pytest.importorskip(module, reason="no torchdistill: pip install --no-deps torchdistill")
+
+    def outputs(self, *tensors: Tensor) -> list[dict]:
+        return [{"a": {"output": tensor}} for tensor in tensors]
+
+    def test_responses(self, theirs):
+        student, teacher, target = logits(), logits(), torch.tensor([0, 3, 9, 3])
+        both = self.outputs(student, teacher)
+        hard = 0.5 * torch.nn.functional.cross_entropy(student, target).item()
+        divergence = theirs.KDLoss("a", "output", "a", "output", temperature=4, alpha=0.5, beta=1.0)(*both, target)
+        close(compress.ResponseLoss(4)(student, teacher), divergence.item() - hard)
+        correlations = theirs.DISTLoss("a", "output", "a", "output", beta=2.0, gamma=3.0, tau=2.0)(*both)
+        close(compress.DISTLoss(2, beta=2, gamma=3, weight=4)(student, teacher), correlations.item())
+
+    def test_features(self, theirs):
+        student, teacher = maps(), maps(3, 7, 5, 6)
+        both = self.outputs(student, teacher)
+        pair = {name: {"path": "a", "io": "output"} for name in ("student", "teacher")}
+        attention = theirs.ATLoss({"pair": pair}, mode="paper")(*both)
+        close(compress.AttentionLoss(["a"], weight=2)([student], [teacher]), attention.item())
+
+    def test_relations(self, theirs):
+        """It takes the mean over all pairs and triplets, equal images among them, whose terms are 0 of both."""
+        student, teacher = maps(5, 4), maps(5, 7)
+        both = self.outputs(student, teacher)
+        distance = theirs.RKDLoss("a", "a", dist_factor=1, angle_factor=0, reduction="sum")(*both)
+        close(compress.RKDDistanceLoss(weight=5 * 4)([student], [teacher]), distance.item())

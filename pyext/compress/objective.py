@@ -51,7 +51,7 @@ class Objective(nn.Module):
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         """The loss, a scalar."""
         features = forward_with_features(self.model, images, self._paths, "model")
-        loss = torch.zeros((), device=images.device)
+        loss = torch.zeros((), device=target.device)
         if self._target_weight:
             loss = loss + self._target_weight * F.cross_entropy(
                 features[""], target, label_smoothing=self._label_smoothing

@@ -62,8 +62,8 @@ class EMATeacher(nn.Module):
 
 
 def teacher_of(teacher: nn.Module | str | os.PathLike[str], student: nn.Module) -> nn.Module:
-    """`teacher` as a module: a `.pt2` file that `EmittedModel.save` wrote is read; what shares parameters with the
-    student, above all the student itself, is copied, so that it stays as it is now.
+    """`teacher` as a module: a `.pt2` file that `EmittedModel.save` wrote is read; what shares modules or tensors
+    with the student, above all the student itself, is copied, so that it stays as it is now.
 
     Raises `TypeError` for what is neither, and what `kernelpress.load` does.
     """
@@ -73,10 +73,12 @@ def teacher_of(teacher: nn.Module | str | os.PathLike[str], student: nn.Module) 
         return load(teacher)
     if not isinstance(teacher, nn.Module):
         raise TypeError(f"teacher: expected a module or the path of a .pt2 file, got {type(teacher).__name__}")
-    shared = {id(parameter) for parameter in student.parameters()}
-    if any(id(parameter) in shared for parameter in teacher.parameters()):
-        return copied(teacher)
-    return teacher
+    own = {id(part) for part in _parts(student)}
+    return copied(teacher) if any(id(part) in own for part in _parts(teacher)) else teacher
+
+
+def _parts(model: nn.Module) -> list[nn.Module | Tensor]:
+    return [*model.modules(), *model.parameters(), *model.buffers()]
 
 
 class Teacher:
