@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import kernelpress as kp
 from kernelpress import compress
-from kernelpress.compress.changes import mask_layer, replace_layer
+from kernelpress.compress.changes import Unmasked, mask_layer, replace_layer
 from kernelpress.compress.checkpoint import load_checkpoint, read_record, save_checkpoint
 from kernelpress.compress.record import DecomposedLayer, PassRecord, add_record
 from kernelpress.emit import EmissionRecord, EmittedModel
@@ -232,9 +232,12 @@ def _trained_models(folder: Path) -> list[Kind]:
     width = small[3].in_channels
     replaced = replace_layer(small, "3", nn.Conv2d(width, 3, 1, bias=False), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1))
     masked = mask_layer(small, "0", (torch.rand_like(small[0].weight) > 0.5).float())
+    bias = mask_layer(small, "0", (torch.rand_like(small[0].bias) > 0.5).float(), "bias")
+    unmasked = Unmasked("0", "bias")
+    unmasked.apply(small)
+    changes = (replaced, masked, bias, unmasked)
     promises = (Promise("0", density=0.5), Promise("3", is_int8=True))
     chains = (DecomposedLayer("3", "svd", (3,), 0.1, 0.2, 9, 8, 7, 6, (2.0, 1.0), is_whitened=True),)
-    changes = (replaced, masked)
     add_record(small, PassRecord("others", {"ratio": 0.5}, 9, 8, 7, 6, changes, (), promises, chains))
     compress.save(small, path)
     trained = _network()

@@ -115,7 +115,7 @@ KERNEL_STEPS: Steps = {
 PASS_STEPS: Steps = {
     "pyext/compress/<pass>.py": lambda name: f"\ndef {name}(" in pass_source(name) and name in compress.__all__,
     "compress/changes.py": lambda name: "from kernelpress.compress.changes import" in pass_source(name),
-    "measure/cost.py": lambda name: "PassRecord(" in pass_source(name),
+    "measure/cost.py": lambda name: re.search(r"PassRecord\(|add_pruning_record\(", pass_source(name)) is not None,
     "pyext/press/passes/<pass>.py": lambda name: f'register(Pass("{name}", ' in source(f"pyext/press/passes/{name}.py"),
     "tests/test_<pass>.py": lambda name: source(f"tests/test_{name}.py") != "",
 }

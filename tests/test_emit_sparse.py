@@ -1,10 +1,14 @@
 """Emission of weights with blocks of zeros."""
 
+import re
+
 import pytest
 import torch
 from emitting import Apply, assert_as_exact_as, assert_saving_and_capture_keep, emit_onto, matched_ops, matches, ops_of
 from support import with_random_norms
 from torch import nn
+
+import kernelpress
 
 pytestmark = pytest.mark.usefixtures("own_cache", "every_match_is_exact")
 
@@ -71,6 +75,33 @@ def test_zeros_that_fill_no_blocks_and_few_zero_blocks_offer_nothing():
     nn.init.zeros_(grouped.weight)
     assert "sparse_matmul" not in matched_ops(nn.Sequential(scattered, few), torch.randn(2, 128))
     assert "sparse_conv2d" not in matched_ops(grouped, torch.randn(2, 64, 3, 3))
+
+
+def test_zeros_without_gain_are_said_plainly():
+    """The case "No gain is said plainly": the dense layer stays, and the record has the sparsity and both times."""
+    scattered = nn.Conv2d(64, 64, 1)
+    where = torch.randperm(scattered.weight.numel())[: scattered.weight.numel() // 2]
+    blocks = nn.Conv2d(64, 64, 1)
+    prune(blocks.weight.data.view(64, 64), 16, 0.25)
+    with torch.no_grad():
+        scattered.weight.view(-1)[where] = 0
+    model = nn.Sequential(scattered, blocks, nn.Conv2d(64, 64, 1)).eval()
+    costs = {"sparse_conv2d": 3.0, "aten": 2.0}
+    emitted = kernelpress.emit(model, torch.randn(1, 64, 14, 14), cost=lambda c: costs.get(c.name, 1.25))
+    first, second, third = (place.reason for place in emitted.record.places)
+    assert not any("sparse" in place.choice for place in emitted.record.places)
+    assert "50% of its weight is zero, but no sparse kernel" in first
+    assert "dense takes 1.2500 ms" in first
+    assert re.search(
+        r"75% of its weight is zero: sparse_conv2d\[\w+\] skips zeros in 3.0000 ms, dense takes 1.25", second
+    )
+    assert "zero" not in third
+    emitted = kernelpress.emit(model, torch.randn(1, 64, 14, 14), cost=lambda c: 1.0 / costs.get(c.name, 1.25))
+    assert [("sparse" in place.choice, "zero" in place.reason) for place in emitted.record.places] == [
+        (False, True),
+        (True, False),
+        (False, False),
+    ]
 
 
 def test_a_weight_of_zeros_only_is_exact():

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from kernelpress.compress.masks import lay_mask
 from kernelpress.compress.resize import (
-    compute_weights,
     named_tensors,
     replace_tensors,
     set_size_attributes,
@@ -29,6 +29,7 @@ __all__ = [
     "NewLayer",
     "Replaced",
     "Resized",
+    "Unmasked",
     "copied",
     "mask_layer",
     "replace_layer",
@@ -155,10 +156,13 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Masked:
-    """A parameter whose zeros stay zero in training, by the masks of `torch.nn.utils.prune`."""
+    """A parameter whose zeros stay zero in training, by the masks of `torch.nn.utils.prune`; of how many elements it
+    `kept` how many."""
 
     layer: str
     parameter: str = "weight"
+    kept: int | None = None
+    of: int | None = None
     kind: Literal["masked"] = "masked"
 
     def apply(self, model: nn.Module) -> nn.Module:
@@ -168,14 +172,37 @@ class Masked:
             return model
         if self.parameter not in module._parameters:
             raise ValueError(f"{self.layer} has no parameter {self.parameter} to mask")
-        prune.custom_from_mask(module, self.parameter, torch.ones_like(module.get_parameter(self.parameter)))
+        lay_mask(module, self.parameter, torch.ones_like(module.get_parameter(self.parameter)))
         return model
 
     def __str__(self) -> str:
-        return f"{self.parameter} masked"
+        if self.kept is None or not self.of:
+            return f"{self.parameter} masked"
+        zeros = 1 - self.kept / self.of
+        return f"{self.parameter} masked: {self.kept:,} of {self.of:,} left ({zeros:.1%} zeros)"
 
 
-Change = Resized | Replaced | Masked
+@dataclass(frozen=True)
+class Unmasked:
+    """A parameter that holds the zeros of its mask itself, as any other parameter does."""
+
+    layer: str
+    parameter: str = "weight"
+    kind: Literal["unmasked"] = "unmasked"
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """`model` with a plain parameter."""
+        module = _module(model, self.layer)
+        if f"{self.parameter}_mask" not in module._buffers:
+            raise ValueError(f"{self.layer} has no mask over {self.parameter} to take off")
+        prune.remove(module, self.parameter)
+        return model
+
+    def __str__(self) -> str:
+        return f"{self.parameter} plain, with its zeros"
+
+
+Change = Resized | Replaced | Masked | Unmasked
 """A change has a `layer`, a `kind` by which files know it, and `apply`, which returns the model to go on with."""
 
 
@@ -254,12 +281,8 @@ def mask_layer(model: nn.Module, layer: str, mask: Tensor, parameter: str = "wei
         raise ValueError(f"{_joined(layer, parameter)}: expected a parameter, which alone can be masked")
     if mask.shape != masked.shape:
         raise ValueError(f"mask: expected the shape of {parameter}, {[*masked.shape]}, got {[*mask.shape]}")
-    if earlier is None:
-        prune.custom_from_mask(module, parameter, mask)
-    else:
-        module._buffers[f"{parameter}_mask"] = earlier * mask
-        compute_weights(module)
-    return Masked(layer, parameter)
+    lay_mask(module, parameter, mask if earlier is None else earlier * mask)
+    return Masked(layer, parameter, int(module.get_buffer(f"{parameter}_mask").count_nonzero()), mask.numel())
 
 
 def _module(model: nn.Module, layer: str) -> nn.Module:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from kernelpress.compress.checkpoint import load_checkpoint, read_record, save_checkpoint
 from kernelpress.compress.evaluation import evaluate
+from kernelpress.compress.masks import settle_masks
 from kernelpress.compress.processes import join_processes
 from kernelpress.files.plain import from_plain
 from kernelpress.preserve import preserved
@@ -97,6 +98,7 @@ def finetune(
     loader: DataLoader[Any],
     *,
     epochs: int,
+    span: tuple[int, int] | None = None,
     lr: float = 0.05,
     weight_decay: float = 1e-4,
     optimizer: Literal["sgd", "adamw"] = "sgd",
@@ -106,6 +108,7 @@ def finetune(
     teacher: nn.Module | None = None,
     losses: Sequence[TeacherLoss] = (),
     val_loader: DataLoader[Any] | None = None,
+    before_step: Callable[[int, int], None] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -116,6 +119,12 @@ def finetune(
     momentum; weight decay spares BatchNorm and biases. The learning rate rises linearly to `lr` over the first `warmup`
     part of all steps, then falls to zero along a half cosine (Loshchilov & Hutter 2017, eq. 5). A run depends on `seed`
     and the data alone: shuffling and augmentation by torch's generator are seeded anew at each epoch.
+
+    `span` = (first, end): only these of the `epochs` are trained, as if the ones before had been; the optimizer begins
+    anew.
+
+    `before_step` is called ahead of each step with its number and that of all steps; it may change the model, as
+    `compress.Gradual` does. What masks silence is zero in the end, under whichever optimizer.
 
     With `checkpoint_dir`, each epoch ends with a checkpoint there, and a call with the same settings goes on from it.
     Started by `torchrun` or `accelerate launch`, every process trains on its share of the batches on its own device
@@ -136,6 +145,9 @@ def finetune(
         label_smoothing=label_smoothing,
         seed=seed,
     )
+    first, end = (0, epochs) if span is None else span
+    if not 0 <= first < end <= epochs:
+        raise ValueError(f"span: expected (first, end) with 0 ≤ first < end ≤ epochs = {epochs}, got {span}")
     accelerator = join_processes(seed=seed)
     checkpoint = Path(checkpoint_dir) / CHECKPOINT_NAME if checkpoint_dir is not None else None
     history: list[EpochRecord] = []
@@ -153,14 +165,16 @@ def finetune(
         wrapped, steps, batches = accelerator.prepare(model, _optimizer(model, settings), loader)
         settings = replace(settings, steps_per_epoch=len(batches))
         if checkpoint is not None and checkpoint.exists():
-            history = _history_of(checkpoint, settings)
+            history = _history_of(checkpoint, settings, first)
             load_checkpoint(checkpoint, model, steps)
-        with _progress_bar(progress and accelerator.is_main_process, settings, len(history)) as advance:
-            for epoch in range(len(history), epochs):
+        with _progress_bar(progress and accelerator.is_main_process, settings, first + len(history)) as advance:
+            for epoch in range(first + len(history), end):
                 started = time.perf_counter()
                 torch.manual_seed((seed * epochs + epoch) * accelerator.num_processes + accelerator.process_index)
                 batches.set_epoch(epoch)
-                loss = _train_epoch(accelerator, wrapped, steps, batches, settings, epoch, teacher, losses, advance)
+                loss = _train_epoch(
+                    accelerator, wrapped, steps, batches, settings, epoch, teacher, losses, before_step, advance
+                )
                 accuracy = evaluate(model, val_loader) if val_loader is not None else None
                 rate = steps.param_groups[0]["lr"]
                 history.append(EpochRecord(epoch, loss, accuracy, rate, time.perf_counter() - started))
@@ -168,6 +182,7 @@ def finetune(
                     record = {"settings": asdict(settings), "history": [asdict(entry) for entry in history]}
                     save_checkpoint(checkpoint, model, steps, record)
                 accelerator.wait_for_everyone()
+    settle_masks(model)
     accuracies = [entry.accuracy for entry in history if entry.accuracy is not None]
     return FinetuneResult(
         history=tuple(history),
@@ -193,6 +208,7 @@ def _train_epoch(
     epoch: int,
     teacher: nn.Module | None,
     losses: Sequence[TeacherLoss],
+    before_step: Callable[[int, int], None] | None,
     advance: Callable[[str], None],
 ) -> float:
     """Trains over all batches once; returns the mean loss over all processes."""
@@ -200,7 +216,10 @@ def _train_epoch(
     steps = settings.epochs * settings.steps_per_epoch
     total = torch.zeros((), device=accelerator.device)
     for index, (images, target) in enumerate(batches):
-        factor = learning_rate_factor(epoch * settings.steps_per_epoch + index, steps, settings.warmup)
+        step = epoch * settings.steps_per_epoch + index
+        if before_step is not None:
+            before_step(step, steps)
+        factor = learning_rate_factor(step, steps, settings.warmup)
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * factor
         output = model(images)
@@ -254,7 +273,7 @@ def _optimizer(model: nn.Module, settings: _Settings) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, nesterov=settings.momentum > 0)
 
 
-def _history_of(checkpoint: Path, settings: _Settings) -> list[EpochRecord]:
+def _history_of(checkpoint: Path, settings: _Settings, first: int) -> list[EpochRecord]:
     stored = from_plain(_Record, read_record(checkpoint), f"{checkpoint}: its record")
     for name, value in asdict(settings).items():
         written = stored.settings.get(name)
@@ -263,7 +282,7 @@ def _history_of(checkpoint: Path, settings: _Settings) -> list[EpochRecord]:
                 f"checkpoint_dir: {checkpoint} belongs to a training with {name} = {written!r}, got {value!r}; "
                 "use the same settings or another folder"
             )
-    if [entry.epoch for entry in stored.history] != list(range(len(stored.history))):
+    if [entry.epoch for entry in stored.history] != list(range(first, first + len(stored.history))):
         raise ValueError(f"checkpoint_dir: {checkpoint} has no history of epochs; delete it to start over")
     return list(stored.history)
 

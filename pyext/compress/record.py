@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelpress.compress.changes import Change, Resized, replay
+from kernelpress.compress.changes import Change, Masked, Resized, replay
 from kernelpress.compress.resize import compute_weights, named_tensors, replace_tensors
 from kernelpress.files import write_atomically
 from kernelpress.files.plain import from_plain, printable
@@ -87,11 +87,15 @@ class PassRecord:
         return 1 - self.flops_after / self.flops_before if self.flops_before else 0.0
 
     def costs(self) -> str:
-        """The costs before and after in one line."""
-        return (
-            f"FLOPs {self.flops_before:,} → {self.flops_after:,} (−{self.flops_removed:.1%}), "
-            f"parameters {self.parameters_before:,} → {self.parameters_after:,}"
-        )
+        """The costs before and after in one line; FLOPs where they were counted, zeros where weights are masked."""
+        parts = [f"parameters {self.parameters_before:,} → {self.parameters_after:,}"]
+        if self.flops_before:
+            parts.insert(0, f"FLOPs {self.flops_before:,} → {self.flops_after:,} (−{self.flops_removed:.1%})")
+        masked = [(c.kept, c.of) for c in self.changes if isinstance(c, Masked) and c.kept is not None and c.of]
+        if of := sum(of for _, of in masked):
+            kept = sum(kept for kept, _ in masked)
+            parts.append(f"masks leave {kept:,} of {of:,} ({1 - kept / of:.1%} zeros)")
+        return ", ".join(parts)
 
     def layers(self) -> list[tuple[str, str]]:
         """Every layer that was changed with what became of it; norms and such follow from the layers before."""

@@ -29,6 +29,7 @@ from kernelpress.emit.quantized import is_quantize
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
 from kernelpress.emit.ties import Comparison, compare
 from kernelpress.emit.tolerance import INT8_TOLERANCE, TURNED_SHARE, tolerance_of
+from kernelpress.emit.zeros import zeros_note
 from kernelpress.measure.race import Heat, race
 from kernelpress.ops.calls import packing, prepared
 from kernelpress.ops.layout import PIXELS
@@ -98,7 +99,10 @@ def emit(
         def emitted(choices: Sequence[Choice]) -> EmittedModel:
             for nodes in (choice.chosen.nodes for choice in choices if choice.chosen.nodes not in flops):
                 flops[nodes] = _flops(graph_module, nodes, examples, order)
-            places = tuple(_place_record(choice, flops[choice.chosen.nodes], examples, order) for choice in choices)
+            places = tuple(
+                _place_record(choice, flops[choice.chosen.nodes], zeros_note(graph_module, choice), examples, order)
+                for choice in choices
+            )
             body = assemble(graph_module, [choice.chosen for choice in choices])
             record = EmissionRecord(places, device_key(device))
             return EmittedModel(body, record, flat_examples, traced.meta["contract"])
@@ -186,7 +190,7 @@ def _candidates(graph_module: GraphModule) -> list[Candidate]:
 
 
 def _place_record(
-    choice: Choice, flops: int, examples: Mapping[Node, Example], order: Mapping[Node, int]
+    choice: Choice, flops: int, zeros: str, examples: Mapping[Node, Example], order: Mapping[Node, int]
 ) -> PlaceRecord:
     nodes = sorted(choice.chosen.nodes, key=order.__getitem__)
     weighed = [_candidate_record(evaluation) for evaluation in choice.considered]
@@ -197,8 +201,9 @@ def _place_record(
     operations = tuple(node.name for node in nodes)
     modules = tuple(dict.fromkeys(filter(None, map(module_of, nodes))))
     shape = examples[choice.chosen.output].shape
+    reason = "; ".join(filter(None, (choice.reason, zeros)))
     return PlaceRecord(
-        name, operations, shape, flops, choice.chosen.label, choice.reason, choice.milliseconds, tuple(weighed), modules
+        name, operations, shape, flops, choice.chosen.label, reason, choice.milliseconds, tuple(weighed), modules
     )
 
 

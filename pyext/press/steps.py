@@ -122,10 +122,7 @@ def _train(run: Run, step: RunStep, key: str) -> dict[str, Any]:
     """Trains the model, going on from where an interrupted run stopped under the same key."""
     assert isinstance(step.section, TrainSection)
     model = run.model(step.before)
-    checkpoints = run.folder.path / "checkpoints" / f"{step.id}-{key}"
-    for stale in checkpoints.parent.glob(f"{step.id}-*"):
-        if stale != checkpoints:
-            shutil.rmtree(stale, ignore_errors=True)
+    checkpoints = _checkpoints(run, step, key)
     result = compress.finetune(
         model,
         run.loaders[0],
@@ -139,14 +136,27 @@ def _train(run: Run, step: RunStep, key: str) -> dict[str, Any]:
     return _keep(run, step, model) | {"history": [asdict(epoch) for epoch in result.history]}
 
 
-def _compress(run: Run, step: RunStep, _: str) -> dict[str, Any]:
+def _checkpoints(run: Run, step: RunStep, key: str) -> Path:
+    """Where a step keeps what it goes on from after an interruption, without what it kept under other keys."""
+    folder = run.folder.path / "checkpoints" / f"{step.id}-{key}"
+    for stale in folder.parent.glob(f"{step.id}-*"):
+        if stale != folder:
+            shutil.rmtree(stale, ignore_errors=True)
+    return folder
+
+
+def _compress(run: Run, step: RunStep, key: str) -> dict[str, Any]:
     before = run.model(step.before)
     earlier = len(compress.record_of(before))
     torch.manual_seed(run.recipe.seed)
-    context = PassContext(step.section, *run.loaders, (run.images(1),), run.recipe.seed, run.model, run.dense)
+    checkpoints = _checkpoints(run, step, key)
+    context = PassContext(
+        step.section, *run.loaders, (run.images(1),), run.recipe.seed, run.model, run.dense, checkpoints
+    )
     model = known_passes()[step.name].run(before, context)
     if len(compress.record_of(model)) != earlier + 1:
         raise RuntimeError(f"{step.name}: expected the pass to add its record to the model that it returns")
+    shutil.rmtree(checkpoints, ignore_errors=True)
     run.tell("  " + compress.record_of(model)[-1].costs())
     return _keep(run, step, model)
 
