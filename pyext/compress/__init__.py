@@ -5,24 +5,28 @@ from kernelpress.compress.decompose import decompose
 from kernelpress.compress.evaluation import evaluate
 from kernelpress.compress.finetune import EpochRecord, FinetuneResult, TeacherLoss, finetune
 from kernelpress.compress.prune_channels import prune_channels
-from kernelpress.compress.record import DecomposedLayer, PassRecord, SkippedLayers, load, record_of, save
+from kernelpress.compress.quantize import convert_qat, quantize
+from kernelpress.compress.record import DecomposedLayer, LayerError, PassRecord, SkippedLayers, load, record_of, save
 
 __all__ = [
     "Change",
     "DecomposedLayer",
     "EpochRecord",
     "FinetuneResult",
+    "LayerError",
     "Masked",
     "PassRecord",
     "Replaced",
     "Resized",
     "SkippedLayers",
     "TeacherLoss",
+    "convert_qat",
     "decompose",
     "evaluate",
     "finetune",
     "load",
     "prune_channels",
+    "quantize",
     "record_of",
     "save",
 ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from kernelpress.emit.examples import Example, example_values
 from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.plan import capture
-from kernelpress.emit.quantized import is_quantize
+from kernelpress.emit.quantized import is_quantize, without_fake
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
 from kernelpress.emit.ties import Comparison, compare
 from kernelpress.emit.tolerance import INT8_TOLERANCE, TURNED_SHARE, tolerance_of
@@ -33,6 +32,7 @@ from kernelpress.measure.race import Heat, race
 from kernelpress.ops.calls import packing, prepared
 from kernelpress.ops.layout import PIXELS
 from kernelpress.preserve import outside_modes, own_tensors
+from kernelpress.progress import phases
 from kernelpress.runtime.device_clock import time_graphs
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace import checked_inputs, module_of, trace
@@ -75,7 +75,8 @@ def emit(
     if tolerance is not None and not 0 < tolerance < float("inf"):
         raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
     inputs = own_tensors(checked_inputs(model, example_inputs))
-    with outside_modes(model), _progress_bar(progress) as phase:
+    model = without_fake(model)
+    with outside_modes(model), phases(progress) as phase:
         phase("exporting", 1)
         traced = trace(model, inputs, dynamic_batch=dynamic_batch)
         flat = pytree.tree_leaves((inputs, {}))
@@ -263,26 +264,3 @@ def _refusal(found: Comparison, tolerance: float) -> str | None:
     if found.turned > share:
         return f"{found.turned:.1%} of {found.decision} turned over at ties, above {share:.1%}"
     return None
-
-
-@contextmanager
-def _progress_bar(is_wanted: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """A bar on standard error, if that is a terminal and rich is installed: a function that begins a phase of so many
-    steps and gives the one that counts them."""
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        is_wanted = False
-    if not is_wanted:
-        yield lambda name, steps: lambda count: None
-        return
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("")
-
-        def phase(name: str, steps: int) -> Callable[[int], None]:
-            bar.reset(task, description=name, total=steps)
-            return lambda count: bar.advance(task, count)
-
-        yield phase

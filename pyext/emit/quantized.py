@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.emit.graph import arguments, constant_tensor, number
@@ -26,6 +26,8 @@ __all__ = [
     "quantized_weight",
     "register_quantization",
     "remember_quantized",
+    "spell_out_fake",
+    "without_fake",
 ]
 
 aten = torch.ops.aten
@@ -104,6 +106,7 @@ def dequantized(node: Node) -> tuple[Node, Affine] | None:
 def canonicalize_quantization(graph_module: GraphModule) -> None:
     """Rewrites, in place: scales and zero points in constant tensors as numbers, uint8 as int8, and gives each reader
     of a dequantized tensor a dequantization of its own."""
+    spell_out_fake(graph_module)
     graph = graph_module.graph
     nodes = [node for node in graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")]
     for node in nodes:
@@ -116,6 +119,48 @@ def canonicalize_quantization(graph_module: GraphModule) -> None:
             _stay_quantized(graph, node)
     for node in [node for node in graph.nodes if is_dequantize(node)]:
         _one_for_each_reader(graph, node)
+
+
+def without_fake(model: nn.Module) -> nn.Module:
+    """`model`, or a copy over its tensors without roundings that quantization-aware training leaves: they cannot be
+    exported for batches of any size."""
+    if not isinstance(model, GraphModule) or not any("fake_quantize" in str(node.target) for node in model.graph.nodes):
+        return model
+    graph = Graph()
+    graph.set_codegen(model.graph._codegen)
+    graph.output(graph.graph_copy(model.graph, {}))
+    copied = GraphModule(model, graph)
+    spell_out_fake(copied)
+    copied.recompile()
+    return copied
+
+
+def spell_out_fake(graph_module: GraphModule) -> None:
+    """Writes roundings that quantization-aware training leaves, which give floats, as quantize/dequantize pairs in
+    int8, where they keep its range."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is aten.fake_quantize_per_tensor_affine.default:
+            kind, given = "per_tensor", [*node.args[1:]]
+        elif node.target is aten.fake_quantize_per_channel_affine.default:
+            kind, given = "per_channel", [*node.args[1:]]
+        else:
+            continue
+        if not -128 <= given[-2] <= given[-1] <= 127:
+            continue
+        register_quantization()
+        operations = getattr(torch.ops, NAMESPACE)
+        with graph.inserting_before(node):
+            values = graph.call_function(
+                getattr(operations, f"quantize_{kind}").default, (node.args[0], *given, torch.int8)
+            )
+            result = graph.call_function(
+                getattr(operations, f"dequantize_{kind}").default, (values, *given, torch.int8)
+            )
+        result.meta = dict(node.meta)
+        values.meta = node.meta | ({"val": node.meta["val"].to(torch.int8)} if "val" in node.meta else {})
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
 
 
 def _with_plain_numbers(graph_module: GraphModule, node: Node) -> None:
