@@ -68,6 +68,7 @@ class _Settings:
     momentum: float
     warmup: float
     label_smoothing: float
+    bn_l1: float
     seed: int
 
     def __post_init__(self) -> None:
@@ -77,6 +78,8 @@ class _Settings:
             raise ValueError(f"lr: expected above 0, got {self.lr}")
         if not self.weight_decay >= 0:
             raise ValueError(f"weight_decay: expected zero or more, got {self.weight_decay}")
+        if not 0 <= self.bn_l1 < math.inf:
+            raise ValueError(f"bn_l1: expected zero or more, got {self.bn_l1}")
         if self.optimizer not in ("sgd", "adamw"):
             raise ValueError(f"optimizer: expected sgd or adamw, got {self.optimizer!r}")
         for name in ("momentum", "warmup", "label_smoothing"):
@@ -103,6 +106,7 @@ def finetune(
     momentum: float = 0.9,
     warmup: float = 0.05,
     label_smoothing: float = 0.0,
+    bn_l1: float = 0.0,
     teacher: nn.Module | None = None,
     losses: Sequence[TeacherLoss] = (),
     val_loader: DataLoader[Any] | None = None,
@@ -114,7 +118,9 @@ def finetune(
 
     The loss is cross-entropy, plus every one of `losses` on (student output, teacher output, target). SGD has Nesterov
     momentum; weight decay spares BatchNorm and biases. The learning rate rises linearly to `lr` over the first `warmup`
-    part of all steps, then falls to zero along a half cosine (Loshchilov & Hutter 2017, eq. 5). A run depends on `seed`
+    part of all steps, then falls to zero along a half cosine (Loshchilov & Hutter 2017, eq. 5). To the loss is added
+    `bn_l1` times the sum of |γ| over all BatchNorms: it drives scales to zero, and `prune_channels` then finds these
+    channels by "bn_scale" (network slimming, Liu et al., ICCV 2017, arXiv:1708.06519, eq. 1). A run depends on `seed`
     and the data alone: shuffling and augmentation by torch's generator are seeded anew at each epoch.
 
     With `checkpoint_dir`, each epoch ends with a checkpoint there, and a call with the same settings goes on from it.
@@ -134,8 +140,13 @@ def finetune(
         momentum=momentum,
         warmup=warmup,
         label_smoothing=label_smoothing,
+        bn_l1=bn_l1,
         seed=seed,
     )
+    if bn_l1 and not _norm_scales(model):
+        raise ValueError(
+            f"bn_l1: expected 0 for {type(model).__name__}, which has no BatchNorm with scales, got {bn_l1}"
+        )
     accelerator = join_processes(seed=seed)
     checkpoint = Path(checkpoint_dir) / CHECKPOINT_NAME if checkpoint_dir is not None else None
     history: list[EpochRecord] = []
@@ -209,6 +220,8 @@ def _train_epoch(
             with torch.no_grad():
                 teacher_output = teacher(images)
             loss = loss + sum(term(output, teacher_output, target) for term in losses)
+        if settings.bn_l1:
+            loss = loss + settings.bn_l1 * _size_of_scales(model)
         optimizer.zero_grad()
         accelerator.backward(loss)
         optimizer.step()
@@ -220,6 +233,16 @@ def _train_epoch(
             f"the loss became {mean} in epoch {epoch + 1}: lower lr, now {settings.lr}, or check the images"
         )
     return mean
+
+
+def _size_of_scales(model: nn.Module) -> Tensor:
+    """Σ |γ| over all BatchNorms."""
+    return torch.stack([scales.abs().sum() for scales in _norm_scales(model)]).sum()
+
+
+def _norm_scales(model: nn.Module) -> list[Tensor]:
+    norms = (part for part in model.modules() if isinstance(part, nn.modules.batchnorm._BatchNorm))
+    return [norm.weight for norm in norms if norm.affine]
 
 
 def _check_parts(

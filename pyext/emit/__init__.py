@@ -8,6 +8,7 @@ from kernelpress.emit.candidates import Candidate
 from kernelpress.emit.cuda_plan import CudaPlan
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.latency import plan_latencies
+from kernelpress.emit.layer_times import layer_times
 from kernelpress.emit.pipeline import emit
 from kernelpress.emit.plan import Plan, capture
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
@@ -23,6 +24,7 @@ __all__ = [
     "cache_folder",
     "capture",
     "emit",
+    "layer_times",
     "load",
     "plan_latencies",
     "save",

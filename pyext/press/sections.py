@@ -63,6 +63,7 @@ class TrainSection(Section):
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    bn_l1: Annotated[float, Field(ge=0)] = 0.0
 
 
 class EmitSection(Section):
