@@ -13,8 +13,9 @@ from pruning import X, conv3x3
 from torch import Tensor, nn
 
 from kernelpress import compress
-from kernelpress.compress.dependency import find_dependencies
-from kernelpress.compress.prune_channels.latency import _knapsack, latency_left, smoothed
+from kernelpress.compress.dependency import Axis, Occurrence, Pool, find_dependencies
+from kernelpress.compress.prune_channels.groups import ranked
+from kernelpress.compress.prune_channels.latency import _knapsack, _losses, latency_left, smoothed
 from kernelpress.emit import layer_times
 from kernelpress.measure import count_flops
 from kernelpress.runtime import native
@@ -101,6 +102,13 @@ def test_channels_that_cost_no_time_stay() -> None:
     assert counts != [32, 32]
     by_flops = compress.prune_channels(model, X, ratio=0.3)
     assert by_flops[0].out_channels == 24
+
+
+def test_channels_that_several_layers_make_count_in_all_of_them() -> None:
+    pool = Pool((1, 2, 3), (), (Occurrence(Axis("a.weight", 0), 1), Occurrence(Axis("b.weight", 0), 1)))
+    group = ranked(pool, 0, torch.tensor([3.0, 1.0, 2.0]), round_to=1, gone=0, makers=2)
+    assert _losses(group, 0) == [0, 2, 6]
+    assert _losses(group, 1) == [0, 4]
 
 
 def test_importance_decides_between_layers_of_equal_time() -> None:

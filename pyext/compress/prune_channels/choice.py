@@ -53,7 +53,14 @@ def rank(
         SkippedLayers(p.layers, len(p.roots), s) for p, s in zip(pools, scores, strict=True) if isinstance(s, str)
     ]
     groups = tuple(
-        ranked(pool, place, score, round_to, gone=len(whole.roots) - len(pool.roots))
+        ranked(
+            pool,
+            place,
+            score,
+            round_to,
+            gone=len(whole.roots) - len(pool.roots),
+            makers=1 if criterion.is_whole else len(pool.producers),
+        )
         for place, (pool, whole, score) in enumerate(zip(pools, dependencies.pools, scores, strict=True))
         if isinstance(score, Tensor)
     )

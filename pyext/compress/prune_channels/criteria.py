@@ -29,10 +29,11 @@ Importance = Tensor | str
 @dataclass(frozen=True)
 class Criterion:
     """`score(evidence, model)` gives the importance of the sets of each pool; it looks at weights alone, or also at
-    activations or gradients on data."""
+    activations or gradients on data. `is_whole`: it is that of all layers that make a channel together, not of each."""
 
     score: Callable[[Evidence, nn.Module], list[Importance]]
     needs: Literal["weights", "activations", "gradients"] = "weights"
+    is_whole: bool = False
 
 
 def _by_filters(score: Callable[[Tensor, Tensor], Tensor]) -> Criterion:
@@ -94,6 +95,6 @@ CRITERIA: Mapping[str, Criterion] = {
     "apoz": Criterion(nonzeros, "activations"),
     "pca": Criterion(principal_components, "activations"),
     "reconstruction": Criterion(thinet, "activations"),
-    "taylor": Criterion(taylor, "gradients"),
+    "taylor": Criterion(taylor, "gradients", is_whole=True),
     "gradient_activation": Criterion(gradient_times_activation, "gradients"),
 }

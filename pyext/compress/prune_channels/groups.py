@@ -18,7 +18,7 @@ __all__ = ["Group", "in_order", "ranked", "too_small"]
 class Group:
     """What is left of a pool, from the least to the most important set, and how many sets leave in one step.
 
-    `place`: which pool it is. `gone`: how many of its sets have left before.
+    `place`: which pool it is. `gone`: how many of its sets have left before. `makers`: in how many layers each counts.
     """
 
     pool: Pool
@@ -27,6 +27,7 @@ class Group:
     importance: tuple[float, ...]
     unit: int
     gone: int
+    makers: int
 
     @property
     def steps(self) -> int:
@@ -38,14 +39,14 @@ class Group:
         return 0 if steps == 0 else len(self.roots) - (math.ceil(len(self.roots) / self.unit) - steps) * self.unit
 
 
-def ranked(pool: Pool, place: int, importance: Tensor, round_to: int, gone: int) -> Group:
+def ranked(pool: Pool, place: int, importance: Tensor, round_to: int, gone: int, makers: int) -> Group:
     """The sets of a pool in the order of `importance` [sets]."""
     order = importance.argsort(stable=True).tolist()
     positions = math.gcd(*(count for _, count in pool.producers))
     # A set of that many channels is as coarse as rounding would be.
     unit = 1 if positions >= round_to else round_to // math.gcd(round_to, positions)
     values = importance.tolist()
-    return Group(pool, place, tuple(pool.roots[i] for i in order), tuple(values[i] for i in order), unit, gone)
+    return Group(pool, place, tuple(pool.roots[i] for i in order), tuple(values[i] for i in order), unit, gone, makers)
 
 
 def in_order(groups: Sequence[Group], scope: str) -> list[int]:

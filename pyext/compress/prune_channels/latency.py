@@ -12,6 +12,7 @@ beside it have; so it is solved in rounds, each for a part of what is to be save
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -107,9 +108,10 @@ def smoothed(milliseconds: Tensor) -> Tensor:
 
 
 def _losses(group: Group, first: int) -> list[float]:
-    """The importance that is lost after further steps."""
-    start = group.removed(first)
-    return [sum(group.importance[start : group.removed(n)]) for n in range(first, group.steps + 1)]
+    """The importance that is lost after further steps, in all layers that make the channels."""
+    lost = [0.0, *itertools.accumulate(group.importance)]
+    start = lost[group.removed(first)]
+    return [group.makers * (lost[group.removed(n)] - start) for n in range(first, group.steps + 1)]
 
 
 def _knapsack(savings: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], wanted: float) -> list[int]:
