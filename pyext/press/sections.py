@@ -29,6 +29,11 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def chooses_by_time(self) -> bool:
+        """Whether the step decides by times, so that on another device it would decide otherwise."""
+        return False
+
 
 class DataSection(Section):
     """Where images come from: `digits`, or a folder with a sub-folder of images for each class."""
@@ -72,6 +77,11 @@ class EmitSection(Section):
     batch: Annotated[int, Field(ge=1)] = 1
     threads: Annotated[int, Field(ge=1)] | None = None
     """Torch's number of threads; as it is unless given."""
+
+    @property
+    def chooses_by_time(self) -> bool:
+        """Emission times candidates."""
+        return True
 
 
 class MeasureSection(Section):

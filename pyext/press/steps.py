@@ -98,7 +98,7 @@ def depends_on(step: RunStep, recipe: Recipe) -> list[Any]:
     section = step.section.model_dump(mode="json")
     if step.id == START:
         return [section, recipe.seed, recipe.data.model_dump(mode="json")]
-    return [step.name, section, *([device_key(torch.device("cpu"))] if step.name == "emit" else [])]
+    return [step.name, section, *([device_key(torch.device("cpu"))] if step.section.chooses_by_time else [])]
 
 
 def do(run: Run, step: RunStep, key: str) -> dict[str, Any]:

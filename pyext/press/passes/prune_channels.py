@@ -49,6 +49,11 @@ class PruneChannels(Section):
     ignore: Annotated[tuple[str, ...], Field(description="layers and modules that keep their channels")] = ()
     batches: Annotated[int, Field(ge=1, description="of training data, for criteria that look at data")] = 8
 
+    @property
+    def chooses_by_time(self) -> bool:
+        """A latency budget times layers."""
+        return self.target == "latency"
+
     @model_validator(mode="after")
     def _is_possible(self) -> PruneChannels:
         if self.finetune is not None and self.iterations == 1:
