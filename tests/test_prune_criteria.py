@@ -364,13 +364,13 @@ class Chain(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-@pytest.mark.parametrize("criterion", ["l2", "fpgm", "activation", "taylor"])
+@pytest.mark.parametrize("criterion", ["l2", "activation", "taylor"])
 def test_greedy_scores_anew_after_each_step(criterion: str) -> None:
     model, data = Chain().double().eval(), _batches(6)
     greedy = compress.prune_channels(
         model,
         X,
-        ratio=9 / 26,
+        ratio=5 / 26,
         target="channels",
         round_to=1,
         schedule="greedy",
@@ -379,7 +379,7 @@ def test_greedy_scores_anew_after_each_step(criterion: str) -> None:
         data=data,
     )
     stepwise: nn.Module = model
-    for step in range(9):
+    for step in range(5):
         stepwise = compress.prune_channels(
             stepwise,
             X,

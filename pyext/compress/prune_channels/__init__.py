@@ -82,7 +82,8 @@ def prune_channels(
         that stay are then scaled by least squares).
         Of `data` and `loss`: `"taylor"`, the change of the loss to first order, squared; `"gradient_activation"`.
     `scope`: `"local"` prunes every group by the same fraction; `"global"` ranks all channels against each other.
-    `schedule`: `"one-shot"`, or `"greedy"`: one step of one group at a time, all channels scored anew after each.
+    `schedule`: `"one-shot"`, or `"greedy"`: one step of one group at a time, all channels scored anew after each (for
+        any target but latency).
     `iterations`: prunes in so many rounds, each by the same factor, and calls `between(pruned)`, which trains in
         place, after each but the last.
     `round_to`: what every pruned layer keeps is a multiple of it (if all it depends on can be), at least one multiple;
