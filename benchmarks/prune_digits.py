@@ -1,8 +1,7 @@
-"""Criteria of `prune_channels` on the digits, at half of the FLOPs and at equal latency, over several seeds.
+"""Criteria of `prune_channels` on the digits, at half of the FLOPs, over several seeds.
 
 One ResNet-20 is trained for each seed. Every criterion prunes it to half of its FLOPs: accuracy straight after, and
-after a short fine-tuning. Then, for one criterion, a latency budget prunes the dense network to the time that layers of
-the half take: accuracy, and milliseconds of both, emitted and captured, measured in turn.
+after a short fine-tuning.
 
 python benchmarks/prune_digits.py --seeds 5
 """
@@ -21,14 +20,12 @@ from typing import Any
 import torch
 from bench_models import positive
 from recording import RESULTS, save
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
-import kernelpress as kp
 from kernelpress import compress, models
 from kernelpress.compress.prune_channels.criteria import CRITERIA
 from kernelpress.data import digits
-from kernelpress.emit import layer_times
 
 RATIO = 0.5
 BATCHES = 8
@@ -46,21 +43,15 @@ class Row:
     accuracy_finetuned: tuple[float, ...]
     flops_removed: float
     parameters_removed: float
-    layers_ms: float | None = None
-    """By the table of layer times."""
-    plan_ms: tuple[float, ...] = ()
-    """Of the emitted network, captured, for each seed."""
 
     def __str__(self) -> str:
         means = (
             f"{statistics.fmean(a):.3f} ± {statistics.pstdev(a):.3f}"
             for a in (self.accuracy_pruned, self.accuracy_finetuned)
         )
-        time = f", layers {self.layers_ms:.4f} ms" if self.layers_ms is not None else ""
-        plans = f", plans {' '.join(f'{ms:.4f}' for ms in self.plan_ms)} ms" if self.plan_ms else ""
         return (
             f"{self.budget:8} {self.criterion:20} accuracy {' → fine-tuned '.join(means)} "
-            f"(dense {statistics.fmean(self.accuracy_dense):.3f}), FLOPs −{self.flops_removed:.1%}{time}{plans}"
+            f"(dense {statistics.fmean(self.accuracy_dense):.3f}), FLOPs −{self.flops_removed:.1%}"
         )
 
 
@@ -106,7 +97,7 @@ class Digits:
         )
         return compress.evaluate(copied, self.test)
 
-    def row(self, budget: str, criterion: str, pruned: dict[int, nn.Module], **more: Any) -> Row:
+    def row(self, budget: str, criterion: str, pruned: dict[int, nn.Module]) -> Row:
         """Accuracies and costs of the networks of all seeds."""
         records = [compress.record_of(model)[-1] for model in pruned.values()]
         return Row(
@@ -117,69 +108,7 @@ class Digits:
             tuple(self.finetuned(model, seed) for seed, model in pruned.items()),
             statistics.median(record.flops_removed for record in records),
             statistics.median(1 - record.parameters_after / record.parameters_before for record in records),
-            **more,
         )
-
-    def layers_ms(self, model: nn.Module) -> float:
-        """The time of all layers, each by itself, as emission runs them."""
-        found: list[tuple[nn.Module, Tensor]] = []
-        hooks = [
-            layer.register_forward_pre_hook(lambda layer, inputs: found.append((layer, inputs[0].clone())))
-            for layer in model.modules()
-            if isinstance(layer, nn.Conv2d | nn.Linear)
-        ]
-        with torch.no_grad():
-            model(self.example)
-        for hook in hooks:
-            hook.remove()
-        return sum(layer_times(found))
-
-
-class Remembered:
-    """`layer_times` once for all seeds, whose layers have the same shapes."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, Sequence[float]] = {}
-
-    def __call__(self, layers: Sequence[tuple[nn.Module, Tensor]]) -> Sequence[float]:
-        key = repr(
-            [(tuple(layer.get_parameter("weight").shape), x.shape, vars(layer)["_options"]) for layer, x in layers]
-        )
-        if key not in self._known:
-            self._known[key] = layer_times(layers)
-        return self._known[key]
-
-
-def at_equal_latency(data: Digits, criterion: str) -> list[Row]:
-    """FLOPs against latency as the budget, at the time that half of the FLOPs take."""
-    by_flops = {seed: data.pruned(seed, criterion, ratio=RATIO) for seed in data.dense}
-    wanted = {seed: data.layers_ms(model) for seed, model in by_flops.items()}
-    whole = {seed: data.layers_ms(model) for seed, model in data.dense.items()}
-    remembered = Remembered()
-    by_latency = {
-        seed: data.pruned(
-            seed, criterion, ratio=1 - wanted[seed] / whole[seed], target="latency", layer_times=remembered
-        )
-        for seed in data.dense
-    }
-    rows = []
-    plans: dict[str, dict[int, float]] = {"flops": {}, "latency": {}}
-    for seed in data.dense:
-        calls = {
-            "flops": _plan(by_flops[seed], data.example),
-            "latency": _plan(by_latency[seed], data.example),
-        }
-        for name, timing in kp.measure.time_alternately(calls, budget_seconds=0.5).items():
-            plans[name][seed] = timing.median
-    for name, networks in (("flops", by_flops), ("latency", by_latency)):
-        times = statistics.median(data.layers_ms(model) for model in networks.values())
-        rows.append(data.row(name, criterion, networks, layers_ms=times, plan_ms=tuple(plans[name].values())))
-    return rows
-
-
-def _plan(model: nn.Module, x: Tensor) -> Any:
-    plan = kp.capture(kp.emit(model, x, progress=False), x)
-    return lambda: plan(x)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -193,9 +122,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--round-to", type=positive, default=4)
     parser.add_argument("--scope", choices=["local", "global"], default="local")
     parser.add_argument("--criteria", nargs="*", choices=list(CRITERIA), default=list(CRITERIA))
-    parser.add_argument(
-        "--latency", nargs="*", choices=list(CRITERIA), default=["l2"], help="criteria at equal latency"
-    )
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     options = parser.parse_args(arguments)
@@ -208,10 +134,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows.append(data.row("flops", criterion, networks))
         print(rows[-1], flush=True)
         save("prune_criteria", rows, options.results, settings=settings)
-    for criterion in options.latency:
-        rows = at_equal_latency(data, criterion)
-        print(*rows, sep="\n", flush=True)
-        save("prune_latency", rows, options.results, settings=settings)
 
 
 if __name__ == "__main__":
