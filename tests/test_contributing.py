@@ -58,8 +58,8 @@ def source(path: str) -> str:
 
 
 def listed_kernels() -> dict[str, str]:
-    """Kernel → argument struct of `KP_KERNELS`."""
-    listed = source("kernels/cpu/args.h").partition("#define KP_KERNELS")[2].partition("\n\n")[0]
+    """Kernel → argument struct of `KP_KERNELS`, which is two lists."""
+    listed = source("kernels/cpu/args.h").partition("#define KP_FLOAT_KERNELS")[2].partition("\n\n")[0]
     return dict(re.findall(r"KERNEL\((\w+), (\w+)\)", listed))
 
 

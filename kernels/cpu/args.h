@@ -206,8 +206,27 @@ struct ElementwiseArgs {
   double scale, c_scale, shift;
 };
 
-// Every CPU kernel with its argument block: declarations, table and bindings follow from this list.
-#define KP_KERNELS(KERNEL)                        \
+// int8 x [rows, c_in]; y, and the residual, int8 where `y_is_int8`, else float32. The weight is packed for `Int8Packing`; `weight_sums`
+// are those of its rows, `scale` is (input scale) · (weight scale). A row's own scale and zero point take the place of the input's.
+struct Int8MatmulArgs {
+  static constexpr int kAddresses = 9;
+  const int8_t *x, *weight;
+  const int32_t* weight_sums;
+  const float *scale, *bias;
+  const void* residual;
+  const float* row_scale;
+  const int32_t* row_zero_point;
+  void* y;
+  int64_t rows, c_in, c_out;
+  int64_t x_stride, residual_stride, y_stride;
+  int64_t input_zero_point, y_is_int8;
+  Activation activation;
+  double output_scale, output_zero_point, residual_scale, residual_zero_point;
+};
+
+// Every CPU kernel with its argument block: declarations, table and bindings follow from these lists. A variant of an instruction set
+// that differs in the int8 kernels alone takes the others from that set.
+#define KP_FLOAT_KERNELS(KERNEL)                  \
   KERNEL(conv2d, Conv2dArgs)                      \
   KERNEL(winograd_conv2d, WinogradConv2dArgs)     \
   KERNEL(pointwise_conv2d, PointwiseConv2dArgs)   \
@@ -225,13 +244,24 @@ struct ElementwiseArgs {
   KERNEL(avg_pool2d, AvgPool2dArgs)               \
   KERNEL(resize2d, Resize2dArgs)                  \
   KERNEL(elementwise, ElementwiseArgs)
+#define KP_INT8_KERNELS(KERNEL) \
+  KERNEL(int8_matmul, Int8MatmulArgs)
+#define KP_KERNELS(KERNEL) KP_FLOAT_KERNELS(KERNEL) KP_INT8_KERNELS(KERNEL)
+
+// How int8 weights lie: panels of `outputs` output channels, a narrower last one of a multiple of `lanes`; each [depth / inputs, its
+// channels, inputs].
+struct Int8Packing {
+  int64_t outputs, lanes, inputs;
+};
 
 // One instruction set's kernels. Packed dense weights are panels of `panel_width` output channels.
 struct KernelTable {
   const char* variant;
   int64_t panel_width;
-  // Runs `iterations` rounds of independent register-only FMAs; returns the floating-point operations done.
+  Int8Packing int8_packing;
+  // Run `iterations` rounds of independent register-only FMAs, or products of int8; return the operations done.
   int64_t (*fma_burst)(int64_t iterations);
+  int64_t (*int8_burst)(int64_t iterations);
 #define KP_MEMBER(name, Args) void (*name)(const Args&);
   KP_KERNELS(KP_MEMBER)
 #undef KP_MEMBER

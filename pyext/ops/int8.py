@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernelpress.kernels import reference
+from kernelpress.ops.backends.cpu import cpu_implementation
 from kernelpress.ops.backends.cuda import CudaDevice, cuda_implementation, data_type, device_of
 from kernelpress.ops.backends.kernel import ROWS_OF_CHANNELS, Kernel, float_vector, window
 from kernelpress.ops.backends.triton import triton_implementation
@@ -226,6 +227,38 @@ _MATMUL_CUDA = Kernel(
 )
 
 
+def _cpu_reason(problem: Problem) -> str | None:
+    if problem.dtype not in (torch.int8, torch.float32):
+        return f"the kernel gives torch.int8 or torch.float32, not {problem.dtype}"
+    return None
+
+
+def _cpu_constants(options: Any, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+    """weight, its sums, scale and bias, as the structs of the CPU begin after x."""
+    sums = packing.packed(weight, None, "int8 sums", _sums)
+    return packing.int8_panels(weight), sums, _scale(weight_scale, options.input_scale), packing.vector(bias)
+
+
+def _cpu_matmul_operands(options: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
+    x, weight, weight_scale, bias, residual, row_scale, row_zero_point = tensors
+    return (x, *_cpu_constants(options, weight, weight_scale, bias), residual, row_scale, row_zero_point)
+
+
+_MATMUL_CPU = Kernel(
+    "int8_matmul",
+    _cpu_matmul_operands,
+    lambda problem, spacing: (
+        *(math.prod(problem["x"].shape[:-1]), problem["x"].shape[-1], problem["weight"].shape[0]),
+        *(spacing["x"], spacing["residual"], spacing["y"]),
+        *(problem.options.input_zero_point, int(problem.dtype == torch.int8)),
+    ),
+    layouts=ROWS_OF_CHANNELS,
+    supports=lambda problem: _cpu_reason(problem) or _matmul_reason(problem),
+    dtypes=_INT8,
+    scalars=_scalars,
+)
+
+
 @op(
     out=ROWS,
     shape=_matmul_shape,
@@ -235,6 +268,7 @@ _MATMUL_CUDA = Kernel(
     implementations=(
         cuda_implementation(_MATMUL_CUDA),
         triton_implementation("int8", _MATMUL_CUDA, supports=_matmul_reason, options=_triton_options()),
+        cpu_implementation(_MATMUL_CPU),
     ),
 )
 def int8_matmul(

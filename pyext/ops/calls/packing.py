@@ -29,6 +29,7 @@ __all__ = [
     "depthwise",
     "depthwise_copy",
     "forget",
+    "int8_panels",
     "narrow_groups",
     "packed",
     "packed_bytes",
@@ -190,6 +191,24 @@ def narrow_groups(weight: Tensor, scale: Tensor | None, groups: int) -> Tensor:
 def _to_vectors(weight: Tensor, lanes: int) -> Tensor:
     padded = pad(weight, (0, 0, 0, 0, 0, 0, 0, -len(weight) % lanes))
     return long_lived_copy(padded.reshape(-1, lanes, *weight.shape[1:]).permute(0, 3, 4, 2, 1))
+
+
+def int8_panels(weight: Tensor) -> Tensor:
+    """`[C_out, C_in(, KH, KW)]` int8 → one dimension: the panels that `Int8Packing` in `args.h` describes, of the depth
+    `[KH, KW, C_in]`, with C_in padded by zeros to whole groups of inputs."""
+    packing = native.cpu().int8_packing()
+    return packed(weight, None, ("int8 panels", packing), lambda w: _to_int8_panels(w, *packing))
+
+
+def _to_int8_panels(weight: Tensor, outputs: int, lanes: int, inputs: int) -> Tensor:
+    rows = weight[:, None] if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1, 2)
+    rows = pad(rows, (0, -rows.shape[2] % inputs, 0, 0, 0, -len(rows) % lanes)).flatten(1)
+    whole = len(rows) // outputs * outputs
+    parts = [part for part in (rows[:whole], rows[whole:]) if len(part)]
+    panels = [
+        part.reshape(-1, min(outputs, len(part)), rows.shape[1] // inputs, inputs).transpose(1, 2) for part in parts
+    ]
+    return long_lived_copy(torch.cat([panel.flatten() for panel in panels]))
 
 
 def depthwise(weight: Tensor, scale: Tensor | None) -> Tensor:
