@@ -224,6 +224,22 @@ struct Int8MatmulArgs {
   double output_scale, output_zero_point, residual_scale, residual_zero_point;
 };
 
+// As Int8MatmulArgs; padding has the value of the zero point. The weights of groups are packed one behind the other.
+struct Int8Conv2dArgs {
+  static constexpr int kAddresses = 7;
+  const int8_t *x, *weight;
+  const int32_t* weight_sums;
+  const float *scale, *bias;
+  const void* residual;
+  void* y;
+  int64_t batch, in_h, in_w, c_in, out_h, out_w, c_out, groups;
+  int64_t x_stride, residual_stride, y_stride;
+  int64_t input_zero_point, y_is_int8;
+  Window window;
+  Activation activation;
+  double output_scale, output_zero_point, residual_scale, residual_zero_point;
+};
+
 // Every CPU kernel with its argument block: declarations, table and bindings follow from these lists. A variant of an instruction set
 // that differs in the int8 kernels alone takes the others from that set.
 #define KP_FLOAT_KERNELS(KERNEL)                  \
@@ -245,7 +261,8 @@ struct Int8MatmulArgs {
   KERNEL(resize2d, Resize2dArgs)                  \
   KERNEL(elementwise, ElementwiseArgs)
 #define KP_INT8_KERNELS(KERNEL) \
-  KERNEL(int8_matmul, Int8MatmulArgs)
+  KERNEL(int8_matmul, Int8MatmulArgs) \
+  KERNEL(int8_conv2d, Int8Conv2dArgs)
 #define KP_KERNELS(KERNEL) KP_FLOAT_KERNELS(KERNEL) KP_INT8_KERNELS(KERNEL)
 
 // How int8 weights lie: panels of `outputs` output channels, a narrower last one of a multiple of `lanes`; each [depth / inputs, its

@@ -93,18 +93,18 @@ struct Int8Epilogue : Int8Output {
     return true;
   }
 
+  KP_INLINE Vec plus_residual(Vec value, const int8_t* steps, int64_t lanes) const {
+    return fma_rounded_once(to_floats(load_int8_up_to(steps, lanes)) - residual_zero_point, residual_scale, value);
+  }
+
   // `sums` are exact integers rounded to float, times a scale of their row where there is one.
   KP_INLINE void finish(Vec sums, int64_t pixel, int64_t channel, int64_t lanes) const {
     const Vec plus = bias ? load_up_to(bias + channel, lanes) : zero();
     Vec value = fma_rounded_once(sums, load_up_to(scale + channel, lanes), plus);
     if (residual) {
       const int64_t at = pixel * residual_stride + channel;
-      if (is_int8) {
-        const Vec steps = to_floats(load_int8_up_to(static_cast<const int8_t*>(residual) + at, lanes)) - residual_zero_point;
-        value = fma_rounded_once(steps, residual_scale, value);
-      } else {
-        value = value + load_up_to(static_cast<const float*>(residual) + at, lanes);
-      }
+      if (is_int8) value = plus_residual(value, static_cast<const int8_t*>(residual) + at, lanes);
+      else value = value + load_up_to(static_cast<const float*>(residual) + at, lanes);
     }
     write(value, pixel, channel, lanes);
   }

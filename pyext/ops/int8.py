@@ -22,6 +22,7 @@ from kernelpress.ops.checks import (
     check_activation,
     check_depthwise_weight,
     check_dtype,
+    check_grouped_weight,
     check_input,
     check_vector,
     check_weight,
@@ -108,9 +109,7 @@ def _matmul_shape(options: Any, *tensors: Any) -> tuple[int, ...]:
 
 def _conv_shape(options: Any, x: TensorSpec, weight: TensorSpec, *epilogue: Any) -> tuple[int, ...]:
     check_input(x)
-    channels = x.shape[1]
-    because = f"C_in = {channels} channels of x"
-    check_weight("weight", weight, "[C_out, C_in, KH, KW]", (None, channels, None, None), because)
+    check_grouped_weight(x, weight, options.groups)
     return _check_epilogue(options, convolved(x, weight, options), weight, *epilogue)
 
 
@@ -233,10 +232,13 @@ def _cpu_reason(problem: Problem) -> str | None:
     return None
 
 
-def _cpu_constants(options: Any, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
+def _cpu_constants(
+    options: Any, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, *layout: int
+) -> tuple[Any, ...]:
     """weight, its sums, scale and bias, as the structs of the CPU begin after x."""
     sums = packing.packed(weight, None, "int8 sums", _sums)
-    return packing.int8_panels(weight), sums, _scale(weight_scale, options.input_scale), packing.vector(bias)
+    scale = _scale(weight_scale, options.input_scale)
+    return packing.int8_panels(weight, *layout), sums, scale, packing.vector(bias)
 
 
 def _cpu_matmul_operands(options: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
@@ -309,8 +311,15 @@ def int8_matmul(
     """
 
 
+def _groups_reason(problem: Problem) -> str | None:
+    groups = problem.options.groups
+    return None if groups == 1 else f"the kernel has groups = 1, got {groups}"
+
+
 def _conv_reason(problem: Problem) -> str | None:
     shape, options = problem["x"].shape, problem.options
+    if options.groups != 1:
+        return _groups_reason(problem)
     reach = [
         size + 2 * padding + abs(step)
         for size, padding, step in zip(shape[2:], options.padding, options.dilation, strict=True)
@@ -346,6 +355,30 @@ _CONV2D_CUDA = Kernel(
 )
 
 
+def _cpu_conv_operands(options: Any, x: Any, weight: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+    weight_scale, bias, residual = others
+    height, width = weight.shape[2:]
+    runs = height if options.dilation[1] == 1 else height * width  # what lies side by side in a row of pixels
+    return (x, *_cpu_constants(options, weight, weight_scale, bias, runs, options.groups), residual)
+
+
+def _cpu_conv_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
+    weight, options = problem["weight"], problem.options
+    batch, c_in, in_h, in_w = problem["x"].shape
+    _, c_out, out_h, out_w = problem.shape
+    return (
+        *(batch, in_h, in_w, c_in, out_h, out_w, c_out, options.groups),
+        *(spacing["x"], spacing["residual"], spacing["y"]),
+        *(options.input_zero_point, int(problem.dtype == torch.int8)),
+        *window(weight.shape[2:], options),
+    )
+
+
+_CONV2D_CPU = Kernel(
+    "int8_conv2d", _cpu_conv_operands, _cpu_conv_sizes, supports=_cpu_reason, dtypes=_INT8, scalars=_scalars
+)
+
+
 def _padded_operands(options: Any, x: Tensor | None, weight: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
     """With the values of padding, as the Triton kernel reads them."""
     zero_point = options.input_zero_point
@@ -370,7 +403,10 @@ def _windowed_options(problem: Problem) -> dict[str, Any]:
     dtypes=_dtypes,
     implementations=(
         cuda_implementation(_CONV2D_CUDA),
-        triton_implementation("int8", _CONV2D_CUDA, operands=_padded_operands, options=_windowed_options),
+        triton_implementation(
+            "int8", _CONV2D_CUDA, operands=_padded_operands, options=_windowed_options, supports=_groups_reason
+        ),
+        cpu_implementation(_CONV2D_CPU),
     ),
 )
 def int8_conv2d(
@@ -383,6 +419,7 @@ def int8_conv2d(
     stride: IntOrPair = 1,
     padding: IntOrPair = 0,
     dilation: IntOrPair = 1,
+    groups: int = 1,
     input_scale: float = 1.0,
     input_zero_point: int = 0,
     residual_scale: float = 1.0,
@@ -397,10 +434,11 @@ def int8_conv2d(
 
     Args:
         x: `[N, C_in, H, W]` int8; channels_last, or a channel slice of it, is read without a copy.
-        weight: `[C_out, C_in, KH, KW]` int8; weight_scale: `[C_out]` float32.
+        weight: `[C_out, C_in / groups, KH, KW]` int8; weight_scale: `[C_out]` float32.
         bias: `[C_out]` float32.
         residual: of the output's shape and dtype.
         stride, padding, dilation: pixels, one integer or (height, width).
+        groups: the kernels for devices have one alone.
 
     Returns: `[N, C_out, H_out, W_out]`, channels_last. Other options and errors as of `int8_matmul`.
     """

@@ -97,7 +97,7 @@ def int8_layers(graph_module: GraphModule, stages: list[Stage]) -> Iterator[Matc
     known: dict[tuple[Node, Node | None], dict[str, Any]] = {}
     for stage in stages:
         source = _dequantized(stage.x)
-        if source is None or stage.kind not in _OPS or stage.geometry.get("groups", 1) != 1:
+        if source is None or stage.kind not in _OPS:
             continue
         if quantized_weight(stage.weight) is None or value(stage.output).dtype not in FLOATS:
             continue
@@ -108,7 +108,6 @@ def int8_layers(graph_module: GraphModule, stages: list[Stage]) -> Iterator[Matc
         whole = replace(stage, nodes=stage.nodes | {stage.x})
         end = _with_residual(whole)
         given: dict[str, Any] = {"x": x, **known[key], **stage.geometry}
-        given.pop("groups", None)
         given |= {"input_scale": affine.scale, "input_zero_point": affine.zero_point, "activation": stage.activation}
         yield Match(_OPS[stage.kind], end.nodes, end.output, given | end.arguments)
 

@@ -193,22 +193,26 @@ def _to_vectors(weight: Tensor, lanes: int) -> Tensor:
     return long_lived_copy(padded.reshape(-1, lanes, *weight.shape[1:]).permute(0, 3, 4, 2, 1))
 
 
-def int8_panels(weight: Tensor) -> Tensor:
-    """`[C_out, C_in(, KH, KW)]` int8 → one dimension: the panels that `Int8Packing` in `args.h` describes, of the depth
-    `[KH, KW, C_in]`, with C_in padded by zeros to whole groups of inputs."""
+def int8_panels(weight: Tensor, runs: int = 1, groups: int = 1) -> Tensor:
+    """`[C_out, C_in / groups(, KH, KW)]` int8 → one dimension, group by group: the panels that `Int8Packing` in
+    `args.h` describes, of the depth `[KH, KW, C_in / groups]` in so many `runs`, each padded by zeros to whole groups
+    of inputs."""
     packing = native.cpu().int8_packing()
-    return packed(weight, None, ("int8 panels", packing), lambda w: _to_int8_panels(w, *packing))
+    layout = ("int8 panels", packing, runs, groups)
+    return packed(weight, None, layout, lambda w: _to_int8_panels(w, runs, groups, *packing))
 
 
-def _to_int8_panels(weight: Tensor, outputs: int, lanes: int, inputs: int) -> Tensor:
-    rows = weight[:, None] if weight.dim() == 2 else weight.permute(0, 2, 3, 1).flatten(1, 2)
-    rows = pad(rows, (0, -rows.shape[2] % inputs, 0, 0, 0, -len(rows) % lanes)).flatten(1)
-    whole = len(rows) // outputs * outputs
-    parts = [part for part in (rows[:whole], rows[whole:]) if len(part)]
-    panels = [
-        part.reshape(-1, min(outputs, len(part)), rows.shape[1] // inputs, inputs).transpose(1, 2) for part in parts
-    ]
-    return long_lived_copy(torch.cat([panel.flatten() for panel in panels]))
+def _to_int8_panels(weight: Tensor, runs: int, groups: int, outputs: int, lanes: int, inputs: int) -> Tensor:
+    rows = weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1)
+    rows = rows.reshape(groups, len(weight) // groups, runs, -1)
+    rows = pad(rows, (0, -rows.shape[3] % inputs, 0, 0, 0, -rows.shape[1] % lanes)).flatten(2)
+    whole = rows.shape[1] // outputs * outputs
+    panels = []
+    for part in (rows[:, :whole], rows[:, whole:]):
+        if part.numel():
+            width = min(outputs, part.shape[1])
+            panels.append(part.reshape(groups, -1, width, rows.shape[2] // inputs, inputs).transpose(2, 3).flatten(1))
+    return long_lived_copy(torch.cat(panels, 1).flatten())
 
 
 def depthwise(weight: Tensor, scale: Tensor | None) -> Tensor:
