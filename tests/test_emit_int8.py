@@ -12,6 +12,7 @@ from torch import nn
 
 import kernelpress as kp
 from kernelpress.emit.tolerance import INT8_TOLERANCE, relative_error
+from kernelpress.runtime import native
 from kernelpress.runtime.torch_private import define_quantized_ops
 
 pytestmark = pytest.mark.usefixtures("own_cache", "every_match_is_exact")
@@ -56,6 +57,21 @@ class QuantizedWeight(nn.Module):
         return self.layer._conv_forward(x, weight, self.layer.bias)
 
 
+needs_native = pytest.mark.skipif(native.cpu() is None, reason=f"no native module: {native.load().absent_because}")
+
+
+def prefer_native_products(candidate):
+    """A cost under which int8 layers win, those with a native kernel on it."""
+    backend = "cpu" if candidate.name in ("int8_conv2d", "int8_matmul") else "reference"
+    return 1.0 if candidate.name in INT8 and candidate.variant == backend else 10.0 * len(candidate.nodes)
+
+
+def native_products(emitted, x):
+    """The int8 products that a plan of the model runs natively."""
+    steps = (step.removeprefix("native ") for step in kp.capture(emitted, x).steps)
+    return [step for step in steps if step in ("int8_conv2d", "int8_matmul")]
+
+
 def emit_int8(model, x):
     return emit_onto(model.eval(), x, *INT8)
 
@@ -87,6 +103,22 @@ def test_layers_between_quantizations_compute_in_int8(layer, op, sizes, dtype, t
     assert ops_of(emitted) == ["quantize", op]
     for inputs in (x, torch.randn(5, *sizes)):
         torch.testing.assert_close(emitted(inputs), model(inputs), rtol=1e-5, atol=1e-5)
+    assert_saving_and_capture_keep(emitted, tmp_path, x)
+
+
+@needs_native
+def test_products_are_native_steps_of_a_plan(tmp_path):
+    model = nn.Sequential(
+        *(Quantized(0.03, 120, torch.uint8), QuantizedWeight(nn.Conv2d(3, 8, 3, 2, 1)), nn.ReLU(), Quantized(0.01)),
+        *(QuantizedWeight(nn.Conv2d(8, 12, 1)), nn.Hardswish(), Quantized(0.01, 9)),
+        *(QuantizedWeight(nn.Conv2d(12, 12, 3, groups=3)), Quantized(0.02)),
+        *(nn.AvgPool2d(2), nn.Flatten(), Quantized(0.01, 3), QuantizedWeight(nn.Linear(12, 5))),
+    ).eval()
+    x = torch.randn(2, 3, 9, 8)
+
+    emitted = kp.emit(model, x, cost=prefer_native_products, progress=False)
+    assert native_products(emitted, x) == ["int8_conv2d", "int8_conv2d", "int8_conv2d", "int8_matmul"]
+    assert_as_rounded(emitted, model, torch.randn(3, 3, 9, 8))
     assert_saving_and_capture_keep(emitted, tmp_path, x)
 
 
@@ -318,3 +350,8 @@ def test_a_model_quantized_by_torchao_runs_in_int8(tmp_path):
     assert not [name for name in names if name.startswith(("aten.conv", "aten.linear", "quantized_decomposed"))]
     assert relative_error(emitted(x[:3]), model(x[:3])) <= 10 * INT8_TOLERANCE
     assert_saving_and_capture_keep(emitted, tmp_path, x)
+    if native.cpu() is not None:
+        on_cpu = kp.emit(model, x, cost=prefer_native_products, progress=False)
+        assert ops_of(on_cpu) == names
+        assert native_products(on_cpu, x) == ["int8_conv2d", "int8_conv2d", "int8_matmul"]
+        torch.testing.assert_close(on_cpu(x), emitted(x), rtol=0, atol=0)

@@ -29,12 +29,21 @@ struct Int8Output {
         inverse_scale(broadcast(static_cast<float>(1.0 / a.output_scale))),
         zero_point(broadcast(static_cast<float>(a.output_zero_point))) {}
 
-  // torch divides by 6 where the float kernels multiply by its inverse.
+  // A sixth of x, rounded once, as torch divides; the float kernels multiply by the inverse. The remainder of a product with the inverse
+  // corrects it (Markstein 1990), in floats that do not overflow: what int8 holds is far from that.
+  KP_INLINE Vec sixth(Vec x) const {
+    if (!is_int8) return x / broadcast(6.0f);
+    const Vec inverse = broadcast(1.0f / 6), bounded = at_most(x, broadcast(3.4e38f)), quotient = bounded * inverse;
+    return fma_rounded_once(fma_rounded_once(quotient, broadcast(-6.0f), bounded), inverse, quotient);
+  }
+
+  KP_INLINE Vec hard_swish(Vec x) const { return sixth(x * at_most(at_least(x + broadcast(3.0f), zero()), broadcast(6.0f))); }
+
   KP_INLINE Vec activated(Vec x) const {
     if (__builtin_expect(activation.clamps, 1)) return activation(x);
-    const Vec six = broadcast(6.0f), upper = at_most(at_least(x + broadcast(3.0f), zero()), six);
-    if (activation.kind == Activation::hardswish) return x * upper / six;
-    return activation.kind == Activation::hardsigmoid ? upper / six : activation.curved(x);
+    if (activation.kind == Activation::hardswish) return hard_swish(x);
+    if (activation.kind == Activation::hardsigmoid) return sixth(at_most(at_least(x + broadcast(3.0f), zero()), broadcast(6.0f)));
+    return activation.curved(x);
   }
 
   KP_INLINE Ints quantized(Vec value) const {
@@ -42,12 +51,17 @@ struct Int8Output {
     return rounded(at_most(at_least(steps, broadcast(-128.0f)), broadcast(127.0f)));
   }
 
-  // Of the channels from `channel` on, the first `lanes`.
-  KP_INLINE void write(Vec value, int64_t pixel, int64_t channel, int64_t lanes) const {
-    value = activated(value);
+  // Of the channels from `channel` on, the first `lanes`; `activate` is what `activated` does.
+  template <class Activate>
+  KP_INLINE void write(Vec value, int64_t pixel, int64_t channel, int64_t lanes, const Activate& activate) const {
+    value = activate(value);
     const int64_t at = pixel * y_stride + channel;
     if (is_int8) store_int8_up_to(static_cast<int8_t*>(y) + at, quantized(value), lanes);
     else store_up_to(static_cast<float*>(y) + at, value, lanes);
+  }
+
+  KP_INLINE void write(Vec value, int64_t pixel, int64_t channel, int64_t lanes) const {
+    write(value, pixel, channel, lanes, [this](Vec x) { return activated(x); });
   }
 };
 
@@ -98,7 +112,8 @@ struct Int8Epilogue : Int8Output {
   }
 
   // `sums` are exact integers rounded to float, times a scale of their row where there is one.
-  KP_INLINE void finish(Vec sums, int64_t pixel, int64_t channel, int64_t lanes) const {
+  template <class Activate>
+  KP_INLINE void finish(Vec sums, int64_t pixel, int64_t channel, int64_t lanes, const Activate& activate) const {
     const Vec plus = bias ? load_up_to(bias + channel, lanes) : zero();
     Vec value = fma_rounded_once(sums, load_up_to(scale + channel, lanes), plus);
     if (residual) {
@@ -106,7 +121,11 @@ struct Int8Epilogue : Int8Output {
       if (is_int8) value = plus_residual(value, static_cast<const int8_t*>(residual) + at, lanes);
       else value = value + load_up_to(static_cast<const float*>(residual) + at, lanes);
     }
-    write(value, pixel, channel, lanes);
+    write(value, pixel, channel, lanes, activate);
+  }
+
+  KP_INLINE void finish(Vec sums, int64_t pixel, int64_t channel, int64_t lanes) const {
+    finish(sums, pixel, channel, lanes, [this](Vec x) { return activated(x); });
   }
 };
 

@@ -22,7 +22,6 @@ KP_INLINE void accumulate(Ints (&sums)[kRows][kVecs], const char* a, int64_t row
   const char* base[kBases];
 #pragma GCC unroll 8
   for (int i = 0; i < kBases; ++i) base[i] = a + 3 * i * row_bytes;
-#pragma GCC unroll 2
   for (int64_t k = 0; k < groups; ++k) {
     Ints weight[kVecs];
 #pragma GCC unroll 4
@@ -39,42 +38,57 @@ KP_INLINE void accumulate(Ints (&sums)[kRows][kVecs], const char* a, int64_t row
   }
 }
 
-// Sums that were stored, [rows][vecs * kLanes], through all that an epilogue may be.
-__attribute__((noinline)) void finish_any(const Int8Product& p, const int32_t* sums, int64_t rows, int64_t vecs, const Place& place) {
+template <class Activate>
+KP_INLINE void finish_stored(const Int8Product& p, const int32_t* sums, int64_t rows, int64_t vecs, const Place& place,
+                             const Activate& activate) {
   for (int64_t m = 0; m < rows; ++m) {
     const int64_t row = place.row + m;
     for (int64_t v = 0; v < vecs; ++v) {
       const int64_t channel = place.channel + v * kLanes;
       Vec value = to_floats(load_ints(sums + (m * vecs + v) * kLanes));
       if (p.row_scale) value = value * broadcast(p.row_scale[row]);
-      p.epilogue.finish(value, row, channel, p.c_out - channel);
+      p.epilogue.finish(value, row, channel, p.c_out - channel, activate);
     }
   }
 }
 
-// int8 results of an activation that clamps, in whole vectors of bytes.
-template <int kRows, int kVecs, bool kWithResidual>
+// Sums that were stored, [rows][vecs * kLanes], through all that an epilogue may be.
+__attribute__((noinline)) void finish_any(const Int8Product& p, const int32_t* sums, int64_t rows, int64_t vecs, const Place& place) {
+  const Int8Epilogue& e = p.epilogue;
+  switch (e.activation.kind) {
+    case Activation::hardswish: return finish_stored(p, sums, rows, vecs, place, [&e](Vec x) { return e.hard_swish(x); });
+    case Activation::silu: return finish_stored(p, sums, rows, vecs, place, [](Vec x) { return x * sigmoid(x); });
+    default: return finish_stored(p, sums, rows, vecs, place, [&e](Vec x) { return e.activated(x); });
+  }
+}
+
+// int8 results of an activation that clamps, in whole vectors of bytes. `kPlain`: of whole vectors, and without a residual.
+template <bool kPlain, int kRows, int kVecs>
 KP_INLINE void finish_bytes(const Int8Product& p, Ints (&sums)[kRows][kVecs], const Place& place) {
   const Int8Epilogue& e = p.epilogue;
   const int64_t columns = p.c_out - place.channel;
+  const auto lanes = [&](int v) { return kPlain || v + 1 < kVecs ? kLanes : columns - v * kLanes; };
   Vec scale[kVecs], bias[kVecs];
 #pragma GCC unroll 4
   for (int v = 0; v < kVecs; ++v) {
-    scale[v] = load_up_to(e.scale + place.channel + v * kLanes, columns - v * kLanes);
-    bias[v] = e.bias ? load_up_to(e.bias + place.channel + v * kLanes, columns - v * kLanes) : zero();
+    scale[v] = load_up_to(e.scale + place.channel + v * kLanes, lanes(v));
+    bias[v] = e.bias ? load_up_to(e.bias + place.channel + v * kLanes, lanes(v)) : zero();
   }
   int8_t* y = static_cast<int8_t*>(e.y) + place.row * e.y_stride + place.channel;
-  const int8_t* residual = static_cast<const int8_t*>(e.residual) + place.row * e.residual_stride + place.channel;
 #pragma GCC unroll 16
-  for (int m = 0; m < kRows; ++m, y += e.y_stride, residual += e.residual_stride) {
+  for (int m = 0; m < kRows; ++m, y += e.y_stride) {
+    Vec values[kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) values[v] = fma_rounded_once(to_floats(sums[m][v]), scale[v], bias[v]);
+    if (!kPlain && e.residual) {
+      const int8_t* residual = static_cast<const int8_t*>(e.residual) + (place.row + m) * e.residual_stride + place.channel;
+#pragma GCC unroll 4
+      for (int v = 0; v < kVecs; ++v) values[v] = e.plus_residual(values[v], residual + v * kLanes, lanes(v));
+    }
     Ints steps[kVecs];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) {
-      Vec value = fma_rounded_once(to_floats(sums[m][v]), scale[v], bias[v]);
-      if constexpr (kWithResidual) value = e.plus_residual(value, residual + v * kLanes, columns - v * kLanes);
-      steps[v] = rounded(value * e.inverse_scale);
-    }
-    store_bytes(y, steps, e.bytes, columns);
+    for (int v = 0; v < kVecs; ++v) steps[v] = rounded(values[v] * e.inverse_scale);
+    store_bytes(y, steps, e.bytes, kPlain ? kVecs * kLanes : columns);
   }
 }
 
@@ -87,9 +101,10 @@ void compute_tile(const Int8Product& p, const Int8TileInput& in, const int8_t* p
     const Ints of_weights = kHasVnni ? load_ints_up_to(p.weight_sums + channel, p.c_out - channel) : broadcast_int(0);
     const Ints first = of_weights * broadcast_int(-128 - p.zero_point);
 #pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-      sums[m][v] = kHasVnni && p.row_zero_point ? of_weights * broadcast_int(-128 - p.row_zero_point[place.row + m]) : first;
-    }
+    for (int m = 0; m < kRows; ++m) sums[m][v] = first;
+    if (!kHasVnni || !p.row_zero_point) continue;
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; ++m) sums[m][v] = of_weights * broadcast_int(-128 - p.row_zero_point[place.row + m]);
   }
   const int64_t row_bytes = in.row_stride * static_cast<int64_t>(sizeof(Staged));
   for (int64_t g = 0; g < in.segments; ++g) {
@@ -98,8 +113,8 @@ void compute_tile(const Int8Product& p, const Int8TileInput& in, const int8_t* p
                              panel + k * kVecs * kLanes * kGroup, in.groups, ahead + k * 64);
   }
   if (__builtin_expect(place.bounded, 1)) {
-    if (p.epilogue.residual) return finish_bytes<kRows, kVecs, true>(p, sums, place);
-    return finish_bytes<kRows, kVecs, false>(p, sums, place);
+    if (!p.epilogue.residual && p.c_out - place.channel >= kVecs * kLanes) return finish_bytes<true>(p, sums, place);
+    return finish_bytes<false>(p, sums, place);
   }
   alignas(64) int32_t stored[kRows * kVecs * kLanes];
 #pragma GCC unroll 16

@@ -3,8 +3,8 @@
 //            n: one panel = kInt8Vecs vectors        a: rows of staged activations at a constant stride
 //           ┌─────────┬─────────┬───┐            b: packed panels [k / kGroup][channels][kGroup]
 //   m: up   │sums[m,0]│sums[m,1]│ … │            k: a few segments of contiguous groups of inputs (one for a 1×1
-//   to 7    │    …    │    …    │   │               convolution, one per kernel row for k×k)
-//   or so   └─────────┴─────────┴───┘            bound: the units that multiply; per group 7 + 4 loads feed 28 products (AVX-512)
+//   to 6    │    …    │    …    │   │               convolution, one per kernel row for k×k)
+//   or more └─────────┴─────────┴───┘            bound: the units that multiply; per group 6 + 4 loads feed 24 products (AVX-512)
 //
 // With VNNI activations are staged as x + 128, so sums begin with −(128 + z) · Σ_k w[n, k]; without it as x − z.
 #pragma once
