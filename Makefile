@@ -117,6 +117,8 @@ $(ZOO): constraints.txt | $(INSTALLED)
 	$(PIP) --no-deps --target build/zoo timm torchvision
 	@touch $@
 
+# ExecuTorch asks for tools of other platforms, which its CPU runtime never imports.
 $(PEERS): $(INSTALLED)
 	$(PIP) --no-build-isolation -e '.[peers]'
+	$(PIP) --no-deps executorch pytorch-tokenizers
 	@touch $@

@@ -15,7 +15,6 @@ from recording import RESULTS, model_cells, save, title_of, verdict_on
 from rich.console import Console
 from rich.table import Table
 
-from kernelpress import models
 from kernelpress.bench.model_contest import RUNTIMES, ModelResult, Runtime, compare
 from kernelpress.bench.tables import console_table
 
@@ -33,7 +32,7 @@ def table(result: ModelResult) -> Table:
 def contest_parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
     """Options of a contest: which networks, how long, and where its results go."""
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
-    parser.add_argument("--models", nargs="+", metavar="MODEL", choices=models.names(), default=DEFAULT_MODELS)
+    parser.add_argument("--models", nargs="+", metavar="MODEL", default=DEFAULT_MODELS, help="names as in recipes")
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--rounds", type=positive, default=rounds)
     parser.add_argument("--iterations", type=positive, default=30, help="calls in a burst")

@@ -26,7 +26,7 @@ import kernelpress as kp
 from kernelpress import compress
 from kernelpress.compress.changes import mask_layer, replace_layer
 from kernelpress.compress.checkpoint import load_checkpoint, read_record, save_checkpoint
-from kernelpress.compress.record import PassRecord, add_record
+from kernelpress.compress.record import DecomposedLayer, PassRecord, add_record
 from kernelpress.emit import EmissionRecord, EmittedModel
 from kernelpress.emit.archive import DESCRIPTION
 from kernelpress.emit.cache import LONGEST, TimingCache
@@ -233,7 +233,9 @@ def _trained_models(folder: Path) -> list[Kind]:
     replaced = replace_layer(small, "3", nn.Conv2d(width, 3, 1, bias=False), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1))
     masked = mask_layer(small, "0", (torch.rand_like(small[0].weight) > 0.5).float())
     promises = (Promise("0", density=0.5), Promise("3", is_int8=True))
-    add_record(small, PassRecord("others", {"ratio": 0.5}, 9, 8, 7, 6, (replaced, masked), promises=promises))
+    chains = (DecomposedLayer("3", "svd", (3,), 0.1, 0.2, 9, 8, 7, 6, (2.0, 1.0), is_whitened=True),)
+    changes = (replaced, masked)
+    add_record(small, PassRecord("others", {"ratio": 0.5}, 9, 8, 7, 6, changes, (), promises, chains))
     compress.save(small, path)
     trained = _network()
     optimizer = torch.optim.AdamW(trained.parameters())

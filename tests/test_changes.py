@@ -71,6 +71,13 @@ def test_one_layer_replaced_by_several_returns(tmp_path: Path) -> None:
     assert [layer for layer, _ in compress.record_of(loaded)[0].layers()] == ["conv", "norm"]
 
 
+def test_padding_mode_returns(tmp_path: Path) -> None:
+    model = Block()
+    reflecting = nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")
+    loaded = _saved_and_loaded(_recorded(model, replace_layer(model, "conv", reflecting)), tmp_path, Block().eval())
+    assert loaded.conv.padding_mode == "reflect"
+
+
 def test_masked_weight_keeps_its_zeros_in_training(tmp_path: Path) -> None:
     model = Block()
     mask = (torch.rand(8, 8, 3, 3) > 0.7).float()
@@ -163,6 +170,8 @@ CONV = {
         (Replaced("0", (NewLayer("Conv2d", {**CONV, "groups": 7}),)), "divisible by groups"),
         (Replaced("0", (NewLayer("Conv2d", {**CONV, "bias": "yes"}),)), "not made of"),
         (Replaced("0", (NewLayer("Conv2d", {**CONV, "device": "cpu"}),)), "not made of"),
+        (Replaced("0", (NewLayer("Conv2d", {**CONV, "padding_mode": "mirror"}),)), "not made of"),
+        (Replaced("0", (NewLayer("ReLU", {"padding_mode": "reflect"}),)), "padding_mode"),
         (Replaced("0", (NewLayer("Module", {}),)), "no layer 'Module' may be made"),
         (Replaced("0", ()), "0 is not replaced by 0 layers"),
         (Replaced("", (NewLayer("ReLU", {}),)), "the whole model is not replaced"),

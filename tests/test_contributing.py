@@ -79,6 +79,11 @@ def has_pattern(op: str) -> bool:
     return op in CALLED_BY_LAYERS or f'"{op}"' in source("pyext/emit/fuse/*.py")
 
 
+def pass_source(name: str) -> str:
+    """A file, or a folder of files."""
+    return source(f"pyext/compress/{name}.py") + source(f"pyext/compress/{name}/*.py")
+
+
 CALLED_BY_LAYERS = {"quantize_rows"}
 SCHEMAS = ARCHITECTURE.partition("\n## Ops")[2].partition("\n## ")[0]
 
@@ -108,13 +113,9 @@ KERNEL_STEPS: Steps = {
     "tests/test_<family>.py": has_own_test,
 }
 PASS_STEPS: Steps = {
-    "pyext/compress/<pass>.py": lambda name: (
-        f"\ndef {name}(" in source(f"pyext/compress/{name}.py") and name in compress.__all__
-    ),
-    "compress/changes.py": lambda name: (
-        "from kernelpress.compress.changes import" in source(f"pyext/compress/{name}.py")
-    ),
-    "measure/cost.py": lambda name: "PassRecord(" in source(f"pyext/compress/{name}.py"),
+    "pyext/compress/<pass>.py": lambda name: f"\ndef {name}(" in pass_source(name) and name in compress.__all__,
+    "compress/changes.py": lambda name: "from kernelpress.compress.changes import" in pass_source(name),
+    "measure/cost.py": lambda name: "PassRecord(" in pass_source(name),
     "pyext/press/passes/<pass>.py": lambda name: f'register(Pass("{name}", ' in source(f"pyext/press/passes/{name}.py"),
     "tests/test_<pass>.py": lambda name: source(f"tests/test_{name}.py") != "",
 }

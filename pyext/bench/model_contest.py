@@ -55,6 +55,8 @@ RUNTIMES = (
     Runtime("Inductor channels_last", "inductor", ("channels_last",)),
     Runtime("ONNX Runtime", "ort", needs_onnx=True),
     Runtime("OpenVINO", "openvino", needs_onnx=True),
+    Runtime("ncnn", "ncnn"),
+    Runtime("ExecuTorch", "executorch"),
     Runtime(OURS, "ours", ("captured",)),
 )
 STOCK_AND_OURS = (

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kernelpress.bench.twins import build, build_plain_in
@@ -86,9 +89,50 @@ def _ort(job: Job) -> Contestant:
     return Contestant(lambda: session.run(None, feed), lambda y: y[0], "all graph optimisations, default spinning")
 
 
+def _executorch(job: Job) -> Contestant:
+    """ExecuTorch with all that XNNPACK takes; its pool has a thread a core, whatever is asked for."""
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+    from executorch.runtime import Runtime
+
+    network, x = build_plain_in(job, "contiguous")
+    lowered = to_edge_transform_and_lower(torch.export.export(network, (x,)), partitioner=[XnnpackPartitioner()])
+    file = Path(job.folder) / "model.pte"
+    file.write_bytes(lowered.to_executorch().buffer)
+    method = Runtime.get().load_program(file).load_method("forward")
+    assert method is not None
+    return Contestant(lambda: method.execute((x,)), lambda y: y[0].numpy(), f"XNNPACK, {os.cpu_count()} threads")
+
+
+def _ncnn(job: Job) -> Contestant:
+    """ncnn, converted by pnnx, in float32 throughout."""
+    import ncnn
+    import pnnx
+
+    network, x = build_plain_in(job, "contiguous")
+    folder = Path(job.folder)
+    pnnx.export(network, str(folder / "pnnx.pt"), (x,), fp16=False)
+    net = ncnn.Net()
+    net.opt.num_threads = job.threads
+    net.opt.use_fp16_storage = net.opt.use_fp16_arithmetic = net.opt.use_fp16_packed = False
+    net.opt.use_bf16_storage = False
+    net.load_param(str(folder / "pnnx.ncnn.param"))
+    net.load_model(str(folder / "pnnx.ncnn.bin"))
+    pixels = job.load_input()[0]
+
+    def call() -> Any:
+        with net.create_extractor() as extractor:
+            extractor.input("in0", ncnn.Mat(pixels))  # which only refers to them
+            return np.array(extractor.extract("out0")[1])
+
+    return Contestant(call, lambda y: y[None], "converted by pnnx, fp32")
+
+
 LOADERS: dict[str, Callable[..., Contestant]] = {
     "eager": _eager,
+    "executorch": _executorch,
     "inductor": _inductor,
+    "ncnn": _ncnn,
     "openvino": _openvino,
     "ort": _ort,
     "ours": _ours,

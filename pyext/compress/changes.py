@@ -50,6 +50,7 @@ _LAYERS: Mapping[str, tuple[type[nn.Module], tuple[str, ...]]] = {
     "Hardswish": (nn.Hardswish, ()),
 }
 """What may take a layer's place, and the arguments that make it."""
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 _FLAGS = frozenset({"bias", "affine", "track_running_stats"})
 _MOST_CHANNELS = 2**31
 
@@ -101,9 +102,11 @@ class NewLayer:
     def of(cls, module: nn.Module) -> NewLayer:
         """What makes a layer like `module`; `ValueError` if it is none of those that may take a layer's place."""
         kind = type(module).__name__
-        if _LAYERS.get(kind, (None,))[0] is not type(module) or getattr(module, "padding_mode", "zeros") != "zeros":
-            raise ValueError(f"by: expected some of {', '.join(_LAYERS)}, padded with zeros, got {module}")
+        if _LAYERS.get(kind, (None,))[0] is not type(module):
+            raise ValueError(f"by: expected some of {', '.join(_LAYERS)}, got {module}")
         values = {name: _plain(getattr(module, name)) for name in _LAYERS[kind][1]}
+        if getattr(module, "padding_mode", "zeros") != "zeros":
+            values["padding_mode"] = module.padding_mode
         layer = cls(kind, values | ({"bias": module.bias is not None} if "bias" in values else {}))
         layer.make()
         return layer
@@ -113,8 +116,9 @@ class NewLayer:
         if self.kind not in _LAYERS:
             raise ValueError(f"no layer {self.kind!r} may be made")
         factory, names = _LAYERS[self.kind]
+        padding_mode = self.options.get("padding_mode", "zeros")
         wrong = [name for name in names if not _is_option(name, self.options.get(name))]
-        if wrong or set(self.options) - set(names):
+        if wrong or set(self.options) - {*names, "padding_mode"} or padding_mode not in _PADDING_MODES:
             raise ValueError(f"a {self.kind} is not made of {self.options}")
         options = {name: tuple(v) if isinstance(v, list) else v for name, v in self.options.items()}
         with torch.device("meta"):
@@ -231,8 +235,9 @@ def resizes(before: nn.Module, after: nn.Module) -> tuple[Resized, ...]:
 def replace_layer(model: nn.Module, layer: str, *by: nn.Module) -> Replaced:
     """Puts `by`, which run one after the other, in the place of `layer` and returns the change."""
     change = Replaced(layer, tuple(map(NewLayer.of, by)))
-    _module(model, layer)
-    _put(model, layer, by[0] if len(by) == 1 else nn.Sequential(*by))
+    chain = nn.Sequential(*by)
+    chain.training = _module(model, layer).training
+    _put(model, layer, by[0] if len(by) == 1 else chain)
     return change
 
 

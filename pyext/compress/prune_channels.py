@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kernelpress.compress.changes import copied, resizes
 from kernelpress.compress.criteria import CRITERIA
 from kernelpress.compress.dependency import Axis, Dependencies, Pool, contradiction, find_dependencies
+from kernelpress.compress.naming import layers_in
 from kernelpress.compress.record import PassRecord, SkippedLayers, add_record
 from kernelpress.compress.resize import adapt_sizes, named_tensors, replace_tensors
 from kernelpress.measure.cost import count_flops, count_parameters
@@ -72,7 +73,7 @@ def prune_channels(
     `TraceError` (a `ValueError`) for a model that cannot be exported.
     """
     _check(ratio, criterion, scope, round_to, target)
-    ignored = _layers_in(model, ignore)
+    ignored = layers_in(model, ignore, "ignore")
     settings = _Settings(ratio, criterion, scope, round_to, target)
     # Tensors made under inference mode could not be trained.
     with torch.inference_mode(False), torch.no_grad(), preserved(model, example_inputs):
@@ -166,15 +167,6 @@ def _check(ratio: float, criterion: str, scope: str, round_to: int, target: str)
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
     if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
         raise ValueError(f"round_to: expected a positive integer, got {round_to!r}")
-
-
-def _layers_in(model: nn.Module, names: Iterable[str]) -> frozenset[str]:
-    names = (names,) if isinstance(names, str) else tuple(names)
-    modules = dict(model.named_modules())
-    for name in names:
-        if name not in modules or not name:
-            raise ValueError(f"ignore: {type(model).__name__} has no module named {name!r}")
-    return frozenset(path for path in modules if any(path == name or path.startswith(f"{name}.") for name in names))
 
 
 def _groups(

@@ -17,7 +17,7 @@ from kernelpress.files.sealed import seal_tensors, unseal_tensors
 from kernelpress.measure.theory import Promise
 from kernelpress.preserve import undone_on_error
 
-__all__ = ["PassRecord", "SkippedLayers", "add_record", "load", "record_of", "save"]
+__all__ = ["DecomposedLayer", "PassRecord", "SkippedLayers", "add_record", "load", "record_of", "save"]
 
 _KIND, _FORMAT = "compressed model", 2
 _ATTRIBUTE = "_kernelpress_record"
@@ -30,6 +30,36 @@ class SkippedLayers:
     layers: tuple[str, ...]
     channels: int
     reason: str
+
+
+@dataclass(frozen=True)
+class DecomposedLayer:
+    """A layer that a chain of smaller ones stands for: its errors, relative, and costs before and after.
+
+    `weight_error`: ‖Ŵ − W‖ ÷ ‖W‖; `output_error`: ‖Ŵx − Wx‖ ÷ ‖Wx‖ over the inputs x of the data, or of the example.
+    `milliseconds`: of the layer and of the chain, where latency was measured. `is_whitened`: whether outputs on data,
+    not the weight, have the least error.
+    """
+
+    layer: str
+    method: str
+    ranks: tuple[int, ...]
+    weight_error: float
+    output_error: float
+    flops_before: int
+    flops_after: int
+    parameters_before: int
+    parameters_after: int
+    milliseconds: tuple[float, ...] = ()
+    is_whitened: bool = False
+
+    def __str__(self) -> str:
+        times = " → ".join(f"{time:.3g}" for time in self.milliseconds)
+        return (
+            f"{self.method}, rank {', '.join(map(str, self.ranks))}: error {self.weight_error:.1%} of the weight, "
+            f"{self.output_error:.1%} of outputs; FLOPs {self.flops_before:,} → {self.flops_after:,}, "
+            f"parameters {self.parameters_before:,} → {self.parameters_after:,}" + (times and f", {times} ms")
+        )
 
 
 @dataclass(frozen=True)
@@ -49,6 +79,7 @@ class PassRecord:
     changes: tuple[Change, ...] = ()
     skipped: tuple[SkippedLayers, ...] = ()
     promises: tuple[Promise, ...] = ()
+    decomposed: tuple[DecomposedLayer, ...] = ()
 
     @property
     def flops_removed(self) -> float:
@@ -64,11 +95,15 @@ class PassRecord:
 
     def layers(self) -> list[tuple[str, str]]:
         """Every layer that was changed with what became of it; norms and such follow from the layers before."""
+        chains = {chain.layer: str(chain) for chain in self.decomposed}
         shown = [
             c for c in self.changes if not isinstance(c, Resized) or max(map(len, c.after.values()), default=0) > 1
         ]
         # The parameters of a parametrised weight lie below its layer.
-        return [(printable(c.layer.partition(".parametrizations.")[0]), printable(str(c))) for c in shown]
+        return [
+            (printable(c.layer.partition(".parametrizations.")[0]), printable(chains.get(c.layer, str(c))))
+            for c in shown
+        ]
 
     def kept(self) -> list[str]:
         """A line for every reason why layers were left as they were."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import kernelpress as kp
-from kernelpress.emit.tolerance import tolerance_of
+from kernelpress.emit.tolerance import TURNED_SHARE, tolerance_of
 from kernelpress.runtime.torch_private import pytree
 from modelfuzz.calls import HARMLESS, draw_calls
 from modelfuzz.observing import (
@@ -192,17 +192,24 @@ class _Examiner:
         return emitted
 
     def _is_unsteady(self) -> bool:
-        """Whether rounding alone moves the example's results by as much as an emission may."""
+        """Whether rounding alone moves the example's results by as much as an emission may, or turns as many of its
+        integers over."""
         if self.is_random:
             return True
         call = self.program.example
         with torch.no_grad():
             results = pytree.tree_leaves(result_of(self.program.model(), *call.arguments()))
         bound = 10 * tolerance_of(self.dtype)
+
+        def moved(again: Tensor, result: Tensor) -> bool:
+            if is_float(result):
+                return FACTOR * relative_error(again.to(result.dtype), result) > bound
+            return int((again != result).sum()) > TURNED_SHARE * result.numel()
+
         return any(
-            FACTOR * relative_error(again.to(result.dtype), result) > bound
+            moved(again, result)
             for i, result in enumerate(results)
-            if is_float(result)
+            if isinstance(result, Tensor)
             for again in [*self._perturbed(call, i, result), *self._in_channels_last(call, i)]
         )
 

@@ -1,0 +1,5 @@
+"""Weight decomposition: a layer becomes a chain of smaller ones of low rank."""
+
+from kernelpress.compress.decompose.apply import decompose
+
+__all__ = ["decompose"]
