@@ -12,7 +12,7 @@ from kernelpress.files import cache_folder
 from kernelpress.kernels import reference
 from kernelpress.ops import registry
 from kernelpress.ops.calls.steps import native_call
-from kernelpress.ops.layout import PIXELS
+from kernelpress.ops.layout import IMAGES_OR_ROWS, PIXELS
 from kernelpress.runtime import native
 from kernelpress.runtime.torch_private import BatchNorm
 
@@ -158,7 +158,7 @@ MAKERS: tuple[Maker, ...] = (channels_last, contiguous, channel_slice, cropped, 
 def run_native(op: str, tensors: Sequence[Tensor | None], **options: Any) -> Tensor:
     """The native kernel by `native_call`, into channels of a wider poisoned tensor; checks that it writes no other."""
     plain = registry.allocate(op, tensors, options)
-    if registry.operator(op).out is PIXELS:
+    if registry.operator(op).out in (PIXELS, IMAGES_OR_ROWS) and plain.dim() == 4:
         n, c, h, w = plain.shape
         wide = _poisoned((n, c + 7, h, w), plain.dtype).contiguous(memory_format=torch.channels_last)
         out, around = wide[:, 3 : 3 + c], (wide[:, :3], wide[:, 3 + c :])

@@ -109,6 +109,7 @@ KERNEL_STEPS: Steps = {
             for backend in registry.NATIVE_BACKENDS
         )
         or f'"{kernel}"' in source("pyext/ops/calls/*.py")
+        or f'int8_kernel("{kernel}")' in source("pyext/ops/*.py")
     ),
     "tests/test_<family>.py": has_own_test,
 }

@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernelpress import ops
 from kernelpress.ops import registry
 from kernelpress.ops.calls import packing, prepared
-from kernelpress.ops.checks import one_floating_dtype
+from kernelpress.ops.checks import floating_or_int8, one_floating_dtype
 from kernelpress.runtime import native
 from kernelpress.runtime.torch_private import neg_view
 
@@ -109,7 +109,7 @@ def _examples(dtype: torch.dtype) -> dict[str, tuple[tuple[Tensor, ...], dict[st
     }
 
 
-OPS = [operator.name for operator in registry.operators() if operator.dtypes is one_floating_dtype]
+OPS = [op.name for op in registry.operators() if op.dtypes in (one_floating_dtype, floating_or_int8)]
 """Those on tensors of one floating dtype; the int8 and sparse families test their own."""
 
 every_op = pytest.mark.parametrize("op", OPS)

@@ -240,6 +240,94 @@ struct Int8Conv2dArgs {
   double output_scale, output_zero_point, residual_scale, residual_zero_point;
 };
 
+// An image that lies anyhow; y has pixels `y_stride` apart.
+struct QuantizeArgs {
+  static constexpr int kAddresses = 2;
+  const float* x;
+  int8_t* y;
+  int64_t batch, channels, height, width;
+  int64_t x_stride_n, x_stride_c, x_stride_h, x_stride_w, y_stride;
+  double scale, zero_point;
+};
+
+struct DequantizeArgs {
+  static constexpr int kAddresses = 2;
+  const int8_t* x;
+  float* y;
+  int64_t rows, channels, x_stride, y_stride;
+  double scale, zero_point;
+};
+
+// y is int8 where `y_is_int8`, else float32.
+struct Int8AddArgs {
+  static constexpr int kAddresses = 3;
+  const int8_t *x, *other;
+  void* y;
+  int64_t rows, channels, x_stride, other_stride, y_stride, y_is_int8;
+  Activation activation;
+  double scale, zero_point, other_scale, other_zero_point, output_scale, output_zero_point;
+};
+
+// y [rows, channels]; scale and zero_point [rows].
+struct QuantizeRowsArgs {
+  static constexpr int kAddresses = 4;
+  const float* x;
+  int8_t* y;
+  float* scale;
+  int32_t* zero_point;
+  int64_t rows, channels, x_stride, symmetric;
+};
+
+// As Int8MatmulArgs; the weight is packed for int8_depthwise.cpp.
+struct Int8DepthwiseConv2dArgs {
+  static constexpr int kAddresses = 7;
+  const int8_t *x, *weight;
+  const int32_t* weight_sums;
+  const float *scale, *bias;
+  const void* residual;
+  void* y;
+  int64_t batch, in_h, in_w, channels, multiplier, out_h, out_w;
+  int64_t x_stride, residual_stride, y_stride;
+  Window window;
+  int64_t input_zero_point, y_is_int8;
+  Activation activation;
+  double output_scale, output_zero_point, residual_scale, residual_zero_point;
+};
+
+// y [batch, channels], `y_stride` apart, int8 where `y_is_int8`, else float32.
+struct Int8GlobalAvgPool2dArgs {
+  static constexpr int kAddresses = 2;
+  const int8_t* x;
+  void* y;
+  int64_t batch, positions, channels, x_stride, y_stride, y_is_int8;
+  double scale, zero_point, output_scale, output_zero_point;
+};
+
+struct Int8MaxPool2dArgs {
+  static constexpr int kAddresses = 2;
+  const int8_t* x;
+  int8_t* y;
+  int64_t batch, in_h, in_w, channels, out_h, out_w, x_stride, y_stride;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+};
+
+// As ShuffleConcatArgs.
+struct Int8ShuffleConcatArgs {
+  static constexpr int kAddresses = 3;
+  const int8_t *a, *b;
+  int8_t* y;
+  int64_t pixels, c_a, c_b, groups;
+  int64_t a_stride, b_stride, y_stride;
+};
+
+// Dimensions as those of ElementwiseArgs.
+struct Int8CopyArgs {
+  static constexpr int kAddresses = 2, kMostDims = 6;
+  const int8_t* x;
+  int8_t* y;
+  int64_t sizes[kMostDims], x_strides[kMostDims], y_strides[kMostDims];
+};
+
 // Every CPU kernel with its argument block: declarations, table and bindings follow from these lists. A variant of an instruction set
 // that differs in the int8 kernels alone takes the others from that set.
 #define KP_FLOAT_KERNELS(KERNEL)                  \
@@ -260,9 +348,18 @@ struct Int8Conv2dArgs {
   KERNEL(avg_pool2d, AvgPool2dArgs)               \
   KERNEL(resize2d, Resize2dArgs)                  \
   KERNEL(elementwise, ElementwiseArgs)
-#define KP_INT8_KERNELS(KERNEL) \
-  KERNEL(int8_matmul, Int8MatmulArgs) \
-  KERNEL(int8_conv2d, Int8Conv2dArgs)
+#define KP_INT8_KERNELS(KERNEL)                           \
+  KERNEL(int8_matmul, Int8MatmulArgs)                     \
+  KERNEL(int8_conv2d, Int8Conv2dArgs)                     \
+  KERNEL(int8_depthwise_conv2d, Int8DepthwiseConv2dArgs)  \
+  KERNEL(quantize, QuantizeArgs)                          \
+  KERNEL(dequantize, DequantizeArgs)                      \
+  KERNEL(int8_add, Int8AddArgs)                           \
+  KERNEL(quantize_rows, QuantizeRowsArgs)                 \
+  KERNEL(int8_global_avg_pool2d, Int8GlobalAvgPool2dArgs) \
+  KERNEL(int8_max_pool2d, Int8MaxPool2dArgs)              \
+  KERNEL(int8_shuffle_concat, Int8ShuffleConcatArgs)      \
+  KERNEL(int8_copy, Int8CopyArgs)
 #define KP_KERNELS(KERNEL) KP_FLOAT_KERNELS(KERNEL) KP_INT8_KERNELS(KERNEL)
 
 // How int8 weights lie: panels of `outputs` output channels, a narrower last one of a multiple of `lanes`; each [depth / inputs, its

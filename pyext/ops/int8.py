@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from kernelpress.ops.int8_checks import (
     check_residual,
     check_scale,
     check_zero_point,
+    half_reason,
     output_dtype,
 )
 from kernelpress.ops.layout import PIXELS, ROWS
@@ -458,6 +460,20 @@ _DEPTHWISE_CUDA = Kernel(
 )
 
 
+_DEPTHWISE_CPU = replace(
+    _DEPTHWISE_CUDA,
+    operands=lambda options, x, weight, weight_scale, bias, residual: (
+        *(x, packing.int8_depthwise(weight), packing.packed(weight, None, "int8 sums", _sums)),
+        *(_scale(weight_scale, options.input_scale), packing.vector(bias), residual),
+    ),
+    sizes=lambda problem, spacing: (
+        *depthwise_sizes(problem, spacing),
+        *(problem.options.input_zero_point, int(problem.dtype == torch.int8)),
+    ),
+    supports=half_reason,
+)
+
+
 @op(
     out=PIXELS,
     shape=_depthwise_shape,
@@ -471,6 +487,7 @@ _DEPTHWISE_CUDA = Kernel(
             _DEPTHWISE_CUDA,
             options=_triton_options("stride", "padding", "dilation", "input_zero_point"),
         ),
+        cpu_implementation(_DEPTHWISE_CPU),
     ),
 )
 def int8_depthwise_conv2d(

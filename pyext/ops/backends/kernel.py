@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,7 @@ __all__ = [
     "float_vector",
     "implementation",
     "index_of",
+    "int8_kernel",
     "laid_out",
     "new_outputs",
     "operands_of",
@@ -193,6 +194,15 @@ def bits(number: float) -> int:
     """A scalar as the words of `_cpu` have it: the bits of a double."""
     word: int = struct.unpack("q", struct.pack("d", number))[0]
     return word
+
+
+def int8_kernel(name: str) -> Callable[[Kernel, Problem, Tensors, Any], Kernel]:
+    """For `Kernel.specialise`: where x is int8, the kernel is the one of this name, with the same words."""
+
+    def specialise(kernel: Kernel, problem: Problem, tensors: Tensors, device: Any) -> Kernel:
+        return replace(kernel, name=name) if problem.first.dtype == torch.int8 else kernel
+
+    return specialise
 
 
 def window(kernel: Sequence[int], options: Any) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ __all__ = [
     "depthwise",
     "depthwise_copy",
     "forget",
+    "int8_depthwise",
     "int8_panels",
     "narrow_groups",
     "packed",
@@ -213,6 +214,25 @@ def _to_int8_panels(weight: Tensor, runs: int, groups: int, outputs: int, lanes:
             width = min(outputs, part.shape[1])
             panels.append(part.reshape(groups, -1, width, rows.shape[2] // inputs, inputs).transpose(2, 3).flatten(1))
     return long_lived_copy(torch.cat(panels, 1).flatten())
+
+
+def int8_depthwise(weight: Tensor) -> Tensor:
+    """`[C, 1, KH, KW]` int8 → `[blocks, ceil(KH / inputs), KW, inputs, lanes, inputs]` in the order of
+    `simd_interleave.h`, zero-padded; int16 where `dot` takes two inputs at once."""
+    _, lanes, inputs = native.cpu().int8_packing()
+    return packed(weight, None, ("int8 depthwise", lanes, inputs), lambda w: _to_interleaved(w, lanes, inputs))
+
+
+def _to_interleaved(weight: Tensor, lanes: int, inputs: int) -> Tensor:
+    channels, _, height, width = weight.shape
+    block = lanes * inputs
+    rest, half = channels % block, block // 2
+    padded = pad(weight[:, 0], (0, 0, 0, -height % inputs, 0, -channels % block))
+    if 0 < rest <= half:  # the last block's other half computes the next output row
+        padded[-half:] = padded[-block:-half]
+    parts = padded.reshape(-1, lanes // 4, inputs, 4, padded.shape[1] // inputs, inputs, width)
+    values = parts.permute(0, 4, 6, 2, 1, 3, 5)
+    return long_lived_copy(values if inputs == 4 else values.to(torch.int16))
 
 
 def depthwise(weight: Tensor, scale: Tensor | None) -> Tensor:
