@@ -6,7 +6,15 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from emitting import Apply, assert_saving_and_capture_keep, emit_onto, ops_of, prefer_ops
+from emitting import (
+    Apply,
+    assert_saving_and_capture_keep,
+    emit_fused,
+    emit_onto,
+    ops_of,
+    prefer_ops,
+    torch_steps,
+)
 from support import with_random_norms
 from torch import nn
 
@@ -21,7 +29,10 @@ define_quantized_ops()
 quantized = torch.ops.quantized_decomposed
 
 
-INT8 = ("int8_conv2d", "int8_depthwise_conv2d", "int8_matmul", "int8_add", "quantize", "dequantize")
+INT8 = (
+    *("int8_conv2d", "int8_depthwise_conv2d", "int8_matmul", "int8_add", "quantize", "dequantize"),
+    *("int8_global_avg_pool2d", "max_pool2d", "channel_shuffle", "shuffle_concat"),
+)
 
 
 class Quantized(nn.Module):
@@ -213,13 +224,96 @@ def test_values_that_are_only_moved_between_equal_quantizations_stay_int8():
     assert_as_rounded(emitted, model, torch.randn(3, 6, 6, 5))
 
 
+def int8_conv(c_in, c_out, kernel=1, **options):
+    return QuantizedWeight(nn.Conv2d(c_in, c_out, kernel, **options))
+
+
+def test_pools_of_int8(tmp_path):
+    first, second = Quantized(0.03, 120, torch.uint8), Quantized(0.01, 7, torch.uint8)
+    model = nn.Sequential(
+        *(first, int8_conv(6, 8, 3, padding=1), nn.ReLU(), second, nn.MaxPool2d(3, 2, 1), second, int8_conv(8, 10)),
+        *(second, nn.AdaptiveAvgPool2d(1), first, nn.Flatten(), first, QuantizedWeight(nn.Linear(10, 5))),
+    ).eval()
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model, x)
+    assert ops_of(emitted) == [
+        *("quantize", "int8_conv2d", "max_pool2d", "int8_conv2d", "int8_global_avg_pool2d"),
+        *("aten.flatten.using_ints", "int8_matmul"),
+    ]
+    assert_as_rounded(emitted, model, torch.randn(3, 6, 9, 8))
+    assert_saving_and_capture_keep(emitted, tmp_path, x)
+
+
+def test_the_mean_of_int8_that_is_not_quantized_again():
+    model = Apply(lambda x, quantizer: quantizer(x).mean((2, 3)), Quantized(0.03, -9))
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model.eval(), x)
+    assert ops_of(emitted) == ["quantize", "int8_global_avg_pool2d"]
+    torch.testing.assert_close(emitted(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class ShuffleUnit(nn.Module):
+    """ShuffleNet V2's, with a quantization wherever a quantizer leaves one, all of one scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.quantizer, self.last = Quantized(0.03, 11, torch.uint8), Quantized(0.03, 11, torch.uint8)
+        self.expand, self.depthwise = int8_conv(6, 6), int8_conv(6, 6, 3, padding=1, groups=6)
+
+    def forward(self, x):
+        kept, x = self.quantizer(x).chunk(2, 1)
+        x = self.quantizer(F.relu(self.expand(self.quantizer(x))))
+        x = self.quantizer(F.relu(self.depthwise(x)))
+        n, _, h, w = x.shape
+        whole = torch.cat([kept, x], 1)
+        return self.last(whole.view(n, 2, 6, h, w).transpose(1, 2).contiguous().view(n, 12, h, w))
+
+
+def test_splits_concatenations_and_shuffles_move_int8(tmp_path):
+    model = nn.Sequential(ShuffleUnit(), ShuffleUnit(), int8_conv(12, 5)).eval()
+    x = torch.randn(2, 12, 9, 8)
+    emitted = emit_int8(model, x)
+    layers = [op for op in ops_of(emitted) if not op.startswith(("aten.chunk", "<built-in"))]
+    unit = ["int8_conv2d", "int8_depthwise_conv2d", "shuffle_concat"]
+    assert layers == ["quantize", *unit, *unit, "int8_conv2d"]
+    assert_as_rounded(emitted, model, torch.randn(3, 12, 9, 8))
+    assert_saving_and_capture_keep(emitted, tmp_path, x)
+    assert torch_steps(emit_fused(model, x, "cpu"), x) == []
+
+
+def test_what_is_quantized_behind_a_concatenation_is_quantized_by_its_parts():
+    def forward(x, first, a, b, second, last):
+        x = first(x)
+        return last(second(torch.cat([F.relu(a(x)), F.relu(b(x))], 1)))
+
+    model = Apply(
+        forward, Quantized(0.03), int8_conv(6, 8), int8_conv(6, 5), Quantized(0.02, -7), int8_conv(13, 4)
+    ).eval()
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model, x)
+    assert ops_of(emitted) == ["quantize", "int8_conv2d", "int8_conv2d", "aten.cat", "int8_conv2d"]
+    assert_as_rounded(emitted, model, x)
+
+
+def test_a_concatenation_of_two_scales_is_requantized_where_they_differ():
+    def forward(x, first, second, last):
+        return last(second(torch.cat([second(x), first(x)], 1)))
+
+    model = Apply(forward, Quantized(0.03), Quantized(0.02, -7), int8_conv(12, 4)).eval()
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model, x)
+    assert sorted(ops_of(emitted)) == ["aten.cat", "dequantize", "int8_conv2d", "quantize", "quantize", "quantize"]
+    assert_as_rounded(emitted, model, x)
+
+
 @pytest.mark.parametrize(
     "between",
     [
         nn.Sequential(Quantized(0.01), nn.Flatten(), Quantized(0.02)),
-        nn.Sequential(Quantized(0.01), nn.MaxPool2d(2), nn.Flatten(), Quantized(0.01)),
+        nn.Sequential(Quantized(0.01), nn.AvgPool2d(2), nn.Flatten(), Quantized(0.01)),
+        nn.Sequential(Quantized(0.01), nn.MaxPool2d(2), nn.Flatten(), Quantized(0.02)),
     ],
-    ids=["another scale", "a pool"],
+    ids=["another scale", "a mean", "another scale behind a pool"],
 )
 def test_between_other_quantizations_values_are_floats(between):
     model = nn.Sequential(QuantizedWeight(nn.Conv2d(6, 8, 3)), between)
