@@ -44,15 +44,25 @@ int64_t fma_burst(int64_t iterations) {
   return iterations * kChains * kLanes * 2;
 }
 
+// The same integers, of which the compiler knows nothing: a product with them is computed anew.
+KP_INLINE Ints unknown(Ints a) {
+  Vec bits;
+  std::memcpy(&bits, &a, sizeof bits);
+  bits = in_register(bits);
+  std::memcpy(&a, &bits, sizeof a);
+  return a;
+}
+
 int64_t int8_burst(int64_t iterations) {
-  constexpr int kChains = 12;
+  constexpr int kChains = kHasVnni ? 12 : 8;
   Ints sums[kChains];
 #pragma GCC unroll 16
   for (int i = 0; i < kChains; ++i) sums[i] = broadcast_int(i);
-  const Ints x = broadcast_int(0x00010001), w = broadcast_int(0x00020002);
+  Ints x = broadcast_int(0x00010001);
+  const Ints w = broadcast_int(0x00020002);
   for (int64_t k = 0; k < iterations; ++k) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kChains; ++i) dot(sums[i], x, w);
+    for (int i = 0; i < kChains; ++i) dot(sums[i], x = unknown(x), w);
   }
   Ints total = broadcast_int(0);
 #pragma GCC unroll 16
