@@ -12,7 +12,7 @@ from kernelpress.files import cache_folder
 from kernelpress.kernels import reference
 from kernelpress.ops import registry
 from kernelpress.ops.calls.steps import native_call
-from kernelpress.ops.layout import PIXELS
+from kernelpress.ops.layout import DENSE, PIXELS
 from kernelpress.runtime import native
 from kernelpress.runtime.torch_private import BatchNorm
 
@@ -127,9 +127,14 @@ MAKERS: tuple[Maker, ...] = (channels_last, contiguous, channel_slice, cropped, 
 
 
 def run_native(op: str, tensors: Sequence[Tensor | None], **options: Any) -> Tensor:
-    """The native kernel by `native_call`, into channels of a wider poisoned tensor; checks that it writes no other."""
+    """The native kernel by `native_call`, into channels of a wider poisoned tensor, or images of more of them where it
+    gives contiguous ones; checks that it writes no other."""
     plain = registry.allocate(op, tensors, options)
-    if registry.operator(op).out is PIXELS:
+    layout = registry.layout_on(registry.operator(op), options.get("backend", "auto"))
+    if layout is DENSE:
+        more = torch.full((plain.shape[0] + 2, *plain.shape[1:]), torch.nan)
+        out, around = more[1:-1], (more[0], more[-1])
+    elif layout is PIXELS:
         n, c, h, w = plain.shape
         wide = torch.full((n, c + 7, h, w), torch.nan).contiguous(memory_format=torch.channels_last)
         out, around = wide[:, 3 : 3 + c], (wide[:, :3], wide[:, 3 + c :])
@@ -137,7 +142,7 @@ def run_native(op: str, tensors: Sequence[Tensor | None], **options: Any) -> Ten
         out, around = plain.fill_(torch.nan), ()
     call = native_call(op, tensors, options, out)
     getattr(native.cpu(), call.name)(*call.arguments)
-    assert all(bool(rest.isnan().all()) for rest in around), "written outside the output's channels"
+    assert all(bool(rest.isnan().all()) for rest in around), "written outside the output"
     return out
 
 

@@ -77,6 +77,22 @@ struct GroupedConv2dArgs {
   Activation activation;
 };
 
+// The weight as sparse.h walks over it: `rows` output channels at a time (1 or 4), whose steps `steps[row_starts[i]] …` are where x
+// stands in a strip of scratch, each with `rows` values. The strip: `strip` outputs of `width` columns, those beyond out_w unused, and
+// per channel phases_h · phases_w planes `phase_pitch` apart. Without `channels_last` images are contiguous [c, h, w], and strides unused.
+struct SparseConv2dArgs {
+  static constexpr int kAddresses = 7;
+  const float* x;
+  const int32_t *row_starts, *steps;
+  const float *values, *bias, *residual;
+  float* y;
+  int64_t rows, batch, in_h, in_w, c_in, out_h, out_w, c_out;
+  int64_t strip, width, phases_h, phases_w, phase_pitch;
+  int64_t channels_last, x_stride, residual_stride, y_stride;
+  Window window;
+  Activation activation;
+};
+
 // y: `primary` channels, then `cheap` ones, of `primary · multiplier` the first, whose window keeps the size.
 struct GhostConv2dArgs {
   static constexpr int kAddresses = 7;
@@ -214,6 +230,7 @@ struct ElementwiseArgs {
   KERNEL(depthwise_conv2d, DepthwiseConv2dArgs)   \
   KERNEL(grouped_conv2d, GroupedConv2dArgs)       \
   KERNEL(shuffle_concat, ShuffleConcatArgs)       \
+  KERNEL(sparse_conv2d, SparseConv2dArgs)         \
   KERNEL(ghost_conv2d, GhostConv2dArgs)           \
   KERNEL(separable_conv2d, SeparableConv2dArgs)   \
   KERNEL(inverted_residual, InvertedResidualArgs) \

@@ -85,6 +85,7 @@ class Kernel:
     workspace: `(problem, device)` → bytes that it may write while it runs, enough for every configuration.
     specialise: `(kernel, problem, tensors, device)` → the kernel for the values of these parameters.
     options: `problem` → options by name, those of the op where it is not given.
+    out: how outputs lie, where not as the op says; it then runs only where it is asked for.
     input_limit: `(options, *tensors)` → magnitude of x from which on intermediate sums may overflow, though the result
         may not; of a kernel that mixes inputs, so that what is not finite spreads to outputs that do not depend on it.
     """
@@ -101,6 +102,7 @@ class Kernel:
     family: str = ""
     options: Callable[[Problem], dict[str, Any]] = lambda problem: problem.options._asdict()
     likes: Likes = Likes()
+    out: Layout | None = None
     input_limit: Callable[..., float] | None = None
 
 
@@ -148,6 +150,8 @@ def why_not(kernel: Kernel, problem: Problem, target: Target) -> str | None:
     x = problem.first
     if x.dtype not in kernel.dtypes:
         return f"the kernel takes {' or '.join(map(str, kernel.dtypes))}, got {x.dtype}"
+    if kernel.out is not None and problem.layout is not kernel.out:
+        return f"it gives {kernel.out.name} memory: it runs where it is asked for"
     return kernel.supports(problem)
 
 
