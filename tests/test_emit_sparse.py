@@ -1,5 +1,8 @@
 """Emission of weights with blocks of zeros."""
 
+import copy
+import re
+
 import pytest
 import torch
 from emitting import (
@@ -12,12 +15,14 @@ from emitting import (
     matches,
     ops_of,
 )
-from support import with_random_norms
+from support import relative_error, with_random_norms
 from torch import nn
 
 import kernelpress as kp
 from kernelpress.emit.fuse.sparse import _worth_trying
 from kernelpress.emit.lower import NativeStep
+from kernelpress.layers import BlockSparseConv2d
+from kernelpress.ops.sparse_blocks import block_grid
 from kernelpress.runtime import native
 
 needs_native = pytest.mark.skipif(native.cpu() is None, reason="no native kernels: build them with `make build`")
@@ -118,6 +123,33 @@ def test_the_record_says_what_zeros_are_worth(density):
     else:
         assert place.choice == "pointwise_conv2d[cpu]"
         assert place.reason.endswith(f"{zeros}{sparse}: no gain")
+
+
+@needs_native
+def test_half_of_the_weights_gain_nothing_and_the_record_says_so():
+    conv = nn.Conv2d(64, 64, 1)
+    with torch.no_grad():
+        conv.weight.view(-1)[torch.randperm(64 * 64)[: 64 * 32]] = 0
+    (place,) = kp.emit(conv.eval(), torch.randn(1, 64, 14, 14), progress=False).record.places
+    assert "sparse" not in place.choice
+    assert re.search(
+        r"50% of the weights are zero: [\d.]+ ms in blocks of 1×1, [\d.]+ ms dense: no gain$", place.reason
+    )
+
+
+@pytest.mark.parametrize("block", [(16, 16), (8, 32), (4, 1), (64, 64)], ids=str)
+def test_sizes_that_no_block_divides_are_the_masked_layer(block):
+    conv = nn.Conv2d(3, 20, 3, padding=1)
+    keep = torch.rand(block_grid((20, 27), block)) < 0.5
+    mask = keep.repeat_interleave(block[0], 0).repeat_interleave(block[1], 1)[:20, :27]
+    with torch.no_grad():
+        conv.weight.mul_(mask.view(20, 3, 3, 3))
+    x = torch.randn(2, 3, 11, 10)
+    expected = copy.deepcopy(conv).double()(x.double())
+    assert relative_error(BlockSparseConv2d.from_dense(conv, block)(x), expected) < 1e-6
+    model = nn.Sequential(conv, nn.ReLU()).eval()
+    emitted = emit_onto(model, x, "sparse_conv2d") if "sparse_conv2d" in matched_ops(model, x) else kp.emit(model, x)
+    assert relative_error(emitted(x), expected.relu()) < 1e-6
 
 
 @needs_native

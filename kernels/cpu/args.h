@@ -65,6 +65,16 @@ struct DepthwiseConv2dArgs {
   Activation activation;
 };
 
+// Contiguous images; weight [channels · multiplier, kernel_h, kernel_w].
+struct DepthwisePlanesArgs {
+  static constexpr int kAddresses = 5;
+  const float *x, *weight, *bias, *residual;
+  float* y;
+  int64_t batch, in_h, in_w, channels, multiplier, out_h, out_w;
+  Window window;
+  Activation activation;
+};
+
 // Channel k · shuffle + i of y is channel i · c_out / shuffle + k of the convolution, whose channels weight and bias follow. `narrow` is
 // 1 where the weight was packed for grouped_narrow.h.
 struct GroupedConv2dArgs {
@@ -228,6 +238,7 @@ struct ElementwiseArgs {
   KERNEL(winograd_conv2d, WinogradConv2dArgs)     \
   KERNEL(pointwise_conv2d, PointwiseConv2dArgs)   \
   KERNEL(depthwise_conv2d, DepthwiseConv2dArgs)   \
+  KERNEL(depthwise_planes, DepthwisePlanesArgs)   \
   KERNEL(grouped_conv2d, GroupedConv2dArgs)       \
   KERNEL(shuffle_concat, ShuffleConcatArgs)       \
   KERNEL(sparse_conv2d, SparseConv2dArgs)         \

@@ -15,6 +15,7 @@ from kernelpress.ops.backends.cpu import cpu_implementation
 from kernelpress.ops.backends.cuda import cuda_implementation, data_type
 from kernelpress.ops.backends.kernel import (
     FLOATING,
+    PLANES,
     ROWS_OF_CHANNELS,
     Kernel,
     Likes,
@@ -221,7 +222,7 @@ _CPU = Kernel(
     supports=walk_reason,
     dtypes=(torch.float32,),
     specialise=with_walk,
-    likes=Likes(blocks=((4, 1), (1, 1)), density=0.6),
+    likes=Likes(blocks=((4, 1), (1, 1)), density=0.6, single=0.4),
 )
 
 
@@ -283,7 +284,7 @@ def sparse_matmul(
         cuda_implementation(_CONV2D_CUDA),
         triton_implementation("sparse", _CONV2D_TRITON, supports=_block_reason),
         cpu_implementation(_CPU),
-        cpu_implementation(replace(_CPU, layouts={"x": DENSE, "residual": DENSE}, out=DENSE), "planes"),
+        cpu_implementation(replace(_CPU, layouts=PLANES, out=DENSE), "planes"),
     ),
 )
 def sparse_conv2d(

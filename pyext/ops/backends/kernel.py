@@ -13,12 +13,13 @@ from torch import Tensor
 
 from kernelpress.kernels.reference import ACTIVATIONS
 from kernelpress.ops.calls import packing, prepared
-from kernelpress.ops.layout import PIXELS, ROWS, Layout
+from kernelpress.ops.layout import DENSE, PIXELS, ROWS, Layout
 from kernelpress.ops.registry import Candidates, Implementation, Problem, Run, Tensors
 
 __all__ = [
     "FLOATING",
     "IMAGES",
+    "PLANES",
     "ROWS_OF_CHANNELS",
     "Arguments",
     "Kernel",
@@ -47,16 +48,18 @@ Layouts = Mapping[str, Layout]
 Words = tuple[int | float, ...]
 
 IMAGES: Layouts = {"x": PIXELS, "residual": PIXELS}
+PLANES: Layouts = {"x": DENSE, "residual": DENSE}
 ROWS_OF_CHANNELS: Layouts = {"x": ROWS, "residual": ROWS}
 
 
 @dataclass(frozen=True)
 class Likes:
     """Where a kernel is worth trying: rows and columns of blocks, best first, and the largest fraction of blocks that
-    are not all zero, above which skipping the others has never paid."""
+    are not all zero, above which skipping the others has never paid; `single` is that of blocks of one weight."""
 
     blocks: tuple[tuple[int, int], ...] = ()
     density: float = 1.0
+    single: float = 1.0
 
 
 def _nothing(*_: Any) -> tuple[Any, ...]:

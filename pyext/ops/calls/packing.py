@@ -28,6 +28,7 @@ __all__ = [
     "contiguous",
     "depthwise",
     "depthwise_copy",
+    "filters",
     "forget",
     "narrow_groups",
     "packed",
@@ -200,6 +201,11 @@ def depthwise(weight: Tensor, scale: Tensor | None) -> Tensor:
 def depthwise_copy(weight: Tensor) -> Tensor:
     """`depthwise` of a weight, not kept."""
     return _copy(weight[:, 0].permute(1, 2, 0))
+
+
+def filters(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """A weight that lies as it came, scaled: a contiguous copy."""
+    return packed(weight, scale, "filters", _copy)
 
 
 def vector(t: Tensor | None) -> Tensor | None:
