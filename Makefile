@@ -114,7 +114,7 @@ $(TORCH_INSTALLED): $(INSTALLED)
 
 $(ZOO): constraints.txt | $(INSTALLED)
 	rm -rf build/zoo
-	$(PIP) --no-deps --target build/zoo timm torchvision
+	$(PIP) --no-deps --target build/zoo timm torchvision torch-pruning
 	@touch $@
 
 # ExecuTorch asks for tools of other platforms, which its CPU runtime never imports.

@@ -52,13 +52,23 @@ CXX_FLAGS = [
     *["-I.", "-Ikernels/cpu"],
 ]
 
+BASE = "-DKERNELPRESS_BASE="
+"""Names the variant that another one differs from in its int8 kernels alone: it has no others of its own."""
+
+OWN_OF_BASED = re.compile(r"int8|table")
+
+_AVX2 = ["-march=x86-64", "-mavx2", "-mfma"]
+_AVX512 = [
+    *[*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+    *["-Wno-maybe-uninitialized", "-Wno-uninitialized"],  # GCC's own AVX-512 header trips over them
+]
+
 X86_VARIANTS = {
     "baseline": ["-march=x86-64"],
-    "avx2": ["-march=x86-64", "-mavx2", "-mfma"],
-    "avx512": [
-        *["-march=x86-64", "-mavx2", "-mfma", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
-        *["-Wno-maybe-uninitialized", "-Wno-uninitialized"],  # GCC's own AVX-512 header trips over them
-    ],
+    "avx2": _AVX2,
+    "avx2_vnni": [*_AVX2, "-mavxvnni", f"{BASE}avx2"],
+    "avx512": _AVX512,
+    "avx512_vnni": [*_AVX512, "-mavx512vnni", f"{BASE}avx512"],
 }
 
 # What one kernel file needs beyond its variant's flags: (file stem, variant) -> flags.
@@ -184,11 +194,14 @@ def _describe_cpu(writer: Any, root: Path, target: str) -> None:
     objects = []
     for variant, flags in cpu_variants(platform.machine()).items():
         compiled = []
+        is_based = any(flag.startswith(BASE) for flag in flags)
         for source in kernels:
             stem = Path(source).stem
+            if is_based and not OWN_OF_BASED.match(stem):
+                continue
             extra = [f"-DKERNELPRESS_ISA={variant}", *flags, *EXTRA_FLAGS.get((stem, variant), [])]
             compiled += _object(writer, "compile", source, f"{variant}/{stem}.o", extra)
-        if variant != "baseline":
+        if variant != "baseline" and compiled:
             compiled = writer.build(f"{BUILD_FOLDER}/{variant}.o", "isolate", compiled)
         objects += compiled
     for source in bindings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -20,6 +20,7 @@ from kernelpress.measure.units import ABSENT, ratio_text
 __all__ = [
     "RESULTS",
     "load_all",
+    "mean_and_spread",
     "model_cells",
     "save",
     "title_of",
@@ -91,7 +92,7 @@ def write_page(folder: Path = RESULTS) -> Path:
         "",
     ]
     for machine_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
-        loaded = load_all(machine_folder, ("models", *FAMILIES, "overhead"))
+        loaded = load_all(machine_folder, ("models", *FAMILIES, "overhead", "distill"))
         loaded = {name: payload for name, payload in loaded.items() if "machine" in payload}
         if not loaded:
             continue
@@ -99,8 +100,7 @@ def write_page(folder: Path = RESULTS) -> Path:
         lines += [f"## {machine['processor']}, {machine['cpus']} processors", ""]
         for name, payload in loaded.items():
             lines += [f"### {_TITLES[name]}", "", _provenance(payload), ""]
-            render = {"models": _model_tables, "overhead": _overhead_table}.get(name, _kernel_table)
-            lines += [*render(payload), ""]
+            lines += [*_RENDERERS.get(name, _kernel_table)(payload), ""]
     page = folder / "README.md"
     write_markdown(page, lines)
     return page
@@ -112,6 +112,7 @@ _TITLES: Mapping[str, str] = {
     "depthwise": "Depthwise kernels, float32",
     "separable": "Separable and inverted-residual kernels, float32",
     "overhead": "Overhead of a call on the CPU",
+    "distill": "What losses of distillation gain",
 }
 
 
@@ -175,6 +176,34 @@ def _overhead_table(payload: Mapping[str, Any]) -> list[str]:
         for row in payload["results"]
     ]
     return markdown((["path", "best µs", "median µs", "over the kernel"], rows))
+
+
+def _gain_table(payload: Mapping[str, Any]) -> list[str]:
+    epochs = " and ".join(f"{count} of {name}" for name, count in payload["epochs"].items())
+    told = (
+        f"A ResNet-56 teaches a ResNet-8 on {payload['images']} digits of {payload['image_size']} pixels, epochs: "
+        f"{epochs}; accuracy on {payload['tested']} others, mean ± standard deviation over seeds, each with images and "
+        "weights of its own; the gain is over the student alone of the same seed, in points."
+    )
+    rows = []
+    for row in payload["results"]:
+        accuracies = [100 * accuracy for accuracy in row["accuracies"]]
+        gain = mean_and_spread(row["gains"]) if row["gains"] else ABSENT
+        rows.append([row["name"], str(len(accuracies)), mean_and_spread(accuracies), gain])
+    return [told, "", *markdown((["losses", "seeds", "accuracy, %", "gain, points"], rows))]
+
+
+def mean_and_spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation of the values."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
+
+
+_RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {
+    "models": _model_tables,
+    "overhead": _overhead_table,
+    "distill": _gain_table,
+}
 
 
 def _commit() -> tuple[str | None, bool]:

@@ -133,15 +133,31 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=native.cpu().variants() if native.cpu() else ["native"])
-def cpu_variant(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs the test on two threads with each instruction set of this processor, and puts back what was in use."""
+def _variants(*, int8: bool) -> list[str]:
+    """The instruction sets of this processor; those with VNNI have no kernels of their own but for int8."""
+    module = native.cpu()
+    return ["native"] if module is None else [name for name in module.variants() if int8 or "vnni" not in name]
+
+
+def _on_variant(variant: str) -> Iterator[str]:
     module = native.cpu()
     if module is None:
         pytest.skip(f"no native module: {native.load().absent_because}")
-    variant, threads = module.variant(), torch.get_num_threads()
-    module.select(request.param)
-    torch.set_num_threads(KERNEL_THREADS)
-    yield request.param
-    torch.set_num_threads(threads)
+    before, threads = module.variant(), torch.get_num_threads()
     module.select(variant)
+    torch.set_num_threads(KERNEL_THREADS)
+    yield variant
+    torch.set_num_threads(threads)
+    module.select(before)
+
+
+@pytest.fixture(params=_variants(int8=False))
+def cpu_variant(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test on two threads with each instruction set of this processor, and puts back what was in use."""
+    yield from _on_variant(request.param)
+
+
+@pytest.fixture(params=_variants(int8=True))
+def int8_cpu_variant(request: pytest.FixtureRequest) -> Iterator[str]:
+    """`cpu_variant` for kernels of int8."""
+    yield from _on_variant(request.param)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import kernelpress as kp
 from kernelpress import compress
-from kernelpress.compress.changes import mask_layer, replace_layer
+from kernelpress.compress.changes import Unmasked, mask_layer, replace_layer
 from kernelpress.compress.checkpoint import load_checkpoint, read_record, save_checkpoint
 from kernelpress.compress.record import DecomposedLayer, PassRecord, add_record
 from kernelpress.emit import EmissionRecord, EmittedModel
@@ -228,14 +228,19 @@ def _network() -> nn.Module:
 
 def _trained_models(folder: Path) -> list[Kind]:
     path, state = folder / "model.safetensors", folder / "finetune.safetensors"
-    small = compress.prune_channels(_network(), (torch.randn(2, 3, 8, 8),), ratio=0.4, round_to=4)
-    width = small[3].in_channels
-    replaced = replace_layer(small, "3", nn.Conv2d(width, 3, 1, bias=False), nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1))
-    masked = mask_layer(small, "0", (torch.rand_like(small[0].weight) > 0.5).float())
-    promises = (Promise("0", density=0.5), Promise("3", is_int8=True))
-    chains = (DecomposedLayer("3", "svd", (3,), 0.1, 0.2, 9, 8, 7, 6, (2.0, 1.0), is_whitened=True),)
-    changes = (replaced, masked)
-    add_record(small, PassRecord("others", {"ratio": 0.5}, 9, 8, 7, 6, changes, (), promises, chains))
+    student = compress.Rebuilt("resnet8", {"num_classes": 4, "in_channels": 3, "width": 8})
+    add_record(built := student.build(), PassRecord("distill", {}, 9, 8, 7, 6, (student,)))
+    small = compress.prune_channels(built, (torch.randn(2, 3, 8, 8),), ratio=0.4, round_to=4)
+    width = small.conv1.out_channels
+    replaced = replace_layer(small, "conv1", nn.Conv2d(3, 3, 1, bias=False), nn.BatchNorm2d(3), nn.Conv2d(3, width, 1))
+    masked = mask_layer(small, "fc", (torch.rand_like(small.fc.weight) > 0.5).float())
+    bias = mask_layer(small, "fc", (torch.rand_like(small.fc.bias) > 0.5).float(), "bias")
+    unmasked = Unmasked("fc", "bias")
+    unmasked.apply(small)
+    promises = (Promise("fc", density=0.5), Promise("conv1", is_int8=True))
+    chains = (DecomposedLayer("conv1", "svd", (3,), 0.1, 0.2, 9, 8, 7, 6, (2.0, 1.0), is_whitened=True),)
+    changes = (replaced, masked, bias, unmasked)
+    add_record(small, PassRecord("others", {"ratio": 0.5}, 9, 8, 7, 6, changes, promises=promises, decomposed=chains))
     compress.save(small, path)
     trained = _network()
     optimizer = torch.optim.AdamW(trained.parameters())

@@ -12,7 +12,7 @@ from kernelpress.files import cache_folder
 from kernelpress.kernels import reference
 from kernelpress.ops import registry
 from kernelpress.ops.calls.steps import native_call
-from kernelpress.ops.layout import PIXELS
+from kernelpress.ops.layout import DENSE, IMAGES_OR_ROWS, PIXELS
 from kernelpress.runtime import native
 from kernelpress.runtime.torch_private import BatchNorm
 
@@ -118,6 +118,35 @@ def slice_of_wider(t: Tensor, channels: int) -> Tensor:
     return wide.narrow(dim, channels // 2, t.shape[dim]).copy_(t)
 
 
+def residual_for(op: str, tensors: Sequence[Tensor | None], options: dict[str, Any]) -> Tensor:
+    """Random, of the shape and dtype of an int8 op's output."""
+    plain = registry.allocate(op, tensors, options)
+    return plain.copy_(int8(*plain.shape) if plain.dtype == torch.int8 else torch.randn(plain.shape) * 50)
+
+
+EXACT_ACTIVATIONS = (None, "identity", "relu", "relu6")
+
+
+def assert_same(
+    op: str,
+    tensors: Sequence[Tensor | None],
+    options: dict[str, Any],
+    out: Tensor,
+    exact: Sequence[str | None] = EXACT_ACTIVATIONS,
+) -> None:
+    """Every bit: the reference says where each number is rounded. Curved activations may differ in the last place."""
+    expected = getattr(reference, op)(*tensors, **options)
+    assert out.dtype == expected.dtype
+    if options.get("activation") in exact:
+        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    elif out.dtype == torch.int8:
+        difference = (out.int() - expected.int()).abs()
+        assert int(difference.max()) <= 1
+        assert float((difference > 0).float().mean()) < 0.01
+    else:
+        torch.testing.assert_close(out, expected, rtol=1e-2 if out.dtype == torch.bfloat16 else 2e-3, atol=1e-3)
+
+
 def tf32(t: Tensor) -> Tensor:
     """Rounded to what TF32 holds: products of such values are exact, and float32 keeps its own bound."""
     return t.bfloat16().float()
@@ -127,18 +156,30 @@ MAKERS: tuple[Maker, ...] = (channels_last, contiguous, channel_slice, cropped, 
 
 
 def run_native(op: str, tensors: Sequence[Tensor | None], **options: Any) -> Tensor:
-    """The native kernel by `native_call`, into channels of a wider poisoned tensor; checks that it writes no other."""
+    """The native kernel by `native_call`, into channels of a wider poisoned tensor, or images of more of them where it
+    gives contiguous ones; checks that it writes no other."""
     plain = registry.allocate(op, tensors, options)
-    if registry.operator(op).out is PIXELS:
+    layout = registry.layout_on(registry.operator(op), options.get("backend", "auto"))
+    if layout is DENSE:
+        more = _poisoned((plain.shape[0] + 2, *plain.shape[1:]), plain.dtype)
+        out, around = more[1:-1], (more[0], more[-1])
+    elif layout in (PIXELS, IMAGES_OR_ROWS) and plain.dim() == 4:
         n, c, h, w = plain.shape
-        wide = torch.full((n, c + 7, h, w), torch.nan).contiguous(memory_format=torch.channels_last)
+        wide = _poisoned((n, c + 7, h, w), plain.dtype).contiguous(memory_format=torch.channels_last)
         out, around = wide[:, 3 : 3 + c], (wide[:, :3], wide[:, 3 + c :])
     else:
-        out, around = plain.fill_(torch.nan), ()
+        out, around = plain.copy_(_poisoned(tuple(plain.shape), plain.dtype)), ()
     call = native_call(op, tensors, options, out)
     getattr(native.cpu(), call.name)(*call.arguments)
-    assert all(bool(rest.isnan().all()) for rest in around), "written outside the output's channels"
+    for rest in around:
+        poison = _poisoned(tuple(rest.shape), rest.dtype)
+        same = torch.equal(rest.isnan(), poison.isnan()) and torch.equal(rest.nan_to_num(), poison.nan_to_num())
+        assert same, "written outside the output"
     return out
+
+
+def _poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, torch.nan if dtype.is_floating_point else 113, dtype=dtype)
 
 
 def with_random_norms(module: nn.Module) -> nn.Module:

@@ -223,7 +223,7 @@ def test_code_of_a_newer_instruction_set_stays_inside_its_variant(builder, toy_t
 
 @needs_native
 @needs_x86
-@pytest.mark.parametrize("variant", ["avx2", "avx512"])
+@pytest.mark.parametrize("variant", ["avx2", "avx2_vnni", "avx512", "avx512_vnni"])
 def test_no_variant_runs_code_or_lends_symbols_before_it_is_chosen(variant: str):
     path = ROOT / f"build/native/{variant}.o"
     if not path.exists():

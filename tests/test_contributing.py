@@ -58,8 +58,8 @@ def source(path: str) -> str:
 
 
 def listed_kernels() -> dict[str, str]:
-    """Kernel → argument struct of `KP_KERNELS`."""
-    listed = source("kernels/cpu/args.h").partition("#define KP_KERNELS")[2].partition("\n\n")[0]
+    """Kernel → argument struct of `KP_KERNELS`, which is two lists."""
+    listed = source("kernels/cpu/args.h").partition("#define KP_FLOAT_KERNELS")[2].partition("\n\n")[0]
     return dict(re.findall(r"KERNEL\((\w+), (\w+)\)", listed))
 
 
@@ -109,13 +109,16 @@ KERNEL_STEPS: Steps = {
             for backend in registry.NATIVE_BACKENDS
         )
         or f'"{kernel}"' in source("pyext/ops/calls/*.py")
+        or f'int8_kernel("{kernel}")' in source("pyext/ops/*.py")
     ),
     "tests/test_<family>.py": has_own_test,
 }
+
+
 PASS_STEPS: Steps = {
     "pyext/compress/<pass>.py": lambda name: f"\ndef {name}(" in pass_source(name) and name in compress.__all__,
     "compress/changes.py": lambda name: "from kernelpress.compress.changes import" in pass_source(name),
-    "measure/cost.py": lambda name: "PassRecord(" in pass_source(name),
+    "measure/cost.py": lambda name: re.search(r"PassRecord\(|add_pruning_record\(", pass_source(name)) is not None,
     "pyext/press/passes/<pass>.py": lambda name: f'register(Pass("{name}", ' in source(f"pyext/press/passes/{name}.py"),
     "tests/test_<pass>.py": lambda name: source(f"tests/test_{name}.py") != "",
 }

@@ -9,7 +9,7 @@ import pytest
 import torch
 from emulating import run_configured
 from simt.fixtures import ORDERS, Simt
-from support import int8, int8_image, slice_of_wider
+from support import assert_same, int8, int8_image, residual_for, slice_of_wider
 from torch import Tensor
 
 import kernelpress
@@ -27,25 +27,6 @@ OUTPUTS: tuple[dict[str, Any], ...] = (
     {"output_dtype": torch.bfloat16},
     {},
 )
-
-
-def residual_for(op: str, tensors: list[Any], options: dict[str, Any]) -> Tensor:
-    plain = ops.allocate(op, tensors, options)
-    return plain.copy_(int8(*plain.shape) if plain.dtype == torch.int8 else torch.randn(plain.shape) * 50)
-
-
-def assert_same(op: str, tensors: list[Any], options: dict[str, Any], out: Tensor) -> None:
-    """Every bit: the reference says where each number is rounded. Curved activations may differ in the last place."""
-    expected = getattr(reference, op)(*tensors, **options)
-    assert out.dtype == expected.dtype
-    if options.get("activation") in (None, "identity", "relu", "relu6"):
-        torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
-    elif out.dtype == torch.int8:
-        difference = (out.int() - expected.int()).abs()
-        assert int(difference.max()) <= 1
-        assert float((difference > 0).float().mean()) < 0.01
-    else:
-        torch.testing.assert_close(out, expected, rtol=1e-2 if out.dtype == torch.bfloat16 else 2e-3, atol=1e-3)
 
 
 def matmul(rows: int, c_in: int, c_out: int, number: int) -> tuple[list[Any], dict[str, Any]]:

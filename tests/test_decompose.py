@@ -427,7 +427,7 @@ class TestBudgets:
             ({"rank": "sensitivity", "metric": lambda _: float("nan")}, r"metric: expected a finite number, got nan"),
             ({"rank": {"0": "flops"}}, r"rank\['0'\]: expected an integer, .*got 'flops'"),
         ],
-        ids=str,
+        ids=lambda value: value if isinstance(value, str) else "",
     )
     def test_bad_arguments_are_named(self, arguments: Any, error: str) -> None:
         with pytest.raises(ValueError, match=error):

@@ -12,6 +12,7 @@ from support import (
     assert_matches,
     channel_slice,
     channels_last,
+    contiguous,
     cropped,
     expected_output,
     run_native,
@@ -19,6 +20,7 @@ from support import (
 
 from kernelpress import ops
 from kernelpress.kernels.reference import ACTIVATIONS
+from kernelpress.ops.calls.steps import native_call
 
 many = settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -64,6 +66,34 @@ def test_depthwise_of_any_geometry_writes_its_channels_only(cpu_variant: str, ca
     outputs = [ops.depthwise_conv2d(*tensors, **options, backend="cpu")]
     if case["make"] in (channels_last, channel_slice):
         outputs.append(run_native("depthwise_conv2d", tensors, **options))
+    assert_matches("depthwise_conv2d", tensors, options, *outputs)
+
+
+@many
+@given(case=depthwise_convolutions(), seeds=st.random_module())
+def test_depthwise_of_contiguous_images_in_any_geometry(cpu_variant: str, case: dict, seeds: object) -> None:
+    c_out = case["channels"] * case["multiplier"]
+    tensors = [case["make"](case["batch"], case["channels"], *case["size"]), torch.randn(c_out, 1, *case["kernel"])]
+    given = (torch.randn(c_out), torch.rand(c_out) + 0.5, None)
+    tensors += [t if part else None for t, part in zip(given, case["parts"], strict=True)]
+    options = {name: case[name] for name in ("stride", "padding", "dilation", "activation")}
+    if case["parts"][2]:
+        tensors[4] = contiguous(*ops.allocate("depthwise_conv2d", tensors, options).shape)
+    outputs = [ops.depthwise_conv2d(*tensors, **options, backend="planes")]
+    assert outputs[0].is_contiguous()
+    if case["make"] is contiguous:
+        outputs.append(run_native("depthwise_conv2d", tensors, **options, backend="planes"))
+    assert_matches("depthwise_conv2d", tensors, options, *outputs)
+
+
+@pytest.mark.parametrize(("size", "stride"), [((7, 7), 1), ((112, 112), 2), ((61, 90), 1)], ids=str)
+def test_planes_of_several_bands(cpu_variant: str, size: tuple[int, int], stride: int) -> None:
+    tensors = [contiguous(2, 5, *size), torch.randn(5, 1, 3, 3), torch.randn(5)]
+    options = {"stride": (stride, stride), "padding": (1, 1), "activation": "relu"}
+    out = ops.allocate("depthwise_conv2d", tensors, {**options, "backend": "planes"})
+    call = native_call("depthwise_conv2d", tensors, {**options, "backend": "planes"}, out)
+    assert call.name == "depthwise_planes"
+    outputs = [run_native("depthwise_conv2d", tensors, **options, backend="planes")]
     assert_matches("depthwise_conv2d", tensors, options, *outputs)
 
 

@@ -6,12 +6,21 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from emitting import Apply, assert_saving_and_capture_keep, emit_onto, ops_of, prefer_ops
+from emitting import (
+    Apply,
+    assert_saving_and_capture_keep,
+    emit_fused,
+    emit_onto,
+    ops_of,
+    prefer_ops,
+    torch_steps,
+)
 from support import with_random_norms
 from torch import nn
 
 import kernelpress as kp
 from kernelpress.emit.tolerance import INT8_TOLERANCE, relative_error
+from kernelpress.runtime import native
 from kernelpress.runtime.torch_private import define_quantized_ops
 
 pytestmark = pytest.mark.usefixtures("own_cache", "every_match_is_exact")
@@ -20,7 +29,10 @@ define_quantized_ops()
 quantized = torch.ops.quantized_decomposed
 
 
-INT8 = ("int8_conv2d", "int8_depthwise_conv2d", "int8_matmul", "int8_add", "quantize", "dequantize")
+INT8 = (
+    *("int8_conv2d", "int8_depthwise_conv2d", "int8_matmul", "int8_add", "quantize", "dequantize"),
+    *("int8_global_avg_pool2d", "max_pool2d", "channel_shuffle", "shuffle_concat"),
+)
 
 
 class Quantized(nn.Module):
@@ -56,6 +68,21 @@ class QuantizedWeight(nn.Module):
         return self.layer._conv_forward(x, weight, self.layer.bias)
 
 
+needs_native = pytest.mark.skipif(native.cpu() is None, reason=f"no native module: {native.load().absent_because}")
+
+
+def prefer_native_products(candidate):
+    """A cost under which int8 layers win, those with a native kernel on it."""
+    backend = "cpu" if candidate.name in ("int8_conv2d", "int8_matmul") else "reference"
+    return 1.0 if candidate.name in INT8 and candidate.variant == backend else 10.0 * len(candidate.nodes)
+
+
+def native_products(emitted, x):
+    """The int8 products that a plan of the model runs natively."""
+    steps = (step.removeprefix("native ") for step in kp.capture(emitted, x).steps)
+    return [step for step in steps if step in ("int8_conv2d", "int8_matmul")]
+
+
 def emit_int8(model, x):
     return emit_onto(model.eval(), x, *INT8)
 
@@ -73,10 +100,11 @@ def assert_as_rounded(emitted, model, x):
         (lambda: nn.Conv2d(6, 8, 3, 2, 1), "int8_conv2d", (6, 9, 8)),
         (lambda: nn.Conv2d(6, 8, 1, bias=False), "int8_conv2d", (6, 9, 8)),
         (lambda: nn.Conv2d(6, 12, 3, padding=2, dilation=2, groups=6), "int8_depthwise_conv2d", (6, 9, 8)),
+        (lambda: nn.Conv2d(6, 10, 3, padding=1, groups=2), "int8_conv2d", (6, 9, 8)),
         (lambda: nn.Linear(20, 8), "int8_matmul", (20,)),
         (lambda: nn.Linear(20, 8), "int8_matmul", (3, 20)),
     ],
-    ids=["3x3", "1x1", "depthwise", "linear", "linear of rows"],
+    ids=["3x3", "1x1", "depthwise", "grouped", "linear", "linear of rows"],
 )
 def test_layers_between_quantizations_compute_in_int8(layer, op, sizes, dtype, tmp_path):
     zero_point = 3 if dtype == torch.int8 else 131
@@ -86,6 +114,22 @@ def test_layers_between_quantizations_compute_in_int8(layer, op, sizes, dtype, t
     assert ops_of(emitted) == ["quantize", op]
     for inputs in (x, torch.randn(5, *sizes)):
         torch.testing.assert_close(emitted(inputs), model(inputs), rtol=1e-5, atol=1e-5)
+    assert_saving_and_capture_keep(emitted, tmp_path, x)
+
+
+@needs_native
+def test_products_are_native_steps_of_a_plan(tmp_path):
+    model = nn.Sequential(
+        *(Quantized(0.03, 120, torch.uint8), QuantizedWeight(nn.Conv2d(3, 8, 3, 2, 1)), nn.ReLU(), Quantized(0.01)),
+        *(QuantizedWeight(nn.Conv2d(8, 12, 1)), nn.Hardswish(), Quantized(0.01, 9)),
+        *(QuantizedWeight(nn.Conv2d(12, 12, 3, groups=3)), Quantized(0.02)),
+        *(nn.AvgPool2d(2), nn.Flatten(), Quantized(0.01, 3), QuantizedWeight(nn.Linear(12, 5))),
+    ).eval()
+    x = torch.randn(2, 3, 9, 8)
+
+    emitted = kp.emit(model, x, cost=prefer_native_products, progress=False)
+    assert native_products(emitted, x) == ["int8_conv2d", "int8_conv2d", "int8_conv2d", "int8_matmul"]
+    assert_as_rounded(emitted, model, torch.randn(3, 3, 9, 8))
     assert_saving_and_capture_keep(emitted, tmp_path, x)
 
 
@@ -180,13 +224,96 @@ def test_values_that_are_only_moved_between_equal_quantizations_stay_int8():
     assert_as_rounded(emitted, model, torch.randn(3, 6, 6, 5))
 
 
+def int8_conv(c_in, c_out, kernel=1, **options):
+    return QuantizedWeight(nn.Conv2d(c_in, c_out, kernel, **options))
+
+
+def test_pools_of_int8(tmp_path):
+    first, second = Quantized(0.03, 120, torch.uint8), Quantized(0.01, 7, torch.uint8)
+    model = nn.Sequential(
+        *(first, int8_conv(6, 8, 3, padding=1), nn.ReLU(), second, nn.MaxPool2d(3, 2, 1), second, int8_conv(8, 10)),
+        *(second, nn.AdaptiveAvgPool2d(1), first, nn.Flatten(), first, QuantizedWeight(nn.Linear(10, 5))),
+    ).eval()
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model, x)
+    assert ops_of(emitted) == [
+        *("quantize", "int8_conv2d", "max_pool2d", "int8_conv2d", "int8_global_avg_pool2d"),
+        *("aten.flatten.using_ints", "int8_matmul"),
+    ]
+    assert_as_rounded(emitted, model, torch.randn(3, 6, 9, 8))
+    assert_saving_and_capture_keep(emitted, tmp_path, x)
+
+
+def test_the_mean_of_int8_that_is_not_quantized_again():
+    model = Apply(lambda x, quantizer: quantizer(x).mean((2, 3)), Quantized(0.03, -9))
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model.eval(), x)
+    assert ops_of(emitted) == ["quantize", "int8_global_avg_pool2d"]
+    torch.testing.assert_close(emitted(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+class ShuffleUnit(nn.Module):
+    """ShuffleNet V2's, with a quantization wherever a quantizer leaves one, all of one scale."""
+
+    def __init__(self):
+        super().__init__()
+        self.quantizer, self.last = Quantized(0.03, 11, torch.uint8), Quantized(0.03, 11, torch.uint8)
+        self.expand, self.depthwise = int8_conv(6, 6), int8_conv(6, 6, 3, padding=1, groups=6)
+
+    def forward(self, x):
+        kept, x = self.quantizer(x).chunk(2, 1)
+        x = self.quantizer(F.relu(self.expand(self.quantizer(x))))
+        x = self.quantizer(F.relu(self.depthwise(x)))
+        n, _, h, w = x.shape
+        whole = torch.cat([kept, x], 1)
+        return self.last(whole.view(n, 2, 6, h, w).transpose(1, 2).contiguous().view(n, 12, h, w))
+
+
+def test_splits_concatenations_and_shuffles_move_int8(tmp_path):
+    model = nn.Sequential(ShuffleUnit(), ShuffleUnit(), int8_conv(12, 5)).eval()
+    x = torch.randn(2, 12, 9, 8)
+    emitted = emit_int8(model, x)
+    layers = [op for op in ops_of(emitted) if not op.startswith(("aten.chunk", "<built-in"))]
+    unit = ["int8_conv2d", "int8_depthwise_conv2d", "shuffle_concat"]
+    assert layers == ["quantize", *unit, *unit, "int8_conv2d"]
+    assert_as_rounded(emitted, model, torch.randn(3, 12, 9, 8))
+    assert_saving_and_capture_keep(emitted, tmp_path, x)
+    assert torch_steps(emit_fused(model, x, "cpu"), x) == []
+
+
+def test_what_is_quantized_behind_a_concatenation_is_quantized_by_its_parts():
+    def forward(x, first, a, b, second, last):
+        x = first(x)
+        return last(second(torch.cat([F.relu(a(x)), F.relu(b(x))], 1)))
+
+    model = Apply(
+        forward, Quantized(0.03), int8_conv(6, 8), int8_conv(6, 5), Quantized(0.02, -7), int8_conv(13, 4)
+    ).eval()
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model, x)
+    assert ops_of(emitted) == ["quantize", "int8_conv2d", "int8_conv2d", "aten.cat", "int8_conv2d"]
+    assert_as_rounded(emitted, model, x)
+
+
+def test_a_concatenation_of_two_scales_is_requantized_where_they_differ():
+    def forward(x, first, second, last):
+        return last(second(torch.cat([second(x), first(x)], 1)))
+
+    model = Apply(forward, Quantized(0.03), Quantized(0.02, -7), int8_conv(12, 4)).eval()
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model, x)
+    assert sorted(ops_of(emitted)) == ["aten.cat", "dequantize", "int8_conv2d", "quantize", "quantize", "quantize"]
+    assert_as_rounded(emitted, model, x)
+
+
 @pytest.mark.parametrize(
     "between",
     [
         nn.Sequential(Quantized(0.01), nn.Flatten(), Quantized(0.02)),
-        nn.Sequential(Quantized(0.01), nn.MaxPool2d(2), nn.Flatten(), Quantized(0.01)),
+        nn.Sequential(Quantized(0.01), nn.AvgPool2d(2), nn.Flatten(), Quantized(0.01)),
+        nn.Sequential(Quantized(0.01), nn.MaxPool2d(2), nn.Flatten(), Quantized(0.02)),
     ],
-    ids=["another scale", "a pool"],
+    ids=["another scale", "a mean", "another scale behind a pool"],
 )
 def test_between_other_quantizations_values_are_floats(between):
     model = nn.Sequential(QuantizedWeight(nn.Conv2d(6, 8, 3)), between)
@@ -238,15 +365,14 @@ def test_other_ranges_and_float_inputs_stay_as_they_are(quantizer):
     torch.testing.assert_close(emitted(x), model(x), rtol=1e-5, atol=1e-5)
 
 
-def test_asymmetric_weights_and_grouped_convolutions_in_int8_stay_in_float():
+def test_asymmetric_weights_in_int8_stay_in_float():
     shifted = QuantizedWeight(nn.Conv2d(6, 8, 3))
     shifted.zero_point += 9
-    for layer in (shifted, QuantizedWeight(nn.Conv2d(6, 8, 3, groups=2))):
-        model = nn.Sequential(Quantized(0.03), layer).eval()
-        x = torch.randn(2, 6, 9, 8)
-        emitted = emit_int8(model, x)
-        assert not [name for name in ops_of(emitted) if name.startswith("int8")]
-        torch.testing.assert_close(emitted(x), model(x), rtol=1e-5, atol=1e-5)
+    model = nn.Sequential(Quantized(0.03), shifted).eval()
+    x = torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model, x)
+    assert not [name for name in ops_of(emitted) if name.startswith("int8")]
+    torch.testing.assert_close(emitted(x), model(x), rtol=1e-5, atol=1e-5)
 
 
 def test_a_dequantization_read_by_several_layers_left_in_float_is_computed_once():
@@ -318,3 +444,8 @@ def test_a_model_quantized_by_torchao_runs_in_int8(tmp_path):
     assert not [name for name in names if name.startswith(("aten.conv", "aten.linear", "quantized_decomposed"))]
     assert relative_error(emitted(x[:3]), model(x[:3])) <= 10 * INT8_TOLERANCE
     assert_saving_and_capture_keep(emitted, tmp_path, x)
+    if native.cpu() is not None:
+        on_cpu = kp.emit(model, x, cost=prefer_native_products, progress=False)
+        assert ops_of(on_cpu) == names
+        assert native_products(on_cpu, x) == ["int8_conv2d", "int8_conv2d", "int8_matmul"]
+        torch.testing.assert_close(on_cpu(x), emitted(x), rtol=0, atol=0)

@@ -118,6 +118,23 @@ def test_frozen_parameters_stay() -> None:
     assert not torch.equal(model[4].weight, before[1])
 
 
+def test_l1_on_the_scales_of_norms_pulls_them_to_zero_at_one_speed() -> None:
+    """With a loss that is flat, the penalty is all that moves a scale."""
+    model = small_network()
+    nn.init.zeros_(model[4].weight)
+    with torch.no_grad():
+        model[1].weight[:] = torch.tensor([2.0, 1.0, -1.0, 0.5])
+    blank = DataLoader(TensorDataset(torch.zeros(6, 1, 6, 6), torch.tensor([0, 1, 2] * 2)), batch_size=6)
+    train(model, blank, epochs=2, lr=0.1, momentum=0, warmup=0, weight_decay=0.0, bn_l1=0.2)
+    moved = 0.2 * 0.1 * sum(learning_rate_factor(step, 2, 0.0) for step in range(2))
+    torch.testing.assert_close(model[1].weight, torch.tensor([2 - moved, 1 - moved, moved - 1, 0.5 - moved]))
+
+
+def test_l1_on_scales_wants_scales() -> None:
+    with pytest.raises(ValueError, match="bn_l1: expected 0 for Sequential, which has no BatchNorm with scales"):
+        train(nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES)), noisy_loader(), bn_l1=0.1)
+
+
 def test_weight_decay_spares_norms_and_biases() -> None:
     """With a loss that is flat, decay is all that moves a weight."""
     model = small_network()
@@ -273,6 +290,7 @@ def test_loss_that_explodes_stops_the_training_with_advice() -> None:
         ("lr", 0.0),
         ("lr", math.nan),
         ("weight_decay", -1e-4),
+        ("bn_l1", -1e-4),
         ("optimizer", "adam"),
         ("momentum", 1.0),
         ("warmup", -0.1),

@@ -208,6 +208,9 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "quantize_rows": (OPS.quantize_rows, (torch.randn(2, 3, 8),), {"symmetric": True}),
     "dequantize": (OPS.dequantize, (X,), {"scale": 0.1, "output_dtype": torch.float16}),
     "add": (OPS.int8_add, (X, X.clone()), {"input_scale": 0.1, "other_scale": 2.0, "output_scale": 1.5}),
+    "mean": (OPS.int8_global_avg_pool2d, (X,), {"input_scale": 0.1, "keepdim": True, "output_scale": 0.03}),
+    "maximum": (OPS.max_pool2d, (X,), {"kernel_size": [2, 2], "stride": [1, 1]}),
+    "shuffle": (OPS.channel_shuffle, (X,), {"groups": 3}),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
@@ -252,7 +255,7 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "float weight": (lambda: ops.int8_conv2d(X, W.float(), S), TypeError, r"weight: expected torch\.int8"),
     "half scale": (lambda: ops.int8_conv2d(X, W, S.half()), TypeError, r"weight_scale: expected torch\.float32"),
     "scale size": (lambda: ops.int8_conv2d(X, W, S[:3]), ValueError, r"weight_scale: expected \[6\]"),
-    "channels": (lambda: ops.int8_conv2d(X, W[:, :2], S), ValueError, r"weight: expected .* C_in = 3"),
+    "channels": (lambda: ops.int8_conv2d(X, W[:, :2], S), ValueError, r"weight: expected .* 3 channels of x"),
     "depthwise": (lambda: ops.int8_depthwise_conv2d(X, W, S), ValueError, r"weight: expected \[C · multiplier, 1"),
     "zero point": (lambda: ops.int8_conv2d(X, W, S, input_zero_point=128), ValueError, "input_zero_point: .* got 128"),
     "zero scale": (lambda: ops.quantize(S, scale=0.0), ValueError, "scale: expected a positive scale"),
@@ -299,7 +302,12 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     ),
     "double": (lambda: ops.quantize(S.double(), scale=1.0), TypeError, r"x: expected torch\.float32 or"),
     "no channels": (lambda: ops.quantize_rows(torch.zeros(3, 0)), ValueError, "x: expected .* at least one channel"),
-    "groups": (lambda: Int8Conv2d(8, 8, 3, groups=2), ValueError, "groups: expected 1 or in_channels = 8, got 2"),
+    "groups": (
+        lambda: Int8Conv2d(8, 9, 3, groups=3),
+        ValueError,
+        "groups: expected a divisor of in_channels = 8, got 3",
+    ),
+    "grouped weight": (lambda: ops.int8_conv2d(X, W, S, groups=3), ValueError, r"weight: expected .* in 3 groups"),
     "uneven padding": (lambda: Int8Conv2d(8, 8, 2, padding="same"), ValueError, "padding: expected pixels"),
     "padding mode": (lambda: Int8Conv2d(8, 8, 3, padding_mode="reflect"), ValueError, "padding_mode: expected 'zeros'"),
     "layer output": (lambda: Int8Linear(8, 8, output_dtype=torch.int8), TypeError, "output_dtype: expected"),
@@ -339,6 +347,7 @@ CONVOLUTIONS = {
     "3x3": nn.Conv2d(8, 12, 3, 2, 1),
     "1x1": nn.Conv2d(8, 12, 1, bias=False),
     "depthwise": nn.Conv2d(8, 16, 5, padding="same", groups=8),
+    "grouped": nn.Conv2d(8, 12, 3, padding=1, groups=4),
     "valid": nn.Conv2d(8, 4, (3, 2), padding="valid", dilation=2),
 }
 

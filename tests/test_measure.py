@@ -295,8 +295,8 @@ class TestTheory:
         assert promised == pytest.approx(100 / ratio)
 
     def test_density_is_a_share(self):
-        with pytest.raises(ValueError, match="density: expected a share above 0, at most 1, got 0"):
-            measure.Promise("a", density=0)
+        with pytest.raises(ValueError, match=r"density: expected a share from 0 to 1, got -0\.5"):
+            measure.Promise("a", density=-0.5)
 
     def test_compared_models_are_held_to_their_promises(self):
         """Pruned weights have as many FLOPs as others: that no sparse kernel won shows in the realisation."""

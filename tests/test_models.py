@@ -29,6 +29,8 @@ SMALL_INPUT_NETWORKS = {
     "resnet20": {},
     "resnet34": {"small_input": True},
     "resnet50": {"small_input": True},
+    "resnet56": {},
+    "resnet8": {},
     "shufflenet_v1": {"width_mult": 0.5, "small_input": True},
     "shufflenet_v2": {"width_mult": 0.5, "small_input": True},
     "squeezenet1_0": {"small_input": True},
@@ -127,6 +129,8 @@ FIGURES = [
     ("resnet20", {}, "0.27 M", None, "He et al. 2016, table 6"),
     ("resnet34", {}, "21,797,672", "3664 M", "torchvision"),
     ("resnet50", {}, "25,557,032", "4089 M", "torchvision"),
+    ("resnet56", {}, "0.85 M", None, "He et al. 2016, table 6"),
+    ("resnet8", {}, None, None, "He et al. 2016, section 4.2"),
     ("shufflenet_v1", {}, "1.9 M", "138 M", "github.com/megvii-model/ShuffleNet-Series"),
     ("shufflenet_v1", {"groups": 1}, None, "143 M", "Zhang et al. 2018, table 1"),
     ("shufflenet_v1", {"groups": 2}, None, "140 M", "Zhang et al. 2018, table 1"),
@@ -223,7 +227,9 @@ def test_small_images_of_one_channel_give_logits_and_a_step_down_the_gradient_a_
 @pytest.mark.parametrize("name", SMALL_INPUT_NETWORKS)
 def test_the_smallest_images_work_and_smaller_ones_are_refused(name: str, options: dict[str, Any]) -> None:
     with torch.device("meta"):
-        network = models.create(name, num_classes=7, **(options if name != "resnet20" else {})).eval()
+        network = models.create(
+            name, num_classes=7, **(options if "small_input" in SMALL_INPUT_NETWORKS[name] else {})
+        ).eval()
         least = getattr(network, "smallest_image", 1)
         assert network(torch.empty(1, 3, least, least)).shape == (1, 7)
         for shape in ((1, 3, least - 1, least), (1, 3, least, least - 1), (3, least, least)):

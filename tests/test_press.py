@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from kernelpress.emit import CandidateRecord, EmissionRecord, PlaceRecord
 from kernelpress.measure import Comparison
 from kernelpress.press import RecipeError, RequirementError, load_recipe, press, registry
 from kernelpress.press.folder import RunFolder, step_key
+from kernelpress.press.steps import depends_on
 from kernelpress.report import layer_realisations, render_html
 
 RECIPE = """
@@ -119,7 +121,7 @@ class TestRecipe:
             ),
             (
                 "model: x\ntrain: {epochs: 1}\ncompress:\n  - prune_chanels: {ratio: 0.5}\n",
-                r":4: compress\[0\].prune_chanels: unknown key, did you mean 'prune_channels'\?; known: prune_channels",
+                r":4: compress\[0\].prune_chanels: unknown key, did you mean 'prune_channels'\?; known: .*prune_",
             ),
             (
                 "model: x\ntrain: {epochs: 1}\ncompress:\n  - prune_channels:\n      ratio: 1.5\n",
@@ -199,6 +201,36 @@ class TestRecipe:
     )
     def test_steps_come_in_any_order_and_number(self, recipe_file, text, steps):
         assert " ".join(step.id for step in load_recipe(recipe_file(f"model: x\n{text}\n")).run_steps()) == steps
+
+    def test_what_was_decided_by_times_is_decided_anew_on_another_device(self, recipe_file, monkeypatch):
+        passes = "{prune_channels: {ratio: 0.1}}, {prune_channels: {ratio: 0.1, target: latency}}"
+        recipe = load_recipe(recipe_file(f"model: x\nsteps: [{{train: {{epochs: 1}}}}, {passes}, emit, measure]\n"))
+
+        def keys():
+            return {step.id: depends_on(step, recipe) for step in recipe.run_steps()}
+
+        before = keys()
+        monkeypatch.setattr("kernelpress.press.steps.device_key", lambda device: "another device")
+        after = keys()
+        assert {step for step in before if after[step] != before[step]} == {"prune_channels-2", "emit"}
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ("{ratio: 0.5, finetune: {epochs: 1}}", "finetune: expected iterations of at least 2 to train between"),
+            ("{ratio: 0.5, target: latency, schedule: greedy}", "schedule: expected one-shot for target: latency"),
+            ("{ratio: 0.5, criterion: l3}", "prune_channels.criterion: .*'taylor'"),
+        ],
+    )
+    def test_options_of_pruning_that_exclude_each_other_are_named(self, recipe_file, options, message):
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(recipe_file(f"model: x\ntrain: {{epochs: 1}}\ncompress: [prune_channels: {options}]\n"))
+
+    def test_criteria_of_recipes_are_all_there_are(self):
+        from kernelpress.compress.prune_channels.criteria import CRITERIA
+        from kernelpress.press.passes.prune_channels import Criterion
+
+        assert set(get_args(Criterion)) == set(CRITERIA)
 
     def test_the_recipe_of_the_demo_is_valid(self, request):
         recipe = load_recipe(request.config.rootpath / "recipes" / "digits.yaml")
@@ -503,7 +535,9 @@ steps:
         assert steps_run(lines) == ["emit", "measure"]
         assert len(silence) == 2, "what was finished was not done again"
         assert list(report.passes) == ["silence", "prune_channels", "silence-2"]
-        assert report.passes["silence"].rows == (("conv1", "weight masked"),)
+        ((layer, change),) = report.passes["silence"].rows
+        assert layer == "conv1"
+        assert re.fullmatch(r"weight masked: \d+ of 144 left \(\d+\.\d% zeros\)", change)
         dense, silenced, pruned, pressed = report.points
         assert silenced.promised_flops < silenced.flops == dense.flops
         assert pressed.promised_flops < pruned.promised_flops < pruned.flops == pressed.flops

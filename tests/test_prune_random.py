@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 import re
 from collections.abc import Callable
@@ -11,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pruning import without_lost_inputs
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize, prune
+from torch.nn.utils import parametrizations, prune
 
 from kernelpress import compress
 
@@ -177,36 +177,6 @@ def _network(draw: random.Random) -> nn.Module:
     return model
 
 
-def _plain(model: nn.Module, x: Tensor) -> nn.Module:
-    """A copy whose weights, as they are in a call, are computed by nothing."""
-    model(x)
-    plain = copy.deepcopy(model)
-    for name, layer in list(plain.named_modules()):
-        if parametrize.is_parametrized(layer) or hasattr(layer, "weight_mask"):
-            make = nn.ConvTranspose2d if isinstance(layer, nn.ConvTranspose2d) else nn.Conv2d
-            twin = make(layer.in_channels, layer.out_channels, 3, padding=1, groups=layer.groups).double()
-            twin.weight, twin.bias = nn.Parameter(layer.weight.clone()), layer.bias
-            plain.set_submodule(name, twin)
-    return plain
-
-
-def _without_lost_inputs(model: nn.Module, pruned: nn.Module, x: Tensor) -> nn.Module:
-    """`model` with zeros where a layer of `pruned` no longer reads; columns are known again by their values."""
-    cut, small = _plain(model, x), _plain(pruned, x)
-    for name, layer in cut.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
-            dim = 0 if isinstance(layer, nn.ConvTranspose2d) else 1
-            columns, part = layer.weight.movedim(dim, 0), small.get_submodule(name).weight
-            if part.size(dim) < len(columns):
-                values = part[part != 0]
-                stays = torch.tensor(
-                    [bool(torch.isclose(values, column[..., None], rtol=1e-9, atol=0).any()) for column in columns]
-                )
-                assert stays.sum() == part.size(dim), name
-                columns[~stays] = 0
-    return cut
-
-
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("seed", range(NETWORKS))
@@ -228,4 +198,4 @@ def test_pruned_network_is_the_original_that_does_not_read_what_is_gone(seed: in
     assert record.layers
     assert record.flops_removed >= ratio
     x = torch.randn(3, 4, SIZE, SIZE, dtype=torch.float64)
-    torch.testing.assert_close(pruned(x), _without_lost_inputs(model, pruned, x)(x), rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(pruned(x), without_lost_inputs(model, pruned, x)(x), rtol=1e-7, atol=1e-7)

@@ -65,6 +65,16 @@ struct DepthwiseConv2dArgs {
   Activation activation;
 };
 
+// Contiguous images; weight [channels · multiplier, kernel_h, kernel_w].
+struct DepthwisePlanesArgs {
+  static constexpr int kAddresses = 5;
+  const float *x, *weight, *bias, *residual;
+  float* y;
+  int64_t batch, in_h, in_w, channels, multiplier, out_h, out_w;
+  Window window;
+  Activation activation;
+};
+
 // Channel k · shuffle + i of y is channel i · c_out / shuffle + k of the convolution, whose channels weight and bias follow. `narrow` is
 // 1 where the weight was packed for grouped_narrow.h.
 struct GroupedConv2dArgs {
@@ -73,6 +83,22 @@ struct GroupedConv2dArgs {
   float* y;
   int64_t batch, in_h, in_w, c_in, out_h, out_w, c_out, groups, shuffle, narrow;
   int64_t x_stride, residual_stride, y_stride;
+  Window window;
+  Activation activation;
+};
+
+// The weight as sparse.h walks over it: `rows` output channels at a time (1 or 4), whose steps `steps[row_starts[i]] …` are where x
+// stands in a strip of scratch, each with `rows` values. The strip: `strip` outputs of `width` columns, those beyond out_w unused, and
+// per channel phases_h · phases_w planes `phase_pitch` apart. Without `channels_last` images are contiguous [c, h, w], and strides unused.
+struct SparseConv2dArgs {
+  static constexpr int kAddresses = 7;
+  const float* x;
+  const int32_t *row_starts, *steps;
+  const float *values, *bias, *residual;
+  float* y;
+  int64_t rows, batch, in_h, in_w, c_in, out_h, out_w, c_out;
+  int64_t strip, width, phases_h, phases_w, phase_pitch;
+  int64_t channels_last, x_stride, residual_stride, y_stride;
   Window window;
   Activation activation;
 };
@@ -206,14 +232,139 @@ struct ElementwiseArgs {
   double scale, c_scale, shift;
 };
 
-// Every CPU kernel with its argument block: declarations, table and bindings follow from this list.
-#define KP_KERNELS(KERNEL)                        \
+// int8 x [rows, c_in]; y, and the residual, int8 where `y_is_int8`, else float32. The weight is packed for `Int8Packing`; `weight_sums`
+// are those of its rows, `scale` is (input scale) · (weight scale). A row's own scale and zero point take the place of the input's.
+struct Int8MatmulArgs {
+  static constexpr int kAddresses = 9;
+  const int8_t *x, *weight;
+  const int32_t* weight_sums;
+  const float *scale, *bias;
+  const void* residual;
+  const float* row_scale;
+  const int32_t* row_zero_point;
+  void* y;
+  int64_t rows, c_in, c_out;
+  int64_t x_stride, residual_stride, y_stride;
+  int64_t input_zero_point, y_is_int8;
+  Activation activation;
+  double output_scale, output_zero_point, residual_scale, residual_zero_point;
+};
+
+// As Int8MatmulArgs; padding has the value of the zero point. The weights of groups are packed one behind the other.
+struct Int8Conv2dArgs {
+  static constexpr int kAddresses = 7;
+  const int8_t *x, *weight;
+  const int32_t* weight_sums;
+  const float *scale, *bias;
+  const void* residual;
+  void* y;
+  int64_t batch, in_h, in_w, c_in, out_h, out_w, c_out, groups;
+  int64_t x_stride, residual_stride, y_stride;
+  int64_t input_zero_point, y_is_int8;
+  Window window;
+  Activation activation;
+  double output_scale, output_zero_point, residual_scale, residual_zero_point;
+};
+
+// An image that lies anyhow; y has pixels `y_stride` apart.
+struct QuantizeArgs {
+  static constexpr int kAddresses = 2;
+  const float* x;
+  int8_t* y;
+  int64_t batch, channels, height, width;
+  int64_t x_stride_n, x_stride_c, x_stride_h, x_stride_w, y_stride;
+  double scale, zero_point;
+};
+
+struct DequantizeArgs {
+  static constexpr int kAddresses = 2;
+  const int8_t* x;
+  float* y;
+  int64_t rows, channels, x_stride, y_stride;
+  double scale, zero_point;
+};
+
+// y is int8 where `y_is_int8`, else float32.
+struct Int8AddArgs {
+  static constexpr int kAddresses = 3;
+  const int8_t *x, *other;
+  void* y;
+  int64_t rows, channels, x_stride, other_stride, y_stride, y_is_int8;
+  Activation activation;
+  double scale, zero_point, other_scale, other_zero_point, output_scale, output_zero_point;
+};
+
+// y [rows, channels]; scale and zero_point [rows].
+struct QuantizeRowsArgs {
+  static constexpr int kAddresses = 4;
+  const float* x;
+  int8_t* y;
+  float* scale;
+  int32_t* zero_point;
+  int64_t rows, channels, x_stride, symmetric;
+};
+
+// As Int8MatmulArgs; the weight is packed for int8_depthwise.cpp.
+struct Int8DepthwiseConv2dArgs {
+  static constexpr int kAddresses = 7;
+  const int8_t *x, *weight;
+  const int32_t* weight_sums;
+  const float *scale, *bias;
+  const void* residual;
+  void* y;
+  int64_t batch, in_h, in_w, channels, multiplier, out_h, out_w;
+  int64_t x_stride, residual_stride, y_stride;
+  Window window;
+  int64_t input_zero_point, y_is_int8;
+  Activation activation;
+  double output_scale, output_zero_point, residual_scale, residual_zero_point;
+};
+
+// y [batch, channels], `y_stride` apart, int8 where `y_is_int8`, else float32.
+struct Int8GlobalAvgPool2dArgs {
+  static constexpr int kAddresses = 2;
+  const int8_t* x;
+  void* y;
+  int64_t batch, positions, channels, x_stride, y_stride, y_is_int8;
+  double scale, zero_point, output_scale, output_zero_point;
+};
+
+struct Int8MaxPool2dArgs {
+  static constexpr int kAddresses = 2;
+  const int8_t* x;
+  int8_t* y;
+  int64_t batch, in_h, in_w, channels, out_h, out_w, x_stride, y_stride;
+  int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+};
+
+// As ShuffleConcatArgs.
+struct Int8ShuffleConcatArgs {
+  static constexpr int kAddresses = 3;
+  const int8_t *a, *b;
+  int8_t* y;
+  int64_t pixels, c_a, c_b, groups;
+  int64_t a_stride, b_stride, y_stride;
+};
+
+// Dimensions as those of ElementwiseArgs.
+struct Int8CopyArgs {
+  static constexpr int kAddresses = 2, kMostDims = 6;
+  const int8_t* x;
+  int8_t* y;
+  int64_t sizes[kMostDims], x_strides[kMostDims], y_strides[kMostDims];
+};
+
+// Every CPU kernel with its argument block: declarations, table and bindings follow from these lists. A variant of an instruction set
+// that differs in the int8 kernels alone takes the others from that set.
+#define KP_FLOAT_KERNELS(KERNEL)                  \
   KERNEL(conv2d, Conv2dArgs)                      \
   KERNEL(winograd_conv2d, WinogradConv2dArgs)     \
   KERNEL(pointwise_conv2d, PointwiseConv2dArgs)   \
   KERNEL(depthwise_conv2d, DepthwiseConv2dArgs)   \
+  KERNEL(depthwise_planes, DepthwisePlanesArgs)   \
   KERNEL(grouped_conv2d, GroupedConv2dArgs)       \
   KERNEL(shuffle_concat, ShuffleConcatArgs)       \
+  KERNEL(sparse_conv2d, SparseConv2dArgs)         \
   KERNEL(ghost_conv2d, GhostConv2dArgs)           \
   KERNEL(separable_conv2d, SeparableConv2dArgs)   \
   KERNEL(inverted_residual, InvertedResidualArgs) \
@@ -225,13 +376,34 @@ struct ElementwiseArgs {
   KERNEL(avg_pool2d, AvgPool2dArgs)               \
   KERNEL(resize2d, Resize2dArgs)                  \
   KERNEL(elementwise, ElementwiseArgs)
+#define KP_INT8_KERNELS(KERNEL)                           \
+  KERNEL(int8_matmul, Int8MatmulArgs)                     \
+  KERNEL(int8_conv2d, Int8Conv2dArgs)                     \
+  KERNEL(int8_depthwise_conv2d, Int8DepthwiseConv2dArgs)  \
+  KERNEL(quantize, QuantizeArgs)                          \
+  KERNEL(dequantize, DequantizeArgs)                      \
+  KERNEL(int8_add, Int8AddArgs)                           \
+  KERNEL(quantize_rows, QuantizeRowsArgs)                 \
+  KERNEL(int8_global_avg_pool2d, Int8GlobalAvgPool2dArgs) \
+  KERNEL(int8_max_pool2d, Int8MaxPool2dArgs)              \
+  KERNEL(int8_shuffle_concat, Int8ShuffleConcatArgs)      \
+  KERNEL(int8_copy, Int8CopyArgs)
+#define KP_KERNELS(KERNEL) KP_FLOAT_KERNELS(KERNEL) KP_INT8_KERNELS(KERNEL)
+
+// How int8 weights lie: panels of `outputs` output channels, a narrower last one of a multiple of `lanes`; each [depth / inputs, its
+// channels, inputs].
+struct Int8Packing {
+  int64_t outputs, lanes, inputs;
+};
 
 // One instruction set's kernels. Packed dense weights are panels of `panel_width` output channels.
 struct KernelTable {
   const char* variant;
   int64_t panel_width;
-  // Runs `iterations` rounds of independent register-only FMAs; returns the floating-point operations done.
+  Int8Packing int8_packing;
+  // Run `iterations` rounds of independent register-only FMAs, or products of int8; return the operations done.
   int64_t (*fma_burst)(int64_t iterations);
+  int64_t (*int8_burst)(int64_t iterations);
 #define KP_MEMBER(name, Args) void (*name)(const Args&);
   KP_KERNELS(KP_MEMBER)
 #undef KP_MEMBER

@@ -19,13 +19,13 @@ constexpr int64_t kBandFloats = 32 * 1024;  // input rows of a step
 
 // Lane l takes channel j of its group.
 struct Spread {
-  Lanes from[kLanes];
+  Ints from[kLanes];
 
   explicit Spread(int64_t width) {
     for (int64_t j = 0; j < width; ++j) {
       int32_t lane[kLanes];
       for (int l = 0; l < kLanes; ++l) lane[l] = static_cast<int32_t>(l / width * width + j);
-      from[j] = lanes(lane);
+      from[j] = load_ints(lane);
     }
   }
 };

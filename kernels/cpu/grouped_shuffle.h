@@ -27,7 +27,7 @@ class Shuffle {
     for (int64_t v = 0; v < minimum(groups, kMostPermuted); ++v) {
       int32_t from[kLanes], taken[kLanes];
       for (int l = 0; l < kLanes; ++l) from[l] = static_cast<int32_t>((v * kLanes + l) / groups), taken[l] = l % groups == v;
-      spread_[v] = lanes(from), every_[v] = mask_of(lanes(taken));
+      spread_[v] = load_ints(from), every_[v] = mask_of(load_ints(taken));
     }
   }
 
@@ -115,7 +115,7 @@ class Shuffle {
   }
 
   int64_t groups_, per_group_;
-  Lanes spread_[kMostPermuted];    // where the lanes of a block's v-th output vector come from in the vector of their group
+  Ints spread_[kMostPermuted];    // where the lanes of a block's v-th output vector come from in the vector of their group
   LaneMask every_[kMostPermuted];  // lanes from `first` on, in steps of `groups`
 };
 

@@ -1,4 +1,5 @@
-// A thin vector of floats, as wide as the instruction set that this file is compiled for. The only place with intrinsics.
+// A thin vector of floats, as wide as the instruction set that this file is compiled for. The only place with intrinsics, beside
+// simd_int8.h.
 #pragma once
 
 #include <cmath>
@@ -9,7 +10,7 @@
 #endif
 
 #ifndef KERNELPRESS_ISA
-#error "KERNELPRESS_ISA must name the instruction set: baseline, avx2 or avx512"
+#error "KERNELPRESS_ISA must name the instruction set: one of X86_VARIANTS in build_native.py"
 #endif
 
 namespace kernelpress::KERNELPRESS_ISA {
@@ -45,15 +46,15 @@ KP_INLINE Vec with_sign_of(Vec magnitude, Vec sign) {
   return {_mm512_castsi512_ps(_mm512_ternarylogic_epi32(mask, _mm512_castps_si512(sign.v), _mm512_castps_si512(magnitude.v), 0xCA))};
 }
 
-struct Lanes {
+struct Ints {
   __m512i v;
 };
 struct LaneMask {
   __mmask16 v;
 };
-KP_INLINE Lanes lanes(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
-KP_INLINE LaneMask mask_of(Lanes a) { return {_mm512_test_epi32_mask(a.v, a.v)}; }
-KP_INLINE Vec permute(Vec a, Lanes from) { return {_mm512_permutexvar_ps(from.v, a.v)}; }
+KP_INLINE Ints load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+KP_INLINE LaneMask mask_of(Ints a) { return {_mm512_test_epi32_mask(a.v, a.v)}; }
+KP_INLINE Vec permute(Vec a, Ints from) { return {_mm512_permutexvar_ps(from.v, a.v)}; }
 KP_INLINE Vec choose(LaneMask where, Vec a, Vec b) { return {_mm512_mask_mov_ps(b.v, where.v, a.v)}; }
 KP_INLINE Vec interleaved_low(Vec a, Vec b) {
   const __m512i from = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -98,15 +99,15 @@ KP_INLINE Vec with_sign_of(Vec magnitude, Vec sign) {
   return {_mm256_or_ps(_mm256_andnot_ps(mask, magnitude.v), _mm256_and_ps(mask, sign.v))};
 }
 
-struct Lanes {
+struct Ints {
   __m256i v;
 };
 struct LaneMask {
   __m256 v;
 };
-KP_INLINE Lanes lanes(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
-KP_INLINE LaneMask mask_of(Lanes a) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(a.v, _mm256_setzero_si256()))}; }
-KP_INLINE Vec permute(Vec a, Lanes from) { return {_mm256_permutevar8x32_ps(a.v, from.v)}; }
+KP_INLINE Ints load_ints(const int32_t* p) { return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))}; }
+KP_INLINE LaneMask mask_of(Ints a) { return {_mm256_castsi256_ps(_mm256_cmpgt_epi32(a.v, _mm256_setzero_si256()))}; }
+KP_INLINE Vec permute(Vec a, Ints from) { return {_mm256_permutevar8x32_ps(a.v, from.v)}; }
 KP_INLINE Vec choose(LaneMask where, Vec a, Vec b) { return {_mm256_blendv_ps(b.v, a.v, where.v)}; }
 KP_INLINE Vec interleaved_low(Vec a, Vec b) {
   return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x20)};
@@ -164,19 +165,19 @@ KP_INLINE Vec with_sign_of(Vec magnitude, Vec sign) {
   return magnitude;
 }
 
-struct Lanes {
+struct Ints {
   Int4 v;
 };
 struct LaneMask {
   Int4 v;
 };
-KP_INLINE Lanes lanes(const int32_t* p) {
-  Lanes a;
+KP_INLINE Ints load_ints(const int32_t* p) {
+  Ints a;
   std::memcpy(&a.v, p, sizeof a.v);
   return a;
 }
-KP_INLINE LaneMask mask_of(Lanes a) { return {a.v != 0}; }
-KP_INLINE Vec permute(Vec a, Lanes from) {
+KP_INLINE LaneMask mask_of(Ints a) { return {a.v != 0}; }
+KP_INLINE Vec permute(Vec a, Ints from) {
   Vec b;
   for (int i = 0; i < kLanes; ++i) b.v[i] = a.v[from.v[i]];
   return b;

@@ -11,6 +11,7 @@ from kernelpress.kernels.reference.dense import conv2d, global_avg_pool2d, linea
 from kernelpress.kernels.reference.ghost import ghost_conv2d
 from kernelpress.kernels.reference.grouped import channel_shuffle, grouped_conv2d, shuffle_concat
 from kernelpress.kernels.reference.int8 import int8_conv2d, int8_depthwise_conv2d, int8_matmul
+from kernelpress.kernels.reference.int8_pool import int8_global_avg_pool2d
 from kernelpress.kernels.reference.int8_quantize import dequantize, int8_add, int8_epilogue, quantize, quantize_rows
 from kernelpress.kernels.reference.separable import (
     depthwise_conv2d,
@@ -37,6 +38,7 @@ __all__ = [
     "int8_conv2d",
     "int8_depthwise_conv2d",
     "int8_epilogue",
+    "int8_global_avg_pool2d",
     "int8_matmul",
     "inverted_residual",
     "linear",

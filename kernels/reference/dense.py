@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -73,5 +74,7 @@ def global_avg_pool2d(x: Tensor) -> Tensor:
 
 
 def max_pool2d(x: Tensor, *, kernel_size: Pair, stride: Pair, padding: Pair = (0, 0)) -> Tensor:
-    """Largest value under every window; padding counts as −∞, NaN wins."""
+    """Largest value under every window, float or int8; padding counts as −∞, NaN wins."""
+    if x.dtype == torch.int8:  # torch's own kernel takes small images alone
+        return F.max_pool2d(x.float(), kernel_size, stride, padding).to(torch.int8)
     return F.max_pool2d(x, kernel_size, stride, padding)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernelpress.kernels.reference.activation import activate
 
-__all__ = ["dequantize", "int8_add", "int8_epilogue", "quantize", "quantize_rows"]
+__all__ = ["dequantize", "int8_add", "int8_epilogue", "int8_output", "quantize", "quantize_rows"]
 
 _SMALLEST_SCALE = 2.0**-126
 """The smallest normal float32: its inverse is finite."""
@@ -63,7 +63,8 @@ def dequantize(x: Tensor, *, scale: float, zero_point: int = 0, output_dtype: to
     return ((x.float() - zero_point) * scale).to(output_dtype)
 
 
-def _int8_output(value: Tensor, output_scale: float | None, zero_point: int, dtype: torch.dtype | None) -> Tensor:
+def int8_output(value: Tensor, output_scale: float | None, zero_point: int, dtype: torch.dtype | None) -> Tensor:
+    """Quantized where there is an `output_scale`, else cast: to float32 where `dtype` is None."""
     if output_scale is None:
         return value.to(torch.float32 if dtype is None else dtype)
     return quantize(value, scale=output_scale, zero_point=zero_point)
@@ -97,7 +98,7 @@ def int8_epilogue(
         value = _fused_multiply_add(residual.float() - residual_zero_point, residual_scale, value)
     elif residual is not None:
         value = value + residual.float()
-    return _int8_output(activate(value, activation), output_scale, output_zero_point, output_dtype)
+    return int8_output(activate(value, activation), output_scale, output_zero_point, output_dtype)
 
 
 def int8_add(
@@ -118,4 +119,4 @@ def int8_add(
     """
     first = dequantize(x, scale=input_scale, zero_point=input_zero_point)
     value = _fused_multiply_add(other.float() - other_zero_point, other_scale, first)
-    return _int8_output(activate(value, activation), output_scale, output_zero_point, output_dtype)
+    return int8_output(activate(value, activation), output_scale, output_zero_point, output_dtype)

@@ -30,10 +30,12 @@ class Machine:
 
     @property
     def slug(self) -> str:
-        """Folder name for this machine's results, as `intel-xeon-processor-2.50ghz-2-cpus-avx512`."""
+        """Folder name for this machine's results, as `intel-xeon-processor-2.50ghz-2-cpus-avx512`: VNNI, which int8
+        kernels alone use, is not in it."""
         name = re.sub(r"\((r|tm)\)|\bcpu\b|@", " ", f"{self.processor.lower()}")
         words = re.findall(r"[a-z0-9.]+", name)
-        return "-".join([*words, str(self.cpus), "cpu" if self.cpus == 1 else "cpus", self.kernel_variant.split()[0]])
+        variant = self.kernel_variant.split()[0].removesuffix("_vnni")
+        return "-".join([*words, str(self.cpus), "cpu" if self.cpus == 1 else "cpus", variant])
 
 
 def describe_machine() -> Machine:

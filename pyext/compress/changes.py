@@ -6,6 +6,7 @@ A change keeps its place: what replaces a layer lies at or below the layer's pat
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,22 +14,30 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule, Node
 from torch.nn.utils import prune
 
+from kernelpress.compress.masks import lay_mask
 from kernelpress.compress.resize import (
-    compute_weights,
     named_tensors,
     replace_tensors,
     set_size_attributes,
     size_attributes,
 )
+from kernelpress.emit.graph import arguments, attribute, number
+from kernelpress.emit.graph_json import graph_from_json, graph_to_json
+from kernelpress.files.plain import did_you_mean
 
 __all__ = [
     "Change",
     "Masked",
     "NewLayer",
+    "Quantized",
+    "Rebuilt",
     "Replaced",
     "Resized",
+    "Unmasked",
+    "check_scales",
     "copied",
     "mask_layer",
     "replace_layer",
@@ -155,10 +164,13 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Masked:
-    """A parameter whose zeros stay zero in training, by the masks of `torch.nn.utils.prune`."""
+    """A parameter whose zeros stay zero in training, by the masks of `torch.nn.utils.prune`; of how many elements it
+    `kept` how many."""
 
     layer: str
     parameter: str = "weight"
+    kept: int | None = None
+    of: int | None = None
     kind: Literal["masked"] = "masked"
 
     def apply(self, model: nn.Module) -> nn.Module:
@@ -168,14 +180,132 @@ class Masked:
             return model
         if self.parameter not in module._parameters:
             raise ValueError(f"{self.layer} has no parameter {self.parameter} to mask")
-        prune.custom_from_mask(module, self.parameter, torch.ones_like(module.get_parameter(self.parameter)))
+        lay_mask(module, self.parameter, torch.ones_like(module.get_parameter(self.parameter)))
         return model
 
     def __str__(self) -> str:
-        return f"{self.parameter} masked"
+        if self.kept is None or not self.of:
+            return f"{self.parameter} masked"
+        zeros = 1 - self.kept / self.of
+        return f"{self.parameter} masked: {self.kept:,} of {self.of:,} left ({zeros:.1%} zeros)"
 
 
-Change = Resized | Replaced | Masked
+@dataclass(frozen=True)
+class Rebuilt:
+    """The whole model, in whose place stands one of `kernelpress.models` by name, as a student does."""
+
+    name: str
+    options: dict[str, Any]
+    layer: Literal[""] = ""
+    kind: Literal["rebuilt"] = "rebuilt"
+
+    def build(self) -> nn.Module:
+        """The network, freshly initialised. Raises `ValueError` for an unknown name or a value out of range,
+        `TypeError` for an option that it does not have."""
+        from kernelpress.models.registry import ARCHITECTURES
+
+        if self.name not in ARCHITECTURES:
+            known = sorted(ARCHITECTURES)
+            raise ValueError(
+                f"student: expected one of {', '.join(known)}, got {self.name!r}{did_you_mean(self.name, known)}"
+            )
+        factory = ARCHITECTURES[self.name].build
+        if wrong := sorted(self.options.keys() - inspect.signature(factory).parameters):
+            raise TypeError(f"options: {self.name} has no {', '.join(map(str, wrong))}")
+        if any(isinstance(value, int) and abs(value) >= _MOST_CHANNELS for value in self.options.values()):
+            raise ValueError(f"options: {self.name} is not made of {self.options}")
+        return factory(**self.options)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """The network, on the meta device."""
+        with torch.device("meta"):
+            return self.build().train(model.training)
+
+    def __str__(self) -> str:
+        return f"the whole model → {self.name}"
+
+
+@dataclass(frozen=True)
+class Unmasked:
+    """A parameter that holds the zeros of its mask itself, as any other parameter does."""
+
+    layer: str
+    parameter: str = "weight"
+    kind: Literal["unmasked"] = "unmasked"
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """`model` with a plain parameter."""
+        module = _module(model, self.layer)
+        if f"{self.parameter}_mask" not in module._buffers:
+            raise ValueError(f"{self.layer} has no mask over {self.parameter} to take off")
+        prune.remove(module, self.parameter)
+        return model
+
+    def __str__(self) -> str:
+        return f"{self.parameter} plain, with its zeros"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A graph in the place of the whole model: `graph` as `emit.graph_json` has it, the shapes and dtypes of the
+    tensors that it reads, and which of them are trained."""
+
+    graph: dict[str, Any]
+    shapes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+    trained: tuple[str, ...] = ()
+    layer: str = ""
+    kind: Literal["quantized"] = "quantized"
+
+    @classmethod
+    def of(cls, module: GraphModule) -> Quantized:
+        """What makes a graph like `module`."""
+        tensors: list[Tensor] = []
+        graph = graph_to_json(module, tensors)
+        dtypes = tuple(str(t.dtype).removeprefix("torch.") for t in tensors)
+        trained = tuple(name for name, p in module.named_parameters() if p.requires_grad)
+        return cls(graph, tuple(tuple(t.shape) for t in tensors), dtypes, trained)
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """The graph, over tensors on the meta device; nothing of `model` is in it."""
+        if len(self.shapes) != len(self.dtypes):
+            raise ValueError(f"{len(self.shapes)} shapes of {len(self.dtypes)} tensors")
+        tensors = [_meta_tensor(*form) for form in zip(self.shapes, self.dtypes, strict=True)]
+        try:
+            module = graph_from_json(self.graph, tensors)
+        except (AttributeError, IndexError, KeyError, RecursionError) as error:
+            raise ValueError(f"no graph of a quantized model: {type(error).__name__} {error}") from error
+        parameters = dict(module.named_parameters())
+        for name in self.trained:
+            if name not in parameters or not parameters[name].is_floating_point():
+                raise ValueError(f"the graph of a quantized model has no {name} to train")
+            parameters[name].requires_grad_(True)
+        check_scales(module)
+        return module
+
+    def __str__(self) -> str:
+        return f"a graph of {len(self.graph['nodes'])} operations"
+
+
+def check_scales(model: nn.Module) -> None:
+    """Raises `ValueError` for a scale in the graph of a quantized model that is not a normal number above 0, and for a
+    zero point that its int8 values do not reach."""
+    for node in model.graph.nodes if isinstance(model, GraphModule) else ():
+        name = str(node.target)
+        if not name.startswith(("quantized_decomposed.", "aten.fake_quantize")):
+            continue
+        given = arguments(node)
+        found = [given[key] for key in ("scale", "scales") if key in given]
+        for scale in [attribute(model, str(s.target)) if isinstance(s, Node) else torch.tensor(s) for s in found]:
+            smallest = torch.finfo(torch.float32).tiny
+            if not scale.is_meta and not bool(((scale >= smallest) & scale.isfinite()).all()):
+                raise ValueError(f"{node.name}: expected scales of at least {smallest:.1e}, got {scale.min():g}")
+        zero_point, limits = number(given.get("zero_point")), (given["quant_min"], given["quant_max"])
+        if zero_point is not None and not limits[0] <= zero_point <= limits[1]:
+            raise ValueError(f"{node.name}: expected a zero point from {limits[0]} to {limits[1]}, got {zero_point:g}")
+
+
+Change = Resized | Replaced | Masked | Unmasked | Rebuilt | Quantized
 """A change has a `layer`, a `kind` by which files know it, and `apply`, which returns the model to go on with."""
 
 
@@ -254,12 +384,8 @@ def mask_layer(model: nn.Module, layer: str, mask: Tensor, parameter: str = "wei
         raise ValueError(f"{_joined(layer, parameter)}: expected a parameter, which alone can be masked")
     if mask.shape != masked.shape:
         raise ValueError(f"mask: expected the shape of {parameter}, {[*masked.shape]}, got {[*mask.shape]}")
-    if earlier is None:
-        prune.custom_from_mask(module, parameter, mask)
-    else:
-        module._buffers[f"{parameter}_mask"] = earlier * mask
-        compute_weights(module)
-    return Masked(layer, parameter)
+    lay_mask(module, parameter, mask if earlier is None else earlier * mask)
+    return Masked(layer, parameter, int(module.get_buffer(f"{parameter}_mask").count_nonzero()), mask.numel())
 
 
 def _module(model: nn.Module, layer: str) -> nn.Module:
@@ -275,6 +401,15 @@ def _put(model: nn.Module, layer: str, new: nn.Module) -> None:
         if module is old:
             owner, _, name = path.rpartition(".")
             _module(model, owner).register_module(name, new)
+
+
+def _meta_tensor(shape: Sequence[int], dtype: str) -> Tensor:
+    known = getattr(torch, dtype, None)
+    if not isinstance(known, torch.dtype) or not all(
+        type(size) is int and 0 <= size < _MOST_CHANNELS for size in shape
+    ):
+        raise ValueError(f"no tensor of a quantized model is {dtype} {list(shape)}")
+    return torch.empty(tuple(shape), dtype=known, device="meta")
 
 
 def _plain(value: Any) -> Any:

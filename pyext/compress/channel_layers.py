@@ -41,7 +41,9 @@ def convolution_or_linear(walk: ChannelWalk, node: Node, args: dict[str, Any]) -
     multiplier = out_shape[channel_axis] // groups
     # Groups that have come down to one channel each are no depthwise convolution's: their channels leave together.
     is_plain = multiplier == 1 and not walk.is_checking
-    if groups > 1 and groups == len(entering) and (is_plain or _united(walk, entering.view(groups, 1)) > 1):
+    is_depthwise = groups > 1 and groups == len(entering)
+    is_depthwise = is_depthwise and (is_plain or _united(walk, entering.view(groups, 1)) > 1)
+    if is_depthwise:
         out_dim, in_dim = 0, 1
         made = walk.axis(name, 0, weight_shape[0])
         walk.sets.unite(
@@ -72,7 +74,8 @@ def convolution_or_linear(walk: ChannelWalk, node: Node, args: dict[str, Any]) -
     walk.tie_vectors(node, [args["bias"]], leaving)
     positions = math.prod(shape_of(args["input"]) if transposed else out_shape)
     flops = 2 * positions * math.prod(weight_shape) // weight_shape[0]
-    walk.calls.append(LayerCall(Axis(name, out_dim), Axis(name, in_dim), flops))
+    axes = Axis(name, out_dim), Axis(name, in_dim)
+    walk.calls.append(LayerCall(*axes, flops, node.name, channel_axis, entering, leaving, is_depthwise))
     return along(leaving, channel_axis, out_shape)
 
 

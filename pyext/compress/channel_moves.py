@@ -15,7 +15,7 @@ from kernelpress.runtime.torch_private import pytree
 
 __all__ = [
     "at_fixed_positions", "chunk", "concatenate", "expand", "move", "normalise_along", "pad", "pixel_shuffle",
-    "pixel_unshuffle", "pointwise", "reduction", "reshape", "same", "spatial", "stack",
+    "pixel_unshuffle", "pointwise", "reduction", "reshape", "same", "spatial", "split", "stack",
 ]  # fmt: skip
 
 aten = torch.ops.aten
@@ -86,6 +86,20 @@ def at_fixed_positions(walk: ChannelWalk, node: Node, args: dict[str, Any]) -> A
         return walk.apply(node)
     walk.sets.freeze(labels, f"{describe(node)} takes channels at fixed positions")
     return pytree.tree_map(_fixed_if_constant, walk.apply(node))
+
+
+def split(walk: ChannelWalk, node: Node, args: dict[str, Any]) -> Any:
+    """Equal parts keep the same channels, if the module states as its `width` how many these are (Res2Net)."""
+    labels, size = walk.read(_first(node)), args.get("split_size", args.get("split_sizes"))
+    dim = (args.get("dim") or 0) % labels.dim()
+    width = size if isinstance(size, int) else size[0] if size else 0
+    is_even = width > 0 and labels.size(dim) % width == 0 and size in (width, [width] * (labels.size(dim) // width))
+    if not (is_even and walk.couple_splits and varying_axes(labels) == {dim} and walk.states(node, "width", width)):
+        return at_fixed_positions(walk, node, args)
+    channels = walk.only_along(labels, dim, node)
+    walk.alike(channels.view(-1, width), node)
+    walk.count(node, "width", channels[:width])
+    return walk.apply(node)
 
 
 def chunk(walk: ChannelWalk, node: Node, args: dict[str, Any]) -> Any:

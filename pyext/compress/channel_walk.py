@@ -43,11 +43,20 @@ class Count(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One convolution or linear layer in the graph: its weight's axes and its FLOPs at the example inputs."""
+    """One convolution or linear layer in the graph: its weight's axes and its FLOPs at the example inputs.
+
+    `node`: its name in the graph. `entering`: labels of the channels it reads, which lie along `dim` of its input.
+    `leaving`: labels of those it makes. `is_depthwise`: it makes each of the channels that it reads.
+    """
 
     output: Axis
     input: Axis
     flops: int
+    node: str
+    dim: int
+    entering: Tensor
+    leaving: Tensor
+    is_depthwise: bool
 
 
 class ChannelWalk:

@@ -14,7 +14,6 @@ from kernelpress.files.sealed import seal_tensors, unseal_tensors
 __all__ = ["load_checkpoint", "read_record", "save_checkpoint"]
 
 _KIND, _FORMAT = "training checkpoint", 1
-_MODEL = "model."
 _OPTIMIZER = "optimizer."
 _STATES = frozenset({"momentum_buffer", "step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"})
 
@@ -24,7 +23,7 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer, re
 
     The file replaces an older one only when it is complete: a full disk (`OSError`) leaves the older one intact.
     """
-    tensors = {_MODEL + name: tensor for name, tensor in model.state_dict().items()}
+    tensors = model.state_dict()
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"{_OPTIMIZER}{index}.{name}": value for name, value in state.items() if isinstance(value, Tensor)}
     content = seal_tensors(_KIND, _FORMAT, tensors, record)
@@ -38,14 +37,14 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer) ->
     Raises `ValueError` where the file is damaged, truncated, of another format or holds another model.
     """
     tensors, _ = _read(path)
-    weights = {name.removeprefix(_MODEL): value for name, value in tensors.items() if name.startswith(_MODEL)}
+    weights = {name: value for name, value in tensors.items() if not name.startswith(_OPTIMIZER)}
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"{path}: written for another model ({error}); use another checkpoint_dir") from error
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
-    for name in tensors.keys() - {_MODEL + weight for weight in weights}:
+    for name in tensors.keys() - weights.keys():
         index, _, entry = name.removeprefix(_OPTIMIZER).partition(".")
         is_known = re.fullmatch("[0-9]{1,9}", index) and int(index) < len(trained) and entry in _STATES
         if not is_known or tensors[name].shape not in ((), trained[int(index)].shape):

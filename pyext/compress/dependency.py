@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -92,7 +92,10 @@ def find_dependencies(
         axes={axis: sets.unfrozen(labels) for axis, labels in roots.items()},
         pools=_pools(roots, walk.producers, sets),
         skipped=(*_skipped(roots, walk.producers, sets), *opaque),
-        calls=tuple(walk.calls),
+        calls=tuple(
+            replace(call, entering=sets.unfrozen(call.entering), leaving=sets.unfrozen(call.leaving))
+            for call in walk.calls
+        ),
         counts={count: sets.unfrozen(labels) for count, labels in walk.counts.items()},
         weights=weights,
         weight_norms=walk.weight_norms,

@@ -14,7 +14,7 @@ def layers_in(model: nn.Module, names: Iterable[str], argument: str) -> frozense
     """The paths of the modules of these names and of all in them. Raises `ValueError`, which begins with `argument`,
     for a name that `model` does not have, with those that come near it."""
     names = (names,) if isinstance(names, str) else tuple(names)
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     for name in names:
         if name not in modules or not name:
             near = difflib.get_close_matches(str(name), [path for path in modules if path], n=3)

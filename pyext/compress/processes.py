@@ -13,25 +13,27 @@ import torch.distributed as distributed
 __all__ = ["join_processes"]
 
 
-def join_processes(seed: int | None = None) -> Any:
-    """An `accelerate.Accelerator` of this process alone or of all that `torchrun` started; `seed`: of its shuffling.
+def join_processes(seed: int | None = None, *, has_idle_parameters: bool = False) -> Any:
+    """An `accelerate.Accelerator` of this process alone or of all that `torchrun` started; `seed`: of its shuffling,
+    `has_idle_parameters`: whether a loss may leave some parameters without a gradient.
 
     A process group belongs to who makes it: one that was there before is the caller's to end, one that is made here
     stays for later trainings and evaluations and ends with the interpreter. Raises `ImportError` without accelerate.
     """
     try:
         from accelerate import Accelerator
-        from accelerate.utils import DataLoaderConfiguration
+        from accelerate.utils import DataLoaderConfiguration, DistributedDataParallelKwargs
     except ImportError as error:
         raise ImportError("training takes accelerate: pip install 'kernelpress[train]'") from error
 
     configuration = DataLoaderConfiguration(use_seedable_sampler=seed is not None, data_seed=seed)
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=True)] if has_idle_parameters else []
     if not distributed.is_available() or distributed.is_initialized():
-        return Accelerator(dataloader_config=configuration)
+        return Accelerator(dataloader_config=configuration, kwargs_handlers=handlers)
     # Its functions bind the group that is there at its import as a default, and a group that is held never ends.
     import torch.distributed.nn.functional  # noqa: F401
 
-    accelerator = Accelerator(dataloader_config=configuration)
+    accelerator = Accelerator(dataloader_config=configuration, kwargs_handlers=handlers)
     if distributed.is_initialized():
         atexit.register(_end_group, weakref.ref(distributed.group.WORLD), os.getpid())
     return accelerator

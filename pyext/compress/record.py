@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelpress.compress.changes import Change, Resized, replay
+from kernelpress.compress.changes import Change, Masked, Quantized, Resized, check_scales, replay
 from kernelpress.compress.resize import compute_weights, named_tensors, replace_tensors
 from kernelpress.files import write_atomically
 from kernelpress.files.plain import from_plain, printable
@@ -17,7 +18,7 @@ from kernelpress.files.sealed import seal_tensors, unseal_tensors
 from kernelpress.measure.theory import Promise
 from kernelpress.preserve import undone_on_error
 
-__all__ = ["DecomposedLayer", "PassRecord", "SkippedLayers", "add_record", "load", "record_of", "save"]
+__all__ = ["DecomposedLayer", "LayerError", "PassRecord", "SkippedLayers", "add_record", "load", "record_of", "save"]
 
 _KIND, _FORMAT = "compressed model", 2
 _ATTRIBUTE = "_kernelpress_record"
@@ -63,9 +64,32 @@ class DecomposedLayer:
 
 
 @dataclass(frozen=True)
+class LayerError:
+    """How far a layer's result is off from that of the float network, ‖y − y₀‖ / ‖y₀‖ over the calibration data.
+
+    `error`: as it runs, in int8 if `is_int8`; `float_error`: what it would be if this layer alone ran in float, on the
+    same inputs, which carry the errors of the layers before.
+    """
+
+    layer: str
+    is_int8: bool
+    error: float
+    float_error: float
+
+    @property
+    def sqnr(self) -> float:
+        """The ratio of signal to error in dB."""
+        return -20 * math.log10(max(self.error, 1e-12))
+
+    def __str__(self) -> str:
+        kind = "int8" if self.is_int8 else "float"
+        return f"{kind}, SQNR {self.sqnr:.1f} dB, error {self.error:.2%} (in float {self.float_error:.2%})"
+
+
+@dataclass(frozen=True)
 class PassRecord:
-    """One pass over a model: its name and arguments, the costs before and after, every layer it changed or skipped, and
-    what it promises beyond fewer FLOPs.
+    """One pass over a model: its name and arguments, the costs before and after, every layer it changed or skipped,
+    what it promises beyond fewer FLOPs, and how far each layer's result is off.
 
     FLOPs are those of the example inputs, a multiplication and its addition counting as two.
     """
@@ -80,6 +104,8 @@ class PassRecord:
     skipped: tuple[SkippedLayers, ...] = ()
     promises: tuple[Promise, ...] = ()
     decomposed: tuple[DecomposedLayer, ...] = ()
+    errors: tuple[LayerError, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def flops_removed(self) -> float:
@@ -87,27 +113,36 @@ class PassRecord:
         return 1 - self.flops_after / self.flops_before if self.flops_before else 0.0
 
     def costs(self) -> str:
-        """The costs before and after in one line."""
-        return (
-            f"FLOPs {self.flops_before:,} → {self.flops_after:,} (−{self.flops_removed:.1%}), "
-            f"parameters {self.parameters_before:,} → {self.parameters_after:,}"
-        )
+        """The costs before and after in one line; FLOPs where they were counted, zeros where weights are masked."""
+        parts = [f"parameters {self.parameters_before:,} → {self.parameters_after:,}"]
+        if self.flops_before:
+            parts.insert(0, f"FLOPs {self.flops_before:,} → {self.flops_after:,} (−{self.flops_removed:.1%})")
+        masked = [(c.kept, c.of) for c in self.changes if isinstance(c, Masked) and c.kept is not None and c.of]
+        if of := sum(of for _, of in masked):
+            kept = sum(kept for kept, _ in masked)
+            parts.append(f"masks leave {kept:,} of {of:,} ({1 - kept / of:.1%} zeros)")
+        return ", ".join(parts)
 
     def layers(self) -> list[tuple[str, str]]:
         """Every layer that was changed with what became of it; norms and such follow from the layers before."""
         chains = {chain.layer: str(chain) for chain in self.decomposed}
         shown = [
-            c for c in self.changes if not isinstance(c, Resized) or max(map(len, c.after.values()), default=0) > 1
+            c
+            for c in self.changes
+            if not isinstance(c, Quantized)
+            and (not isinstance(c, Resized) or max(map(len, c.after.values()), default=0) > 1)
         ]
         # The parameters of a parametrised weight lie below its layer.
-        return [
+        changed = [
             (printable(c.layer.partition(".parametrizations.")[0]), printable(chains.get(c.layer, str(c))))
             for c in shown
         ]
+        return changed + [(printable(e.layer), str(e)) for e in self.errors]
 
     def kept(self) -> list[str]:
-        """A line for every reason why layers were left as they were."""
-        return [printable(f"kept {', '.join(s.layers)} ({s.channels} channels): {s.reason}") for s in self.skipped]
+        """A line for every reason why layers were left as they were, and for what else was noticed."""
+        kept = [f"kept {', '.join(s.layers)} ({s.channels} channels): {s.reason}" for s in self.skipped]
+        return [printable(line) for line in (*kept, *self.notes)]
 
     def __str__(self) -> str:
         """The costs, the changed layers as a table, then the skipped ones with their reasons."""
@@ -165,6 +200,10 @@ def load(path: str | Path, model: nn.Module) -> nn.Module:
     rebuilt.load_state_dict(tensors)
     for module in rebuilt.modules():
         compute_weights(module)
+    try:
+        check_scales(rebuilt)
+    except ValueError as error:
+        raise ValueError(f"{path}: {printable(str(error))}") from error
     setattr(rebuilt, _ATTRIBUTE, passes)
     return rebuilt
 

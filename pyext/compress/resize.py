@@ -32,6 +32,7 @@ _SIZE_ATTRIBUTES = (
     "num_parameters",
     "num_channels",
     "num_groups",
+    "width",
     "normalized_shape",
 )
 

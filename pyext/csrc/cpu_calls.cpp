@@ -98,7 +98,7 @@ class CallTable {
       }
     }
     entry->count = query.count;
-    entry->panel_width = kernels_in_use().panel_width;
+    entry->kernels = &kernels_in_use();
     entry->options = py::reinterpret_borrow<py::object>(query.options);
     entry->backend = py::reinterpret_borrow<py::object>(query.backend);
     entry->prepared = py::reinterpret_borrow<py::object>(arguments[3]);
@@ -136,7 +136,7 @@ class CallTable {
  private:
   struct Entry {
     Py_ssize_t count;
-    int64_t panel_width;
+    const KernelTable* kernels;  // weights are packed for them
     std::vector<Py_ssize_t> absent;
     std::vector<std::pair<Py_ssize_t, Form>> activations;
     py::object options, backend, prepared, snapshot;
@@ -179,7 +179,7 @@ class CallTable {
   }
 
   static bool fits(const Entry& entry, const Query& query) {
-    if (entry.count != query.count || entry.panel_width != kernels_in_use().panel_width) return false;
+    if (entry.count != query.count || entry.kernels != &kernels_in_use()) return false;
     for (Py_ssize_t position : entry.absent) {
       if (query.tensors[position] != Py_None) return false;
     }

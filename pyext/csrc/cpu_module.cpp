@@ -23,7 +23,9 @@ namespace kernelpress {
 extern const KernelTable kernels_baseline;
 #if defined(__x86_64__)
 extern const KernelTable kernels_avx2;
+extern const KernelTable kernels_avx2_vnni;
 extern const KernelTable kernels_avx512;
+extern const KernelTable kernels_avx512_vnni;
 #endif
 
 namespace {
@@ -34,10 +36,11 @@ std::vector<const KernelTable*> runnable_variants() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    found.push_back(&kernels_avx512);
-  }
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (avx512 && __builtin_cpu_supports("avx512vnni")) found.push_back(&kernels_avx512_vnni);
+  if (avx512) found.push_back(&kernels_avx512);
+  if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&kernels_avx2_vnni);
   if (avx2) found.push_back(&kernels_avx2);
 #endif
   found.push_back(&kernels_baseline);
@@ -118,8 +121,9 @@ void bind_kernel(py::module_& module, py::class_<Plan>& plan, const char* name) 
   });
 }
 
-// GFLOP/s of a register-only FMA loop on `threads` threads at once, over about `seconds`.
-double fma_peak(double seconds, int64_t threads) {
+// 10⁹ operations per second of a register-only loop on `threads` threads at once, over about `seconds`.
+template <int64_t (*KernelTable::*kBurst)(int64_t)>
+double peak(double seconds, int64_t threads) {
   using Clock = std::chrono::steady_clock;
   struct Burst {
     double seconds;
@@ -133,7 +137,7 @@ double fma_peak(double seconds, int64_t threads) {
           const Clock::time_point start = Clock::now();
           double elapsed = 0, operations = 0;
           while (elapsed < b.seconds) {
-            operations += static_cast<double>(table->fma_burst(200000));
+            operations += static_cast<double>((table->*kBurst)(200000));
             elapsed = std::chrono::duration<double>(Clock::now() - start).count();
           }
           b.rates[static_cast<size_t>(thread)] = operations / elapsed * 1e-9;
@@ -192,7 +196,15 @@ PYBIND11_MODULE(_cpu, module) {
       },
       py::arg("parallel_for_address"), py::arg("num_threads_address"));
   module.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"));
-  module.def("fma_peak", &fma_peak, py::arg("seconds"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  module.def("int8_packing", [] {
+    const Int8Packing& packing = table->int8_packing;
+    return std::make_tuple(packing.outputs, packing.lanes, packing.inputs);
+  });
+  const auto bind_peak = [&module](const char* name, double (*function)(double, int64_t)) {
+    module.def(name, function, py::arg("seconds"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+  };
+  bind_peak("fma_peak", &peak<&KernelTable::fma_burst>);
+  bind_peak("int8_peak", &peak<&KernelTable::int8_burst>);
 }
 
 }  // namespace kernelpress

@@ -55,7 +55,7 @@ class Candidate:
     `name` is the op and `variant` its backend; for the original operations they are "aten" and the memory format.
     The placeholders of `fragment` stand for `inputs`, in their order, which come in the forms `reads`. `gives` is the
     form of the output. None is the form of what is no image between operations, and of graph inputs: they lie as they
-    lie. `kernel` is ours, where one of ours runs.
+    lie. `kernel` is ours, where one of ours runs; `pattern` and `density` are a sparse layer's (`Match`).
     """
 
     name: str
@@ -68,11 +68,13 @@ class Candidate:
     fragment: Graph
     parts: int = 1
     kernel: Kernel | None = None
+    pattern: str = ""
+    density: float = 1.0
 
     @property
     def label(self) -> str:
-        """What records and tables call it, as in `conv2d[cpu]`."""
-        return f"{self.name}[{self.variant}]"
+        """What records and tables call it, as in `conv2d[cpu]` or `sparse_conv2d 4×1[cpu]`."""
+        return f"{self.name} {self.pattern}[{self.variant}]" if self.pattern else f"{self.name}[{self.variant}]"
 
     @property
     def placeholders(self) -> list[Node]:
@@ -159,7 +161,8 @@ def _layer(match: Match, entry: registry.Implementation) -> Candidate:
     while tensors and tensors[-1] is None:
         tensors.pop()
     result = fragment.call(getattr(torch.ops.kernelpress, match.op).default, *tensors, **given, backend=entry.backend)
-    form, fields = PIXELS, {"parts": match.parts, "kernel": entry.kernel}
+    form = PIXELS if entry.kernel is None or entry.kernel.out is None else entry.kernel.out
+    fields = {"parts": match.parts, "kernel": entry.kernel, "pattern": match.pattern, "density": match.density}
     return fragment.candidate(match.op, entry.backend, match.nodes, match.output, result, form, **fields)
 
 

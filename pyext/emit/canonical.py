@@ -83,7 +83,7 @@ def _gated(graph: Graph, node: Node) -> None:
 def _shuffle(graph: Graph, node: Node) -> None:
     """[N, g · k, H, W] → [N, g, k, …] → [N, k, g, …] → [N, k · g, H, W], however the pixels are flattened meanwhile."""
     sizes = shape(node)
-    if node.target not in _RESHAPES or sizes is None or len(sizes) != 4 or not value(node).is_floating_point():
+    if node.target not in _RESHAPES or sizes is None or len(sizes) != 4 or not _may_be_shuffled(node):
         return
     exchanged = _behind_copies(node.args[0])
     if exchanged is None or not _exchanges_groups(exchanged):
@@ -99,6 +99,10 @@ def _shuffle(graph: Graph, node: Node) -> None:
         return
     if groups * per_group == sizes[1] and math.prod(pixels) == math.prod(sizes[2:]):
         _rewrite(graph, node, aten.channel_shuffle.default, x, groups)
+
+
+def _may_be_shuffled(node: Node) -> bool:
+    return value(node).is_floating_point() or value(node).dtype == torch.int8
 
 
 def _behind_copies(node: object) -> Node | None:

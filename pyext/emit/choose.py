@@ -27,6 +27,10 @@ TORCH_MARGIN = 0.05
 """By what fraction of its time a call of torch must beat a native layer: in a plan it also parts what runs natively,
 and near ties are noise."""
 
+SPARSE_MARGIN = 0.25
+"""By what fraction of its time a layer that skips zeros must beat a dense one, which in a plan can also be streamed
+with its neighbours, and whose time depends less on what the caches hold."""
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -50,7 +54,7 @@ def choose(
 
     `turning(node, given, wanted)` are the milliseconds of turning a value into another form.
     """
-    running = _with_useful_forms([e for e in evaluations if e.milliseconds is not None])
+    running = _with_useful_forms([e for e in evaluations if e.milliseconds is not None and _may_pay(e.candidate)])
     options = [_option(e, i, fusion_margin) for i, e in enumerate(running)]
     nodes = sorted({node for option in options for node in option.elements}, key=order.__getitem__)
     forms = _forms(options, set(nodes), turning)
@@ -60,6 +64,11 @@ def choose(
         cover = cheapest_cover(region, [option for option in options if option.elements <= inside], forms)
         choices += [_explain(evaluations, running, options, option, order) for option in cover]
     return sorted(choices, key=lambda choice: order[choice.chosen.output])
+
+
+def _may_pay(candidate: Candidate) -> bool:
+    """Whether a layer that skips zeros has enough of them; a faster form of memory alone does not make it one."""
+    return candidate.pattern != "1×1" or candidate.kernel is None or candidate.density <= candidate.kernel.likes.single
 
 
 def _with_useful_forms(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
@@ -79,8 +88,9 @@ def _is_usual(candidate: Candidate) -> bool:
 
 def _time_of(evaluation: Evaluation) -> float:
     assert evaluation.milliseconds is not None
-    margin = 0.0 if evaluation.candidate.variant in NATIVE_BACKENDS else TORCH_MARGIN
-    return evaluation.milliseconds * (1 + margin)
+    candidate = evaluation.candidate
+    margin = 0.0 if candidate.variant in NATIVE_BACKENDS else TORCH_MARGIN
+    return evaluation.milliseconds * (1 + margin + (SPARSE_MARGIN if candidate.pattern else 0.0))
 
 
 def _option(evaluation: Evaluation, index: int, fusion_margin: float) -> Option[Node]:
@@ -127,7 +137,9 @@ def _explain(
     except ValueError:
         parts = ()
     assert best.milliseconds is not None
-    return Choice(best.candidate, best.milliseconds, considered, parts, _reason(best, considered, parts))
+    zeros = _about_zeros(best, [e for e in evaluations if e.candidate.nodes <= option.elements])
+    reason = ", ".join(filter(None, (_reason(best, considered, parts), zeros)))
+    return Choice(best.candidate, best.milliseconds, considered, parts, reason)
 
 
 def _reason(best: Evaluation, considered: Sequence[Evaluation], parts: Sequence[Evaluation]) -> str:
@@ -144,3 +156,16 @@ def _reason(best: Evaluation, considered: Sequence[Evaluation], parts: Sequence[
     if best.candidate.parts > 1 and parts:
         reasons.append(f"{sum(e.milliseconds or 0.0 for e in parts) / best.milliseconds:.2f}× as its parts")
     return ", ".join(reasons)
+
+
+def _about_zeros(best: Evaluation, inside: Sequence[Evaluation]) -> str:
+    """What the zeros of a weight are worth: of layers that skip them, the fastest beside the fastest that does not."""
+    sparse = [e for e in inside if e.candidate.pattern and e.milliseconds is not None]
+    if not sparse:
+        return ""
+    fastest = min(sparse, key=_time_of)
+    dense = [e for e in inside if not e.candidate.pattern and e.candidate.nodes == fastest.candidate.nodes]
+    times = [e.milliseconds for e in dense if e.milliseconds is not None]
+    told = f"{1 - fastest.candidate.density:.0%} of the weights are zero: {fastest.milliseconds:.4f} ms in blocks of "
+    told += fastest.candidate.pattern + (f", {min(times):.4f} ms dense" if times else "")
+    return told if best.candidate.pattern else f"{told}: no gain"

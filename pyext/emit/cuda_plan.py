@@ -152,7 +152,7 @@ class _Layers(Interpreter):
         tensors, options, backend = entry.signature.bind(args, kwargs)
         run = self._runs.get(n)
         if run is None:
-            problem = registry.problem_of(entry, tensors, options)
+            problem = registry.problem_of(entry, tensors, options, registry.requested_backend(backend))
             chosen = registry.implementation(problem, registry.requested_backend(backend))
             run = chosen.prepare(problem, tensors)
             self.steps[n] = _step(entry.name, chosen.backend)

@@ -25,6 +25,7 @@ from kernelpress.emit.graph import (
 )
 from kernelpress.emit.quantized import hand_on_quantized, remember_quantized
 from kernelpress.runtime.torch_private import OpOverload
+from kernelpress.trace import module_of
 from kernelpress.trace.regions import DROPOUTS, aliased, reads_layout, writes
 
 __all__ = ["fold"]
@@ -42,13 +43,17 @@ LARGEST_CONSTANT = 1 << 20
 """A computation on constants is folded only if its result has at most this many elements more than its inputs."""
 
 
-def fold(graph_module: GraphModule) -> GraphModule:
-    """Folds in place and returns the module; weights are combined in float64 and rounded once to their own dtype."""
+def fold(graph_module: GraphModule, *, splits_shared: bool = True) -> GraphModule:
+    """Folds in place and returns the module; weights are combined in float64 and rounded once to their own dtype.
+
+    `splits_shared`: a weight that several layers read becomes several weights where different steps follow; otherwise
+    such steps stay.
+    """
     before = [_memory_of_output(node) for node in _outputs(graph_module)]
     _remove_identities(graph_module)
     _evaluate_constants(graph_module)
     distribute(graph_module)
-    _fold_affine_steps(graph_module)
+    _fold_affine_steps(graph_module, splits_shared)
     _keep_outputs_apart(graph_module, before)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
@@ -139,8 +144,7 @@ def _is_pure(node: Node) -> bool:
 
 
 def _owner(node: Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    path = str(stack[-1][0]).split("@")[0] if stack else ""
+    path = module_of(node)
     return f"{path}." if path.replace(".", "").replace("_", "").isalnum() else ""
 
 
@@ -152,9 +156,11 @@ class _Affine:
     shift: Tensor
 
 
-def _fold_affine_steps(graph_module: GraphModule) -> None:
+def _fold_affine_steps(graph_module: GraphModule, splits_shared: bool) -> None:
     for layer in list(graph_module.graph.nodes):
         if not _is_foldable_layer(graph_module, layer):
+            continue
+        if not splits_shared and only_user(arguments(layer)["weight"]) is None:
             continue
         while (node := only_user(layer)) is not None and (step := _affine_step(graph_module, layer, node)) is not None:
             _fold_into(graph_module, layer, step)

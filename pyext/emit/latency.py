@@ -1,8 +1,9 @@
-"""How long modules take as plans, measured against each other."""
+"""How long modules take as emission runs them: what passes that weigh layers by their time are handed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -10,7 +11,7 @@ from kernelpress.emit.pipeline import emit
 from kernelpress.emit.plan import capture
 from kernelpress.measure.race import race
 
-__all__ = ["plan_latencies"]
+__all__ = ["layer_times", "plan_latencies"]
 
 
 def plan_latencies(modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
@@ -21,3 +22,33 @@ def plan_latencies(modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, flo
     plans = {name: capture(emit(module, x, dynamic_batch=False, progress=False), x) for name, module in modules.items()}
     calls = {name: (lambda plan=plan: plan(x)) for name, plan in plans.items()}
     return race(calls, [[(name,) for name in plans]])
+
+
+def layer_times(layers: Sequence[tuple[nn.Module, Tensor]], *, cache: bool = True) -> list[float]:
+    """Milliseconds of each layer on what it reads: of the fastest kernel or operation that `emit` finds for it.
+
+    Each is timed with emptied inner caches, as a layer finds them in a model, and not fused with any other. Times are
+    those of this device and remembered on disk (`cache`), so a layer is timed once. What emission leaves alone is
+    timed as it is.
+    """
+    if not layers:
+        return []
+    apart = _Apart([layer for layer, _ in layers])
+    record = emit(apart, tuple(x for _, x in layers), dynamic_batch=False, cache=cache, progress=False).record
+    times = [0.0] * len(layers)
+    for place in record.places:
+        times[int(place.name.split(".")[1])] += place.milliseconds
+    left = {str(i): functools.partial(layers[i][0], layers[i][1]) for i, time in enumerate(times) if time == 0}
+    measured = race(left, [{(name,)} for name in left])
+    return [measured.get(str(index), time) for index, time in enumerate(times)]
+
+
+class _Apart(nn.Module):
+    """Layers side by side."""
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer, x in zip(self.layers, inputs, strict=True))

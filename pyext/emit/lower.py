@@ -308,8 +308,10 @@ class _Lowering(Interpreter):
             return None
         tensors, options, backend = operator.signature.bind(*self.fetch_args_kwargs_from_env(node))
         given = operator.signature.bind(args, kwargs)[0]
-        problem = registry.problem_of(operator, tensors, options)
-        chosen = registry.implementation(problem, registry.requested_backend(backend))
+        requested = registry.requested_backend(backend)
+        chosen = registry.implementation(
+            problem := registry.problem_of(operator, tensors, options, requested), requested
+        )
         if chosen.backend != "onednn" or not self._has_constant_weights(operator, given):
             return None
         positions = tuple(i for i in operator.activations if tensors[i] is not None)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,14 +24,16 @@ from kernelpress.emit.examples import Example, example_values
 from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.plan import capture
-from kernelpress.emit.quantized import is_quantize
+from kernelpress.emit.quantized import is_quantize, without_fake
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
 from kernelpress.emit.ties import Comparison, compare
 from kernelpress.emit.tolerance import INT8_TOLERANCE, TURNED_SHARE, tolerance_of
+from kernelpress.emit.zeros import zeros_note
 from kernelpress.measure.race import Heat, race
 from kernelpress.ops.calls import packing, prepared
 from kernelpress.ops.layout import PIXELS
 from kernelpress.preserve import outside_modes, own_tensors
+from kernelpress.progress import phases
 from kernelpress.runtime.device_clock import time_graphs
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace import checked_inputs, module_of, trace
@@ -75,7 +76,8 @@ def emit(
     if tolerance is not None and not 0 < tolerance < float("inf"):
         raise ValueError(f"tolerance: expected a positive number, got {tolerance!r}")
     inputs = own_tensors(checked_inputs(model, example_inputs))
-    with outside_modes(model), _progress_bar(progress) as phase:
+    model = without_fake(model)
+    with outside_modes(model), phases(progress) as phase:
         phase("exporting", 1)
         traced = trace(model, inputs, dynamic_batch=dynamic_batch)
         flat = pytree.tree_leaves((inputs, {}))
@@ -98,7 +100,10 @@ def emit(
         def emitted(choices: Sequence[Choice]) -> EmittedModel:
             for nodes in (choice.chosen.nodes for choice in choices if choice.chosen.nodes not in flops):
                 flops[nodes] = _flops(graph_module, nodes, examples, order)
-            places = tuple(_place_record(choice, flops[choice.chosen.nodes], examples, order) for choice in choices)
+            places = tuple(
+                _place_record(choice, flops[choice.chosen.nodes], zeros_note(graph_module, choice), examples, order)
+                for choice in choices
+            )
             body = assemble(graph_module, [choice.chosen for choice in choices])
             record = EmissionRecord(places, device_key(device))
             return EmittedModel(body, record, flat_examples, traced.meta["contract"])
@@ -186,7 +191,7 @@ def _candidates(graph_module: GraphModule) -> list[Candidate]:
 
 
 def _place_record(
-    choice: Choice, flops: int, examples: Mapping[Node, Example], order: Mapping[Node, int]
+    choice: Choice, flops: int, zeros: str, examples: Mapping[Node, Example], order: Mapping[Node, int]
 ) -> PlaceRecord:
     nodes = sorted(choice.chosen.nodes, key=order.__getitem__)
     weighed = [_candidate_record(evaluation) for evaluation in choice.considered]
@@ -197,8 +202,9 @@ def _place_record(
     operations = tuple(node.name for node in nodes)
     modules = tuple(dict.fromkeys(filter(None, map(module_of, nodes))))
     shape = examples[choice.chosen.output].shape
+    reason = "; ".join(filter(None, (choice.reason, zeros)))
     return PlaceRecord(
-        name, operations, shape, flops, choice.chosen.label, choice.reason, choice.milliseconds, tuple(weighed), modules
+        name, operations, shape, flops, choice.chosen.label, reason, choice.milliseconds, tuple(weighed), modules
     )
 
 
@@ -263,26 +269,3 @@ def _refusal(found: Comparison, tolerance: float) -> str | None:
     if found.turned > share:
         return f"{found.turned:.1%} of {found.decision} turned over at ties, above {share:.1%}"
     return None
-
-
-@contextmanager
-def _progress_bar(is_wanted: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
-    """A bar on standard error, if that is a terminal and rich is installed: a function that begins a phase of so many
-    steps and gives the one that counts them."""
-    try:
-        from rich.console import Console
-        from rich.progress import Progress
-    except ImportError:
-        is_wanted = False
-    if not is_wanted:
-        yield lambda name, steps: lambda count: None
-        return
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("")
-
-        def phase(name: str, steps: int) -> Callable[[int], None]:
-            bar.reset(task, description=name, total=steps)
-            return lambda count: bar.advance(task, count)
-
-        yield phase

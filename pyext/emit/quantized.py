@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
-from kernelpress.emit.graph import arguments, constant_tensor, number
+from kernelpress.emit.graph import arguments, constant_tensor, number, value
 from kernelpress.runtime.torch_private import define_quantized_ops as register_quantization
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "quantized_weight",
     "register_quantization",
     "remember_quantized",
+    "spell_out_fake",
+    "without_fake",
 ]
 
 aten = torch.ops.aten
@@ -33,15 +36,25 @@ aten = torch.ops.aten
 NAMESPACE = "quantized_decomposed"
 """Of the operations that stand in such graphs. They are registered by the quantizer, and may be missing without it."""
 
-_MOVES = (
+_WHOLE_MOVES = (
+    aten.channel_shuffle.default,
+    aten.clone.default,
+    aten.contiguous.default,
     aten.flatten.using_ints,
+    aten.permute.default,
     aten.reshape.default,
     aten.squeeze.dim,
     aten.squeeze.dims,
-    aten.permute.default,
     aten.transpose.int,
-    aten.slice.Tensor,
+    aten.unflatten.int,
+    aten.unsqueeze.default,
 )
+"""What gives every element of its one tensor once."""
+
+_MOVES = (*_WHOLE_MOVES, aten.narrow.default, aten.select.int, aten.slice.Tensor)
+
+_SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
+"""Moves that give several tensors, each read by `getitem`."""
 
 _QUANTIZED_WEIGHT = "kernelpress_quantized_weight"
 
@@ -104,6 +117,7 @@ def dequantized(node: Node) -> tuple[Node, Affine] | None:
 def canonicalize_quantization(graph_module: GraphModule) -> None:
     """Rewrites, in place: scales and zero points in constant tensors as numbers, uint8 as int8, and gives each reader
     of a dequantized tensor a dequantization of its own."""
+    spell_out_fake(graph_module)
     graph = graph_module.graph
     nodes = [node for node in graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")]
     for node in nodes:
@@ -111,11 +125,51 @@ def canonicalize_quantization(graph_module: GraphModule) -> None:
     for node in nodes:
         if is_quantize(node):
             _to_int8(node)
-    for node in nodes:
-        if is_quantize(node):
-            _stay_quantized(graph, node)
+    _stay_quantized(graph)
     for node in [node for node in graph.nodes if is_dequantize(node)]:
         _one_for_each_reader(graph, node)
+
+
+def without_fake(model: nn.Module) -> nn.Module:
+    """`model`, or a copy over its tensors without roundings that quantization-aware training leaves: they cannot be
+    exported for batches of any size."""
+    if not isinstance(model, GraphModule) or not any("fake_quantize" in str(node.target) for node in model.graph.nodes):
+        return model
+    graph = Graph()
+    graph.set_codegen(model.graph._codegen)
+    graph.output(graph.graph_copy(model.graph, {}))
+    copied = GraphModule(model, graph)
+    spell_out_fake(copied)
+    copied.recompile()
+    return copied
+
+
+def spell_out_fake(graph_module: GraphModule) -> None:
+    """Writes roundings that quantization-aware training leaves, which give floats, as quantize/dequantize pairs in
+    int8, where they keep its range."""
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if node.target is aten.fake_quantize_per_tensor_affine.default:
+            kind, given = "per_tensor", [*node.args[1:]]
+        elif node.target is aten.fake_quantize_per_channel_affine.default:
+            kind, given = "per_channel", [*node.args[1:]]
+        else:
+            continue
+        if not -128 <= given[-2] <= given[-1] <= 127:
+            continue
+        register_quantization()
+        operations = getattr(torch.ops, NAMESPACE)
+        with graph.inserting_before(node):
+            values = graph.call_function(
+                getattr(operations, f"quantize_{kind}").default, (node.args[0], *given, torch.int8)
+            )
+            result = graph.call_function(
+                getattr(operations, f"dequantize_{kind}").default, (values, *given, torch.int8)
+            )
+        result.meta = dict(node.meta)
+        values.meta = node.meta | ({"val": node.meta["val"].to(torch.int8)} if "val" in node.meta else {})
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
 
 
 def _with_plain_numbers(graph_module: GraphModule, node: Node) -> None:
@@ -143,24 +197,79 @@ def _to_int8(node: Node) -> None:
     node.meta["val"] = node.meta["val"].to(torch.int8)
 
 
-def _stay_quantized(graph: Graph, node: Node) -> None:
-    """Moves values about in int8 where they are only dequantized for it, and then quantized as they were."""
-    moves: list[Node] = []
-    source = node.args[0]
-    while isinstance(source, Node) and source.target in _MOVES and len(source.users) == 1:
-        moves.append(source)
-        source = source.args[0]
-    if not moves or not isinstance(source, Node) or not is_dequantize(source) or len(source.users) != 1:
+def _stay_quantized(graph: Graph) -> None:
+    """Moves values about in int8 wherever they come dequantized or will be quantized, which changes no value: a
+    dequantization goes behind what moves its result, a quantization before what moves the same number of elements;
+    where one meets the other and they agree, both go."""
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            _dequantize_later(graph, node)
+    waiting = [node for node in graph.nodes if affine_of(node) is not None and is_quantize(node)]
+    while waiting:
+        node = waiting.pop()
+        waiting += _quantize_earlier(graph, node)
+    for node in [node for node in graph.nodes if is_quantize(node)]:
+        source = node.args[0]
+        if affine_of(node) is not None and is_dequantize(source) and affine_of(source) == affine_of(node):
+            node.replace_all_uses_with(source.args[0])
+            graph.erase_node(node)
+    for node in [node for node in graph.nodes if is_dequantize(node) and not node.users]:
+        graph.erase_node(node)
+
+
+def _dequantize_later(graph: Graph, node: Node) -> None:
+    """Lets `node`, if it only moves dequantized values, move the int8 ones."""
+    sources = _tensors(node)
+    if not all(is_dequantize(source) and affine_of(source) is not None for source in sources):
         return
-    values: Node = source.args[0]  # type: ignore[assignment]
-    if affine_of(source) is None or affine_of(source) != affine_of(node):
+    first = sources[0] if sources else None
+    is_split = node.target in _SPLITS and all(user.target is operator.getitem for user in node.users)
+    if node.target is aten.cat.default:
+        is_move = len({(affine_of(source), value(source).dtype) for source in sources}) == 1
+    else:
+        is_move = (node.target in _MOVES or is_split) and len(sources) == 1
+    if first is None or not is_move or any(source.args[0].op == "get_attr" for source in sources):  # type: ignore[union-attr]
         return
-    moves[-1].replace_input_with(source, values)
-    for move in moves:
-        move.meta["val"] = move.meta["val"].to(torch.int8)
-    node.replace_all_uses_with(moves[0])
-    for erased in (node, source):
-        graph.erase_node(erased)
+    for source in sources:
+        node.replace_input_with(source, source.args[0])  # type: ignore[arg-type]
+    _hold_int8(node)
+    for moved in list(node.users) if is_split else [node]:
+        if is_split:
+            _hold_int8(moved)
+        with graph.inserting_after(moved):
+            back = graph.node_copy(first, lambda source: source)
+        moved.replace_all_uses_with(back)
+        back.meta = {**moved.meta, "val": value(moved).to(value(first).dtype)}
+        back.args = (moved, *back.args[1:])
+
+
+def _quantize_earlier(graph: Graph, node: Node) -> list[Node]:
+    """Quantizes what `node` quantizes before it is moved there, if it is; the new quantizations."""
+    move = node.args[0]
+    if not isinstance(move, Node) or len(move.users) != 1 or move.target not in (*_WHOLE_MOVES, aten.cat.default):
+        return []
+    found: list[Node] = []
+    for source in _tensors(move):
+        with graph.inserting_before(move):
+            quantize = graph.node_copy(node, lambda source: source)
+        quantize.args = (source, *node.args[1:])
+        quantize.meta = {**source.meta, "val": value(source).to(torch.int8)}
+        move.replace_input_with(source, quantize)
+        found.append(quantize)
+    _hold_int8(move)
+    node.replace_all_uses_with(move)
+    graph.erase_node(node)
+    return found
+
+
+def _tensors(node: Node) -> list[Node]:
+    """What `node` reads, but for sizes."""
+    return [source for source in node.all_input_nodes if isinstance(value(source), Tensor)]
+
+
+def _hold_int8(node: Node) -> None:
+    held = value(node)
+    node.meta["val"] = held.to(torch.int8) if isinstance(held, Tensor) else [part.to(torch.int8) for part in held]
 
 
 def _give(node: Node, **changed: Any) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-__all__ = ["from_plain", "printable"]
+__all__ = ["did_you_mean", "from_plain", "printable"]
 
 T = TypeVar("T")
 
@@ -75,3 +76,9 @@ def _shown(value: Any) -> str:
 def printable(text: str) -> str:
     """`text` without what moves a terminal's cursor or changes its state; line breaks stay."""
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """What ends the message of an error about an unknown word: the known one closest to it, if any is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else ""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kernelpress.runtime.snapshot import Snapshot
 from kernelpress.runtime.torch_private import DisableTorchFunction
 
-__all__ = ["fold", "folded", "is_foldable"]
+__all__ = ["fold", "folded", "is_foldable", "is_hooked"]
 
 
 class _Folded(NamedTuple):
@@ -30,6 +30,11 @@ _cache: WeakKeyDictionary[nn.Module, _Folded] = WeakKeyDictionary()
 def is_foldable(norm: nn.Module | None) -> bool:
     """Whether a norm is absent, or a BatchNorm that applies its running statistics."""
     return norm is None or (isinstance(norm, nn.BatchNorm2d) and not norm.training and norm.running_mean is not None)
+
+
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether calling one of these modules does more than its `forward`, such as computing its weight under a mask."""
+    return any(module._forward_pre_hooks or module._forward_hooks for module in modules)
 
 
 def fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

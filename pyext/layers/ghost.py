@@ -22,7 +22,7 @@ from kernelpress.layers.chain import (
 from kernelpress.layers.common import checked_activation, computes_plainly, make_divisible
 from kernelpress.layers.dense import Conv2d, PointwiseConv2d
 from kernelpress.layers.depthwise import DepthwiseConv2d
-from kernelpress.layers.folding import folded, is_foldable
+from kernelpress.layers.folding import folded, is_foldable, is_hooked
 
 __all__ = ["GhostBottleneck", "GhostModule", "SqueezeExcite"]
 
@@ -271,7 +271,7 @@ def _parts(stage: nn.Module) -> tuple[Any, nn.Module | None]:
 
 def _is_one_op(parts: Sequence[tuple[nn.Module, nn.Module | None]], *activations: Tensor | None) -> bool:
     """Whether an op with the norms folded in can compute these convolutions on the activations, the input first."""
-    if not all(is_foldable(norm) for _, norm in parts):
+    if not all(is_foldable(norm) for _, norm in parts) or is_hooked(*(convolution for convolution, _ in parts)):
         return False
     modules = [module for part in parts for module in part if module is not None]
     if torch.is_grad_enabled() and any(t.requires_grad for module in modules for t in module.parameters()):

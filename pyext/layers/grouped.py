@@ -20,7 +20,7 @@ from kernelpress.layers.common import (
 )
 from kernelpress.layers.dense import explicit_padding
 from kernelpress.layers.depthwise import DepthwiseConv2d
-from kernelpress.layers.folding import folded, is_foldable
+from kernelpress.layers.folding import folded, is_foldable, is_hooked
 from kernelpress.layers.separable import DepthwiseSeparableConv2d, InvertedResidual
 from kernelpress.ops.signature import IntOrPair
 
@@ -184,7 +184,8 @@ class ShuffleUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         norms = (self.compress_norm, self.depthwise_norm, self.expand_norm)
-        if computes_plainly(x, *self.parameters()) or not all(is_foldable(norm) for norm in norms):
+        is_one_by_one = is_hooked(self.compress, self.depthwise, self.expand)
+        if is_one_by_one or computes_plainly(x, *self.parameters()) or not all(map(is_foldable, norms)):
             return self._plain(x)
         hidden = ops.grouped_conv2d(
             *(x, *folded(self.compress, self.compress_norm)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -180,7 +181,7 @@ class Int8Linear(_Int8Layer):
 
 
 class Int8Conv2d(_Int8Layer):
-    """2-D convolution on int8 values, dense (`groups=1`) or depthwise (`groups=in_channels`); padding stands for 0.
+    """2-D convolution on int8 values; padding stands for 0.
 
     `x` is int8 of `input_scale` and `input_zero_point`, or floating and then quantized to them first. The output is
     int8 with an `output_scale`, else `output_dtype` (float32 where None). It is for inference: it has no parameters.
@@ -211,8 +212,8 @@ class Int8Conv2d(_Int8Layer):
         output_dtype: torch.dtype | None = None,
     ) -> None:
         check_padding_mode(padding_mode)
-        if groups not in (1, in_channels):
-            raise ValueError(f"groups: expected 1 or in_channels = {in_channels}, got {groups}")
+        if groups < 1 or in_channels % groups != 0:
+            raise ValueError(f"groups: expected a divisor of in_channels = {in_channels}, got {groups}")
         if out_channels % groups != 0:
             raise ValueError(f"out_channels: expected a multiple of groups = {groups}, got {out_channels}")
         kernel = pair(kernel_size)
@@ -241,7 +242,7 @@ class Int8Conv2d(_Int8Layer):
             input_scale, zero_point: of the activations, as calibration found them.
             options: further keyword arguments of the constructor.
 
-        Raises: `ValueError` where `module` has other groups than 1 or its channels, or pads unevenly.
+        Raises: `ValueError` where `module` pads unevenly.
         """
         check_type(module, nn.Conv2d)
         layer = cls(
@@ -262,9 +263,9 @@ class Int8Conv2d(_Int8Layer):
         return _copy_quantized(module, layer)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        compute = ops.int8_conv2d if self.groups == 1 else ops.int8_depthwise_conv2d
+        is_depthwise = 1 < self.groups == self.in_channels
         assert self.input_scale is not None
-        return compute(
+        return (ops.int8_depthwise_conv2d if is_depthwise else partial(ops.int8_conv2d, groups=self.groups))(
             self._quantized(x),
             self.weight,
             self.weight_scale,

@@ -13,7 +13,7 @@ from kernelpress.layers.chain import NormLayer, copy_stages, has_bias, load_in_o
 from kernelpress.layers.common import checked_activation, computes_plainly
 from kernelpress.layers.dense import PointwiseConv2d
 from kernelpress.layers.depthwise import DepthwiseConv2d
-from kernelpress.layers.folding import folded, is_foldable
+from kernelpress.layers.folding import folded, is_foldable, is_hooked
 from kernelpress.ops.signature import IntOrPair
 
 __all__ = ["DepthwiseSeparableConv2d", "InvertedResidual"]
@@ -44,6 +44,8 @@ class _Block(nn.Module):
 
     def _is_one_op(self, x: Tensor, residual: Tensor | None) -> bool:
         if not all(is_foldable(norm) for _, norm, _ in self._stages()):
+            return False
+        if is_hooked(*(convolution for convolution, _, _ in self._stages())):
             return False
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.parameters()):
             return False

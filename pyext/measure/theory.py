@@ -32,8 +32,8 @@ class Promise:
     is_int8: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.density <= 1:
-            raise ValueError(f"density: expected a share above 0, at most 1, got {self.density}")
+        if not 0 <= self.density <= 1:
+            raise ValueError(f"density: expected a share from 0 to 1, got {self.density}")
 
 
 def layer_flops(module: nn.Module, *inputs: Any) -> dict[str, int]:

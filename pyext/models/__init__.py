@@ -7,7 +7,7 @@ from kernelpress.models.mobilenet_v1 import mobilenet_v1
 from kernelpress.models.mobilenet_v2 import mobilenet_v2
 from kernelpress.models.mobilenet_v3 import mobilenet_v3_large, mobilenet_v3_small
 from kernelpress.models.registry import create, names, published
-from kernelpress.models.resnet import resnet18, resnet20, resnet34, resnet50
+from kernelpress.models.resnet import resnet8, resnet18, resnet20, resnet34, resnet50, resnet56
 from kernelpress.models.shufflenet_v1 import shufflenet_v1
 from kernelpress.models.shufflenet_v2 import shufflenet_v2
 from kernelpress.models.sources import build
@@ -28,10 +28,12 @@ __all__ = [
     "mobilenet_v3_small",
     "names",
     "published",
+    "resnet8",
     "resnet18",
     "resnet20",
     "resnet34",
     "resnet50",
+    "resnet56",
     "shufflenet_v1",
     "shufflenet_v2",
     "squeezenet1_0",

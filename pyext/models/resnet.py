@@ -1,4 +1,4 @@
-"""ResNet-18, -34 and -50 with torchvision's state-dict keys, and ResNet-20 for 32×32 images."""
+"""ResNet-18, -34 and -50 with torchvision's state-dict keys, and ResNet-8, -20 and -56 for 32×32 images."""
 
 from collections.abc import Sequence
 
@@ -16,10 +16,12 @@ __all__ = [
     "CifarResNet",
     "PaddedShortcut",
     "ResNet",
+    "resnet8",
     "resnet18",
     "resnet20",
     "resnet34",
     "resnet50",
+    "resnet56",
 ]
 
 
@@ -197,6 +199,16 @@ def resnet20(*, num_classes: int = 10, in_channels: int = 3, width: int = 16) ->
     return CifarResNet(3, num_classes=num_classes, in_channels=in_channels, width=width)
 
 
+def resnet8(*, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+    """ResNet-8 for 32×32 images, one block a stage: 0.08 M parameters and 12 MMAC at `width` 16."""
+    return CifarResNet(1, num_classes=num_classes, in_channels=in_channels, width=width)
+
+
+def resnet56(*, num_classes: int = 10, in_channels: int = 3, width: int = 16) -> CifarResNet:
+    """ResNet-56 for 32×32 images: 0.85 M parameters and 126 MMAC at `width` 16."""
+    return CifarResNet(9, num_classes=num_classes, in_channels=in_channels, width=width)
+
+
 _PAPER = "He et al. 2016, arXiv 1512.03385"
 _MAPS = (KeyMap("torchvision"),)
 
@@ -210,4 +222,6 @@ ARCHITECTURES = (
     Architecture("resnet34", resnet34, _published(21_797_672, 3.664e9, 73.314), _MAPS),
     Architecture("resnet50", resnet50, _published(25_557_032, 4.089e9, 76.130), _MAPS),
     Architecture("resnet20", resnet20, (Published(_PAPER, 0.27e6, None, "table 6"),)),
+    Architecture("resnet56", resnet56, (Published(_PAPER, 0.85e6, None, "table 6"),)),
+    Architecture("resnet8", resnet8, (Published(_PAPER, None, None, "section 4.2"),)),
 )

@@ -28,6 +28,7 @@ __all__ = [
     "conv_output_size",
     "convolved",
     "describe",
+    "floating_or_int8",
     "one_floating_dtype",
 ]
 
@@ -60,6 +61,16 @@ def one_floating_dtype(names: Sequence[str], tensors: Sequence[TensorSpec | None
         if t is not None and t.dtype != first.dtype:
             raise TypeError(f"{name}: expected the dtype of {names[0]}, {first.dtype}, got {t.dtype}")
     return first.dtype
+
+
+def floating_or_int8(names: Sequence[str], tensors: Sequence[TensorSpec | None], options: Any) -> torch.dtype:
+    """As `one_floating_dtype`, or all int8, of one scale and zero point. Raises `TypeError`."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    if dtypes == {torch.int8}:
+        return torch.int8
+    if torch.int8 in dtypes or not tensors[0].dtype.is_floating_point:  # type: ignore[union-attr]
+        raise TypeError(f"{names[0]}: expected a floating dtype or torch.int8 of all tensors, got {tensors[0].dtype}")  # type: ignore[union-attr]
+    return one_floating_dtype(names, tensors, options)
 
 
 def check_dtype(name: str, t: TensorSpec | None, allowed: Sequence[torch.dtype]) -> None:

@@ -12,13 +12,13 @@ from torch import Tensor
 from kernelpress.kernels import reference
 from kernelpress.ops.backends.cpu import cpu_implementation
 from kernelpress.ops.backends.cuda import cuda_implementation
-from kernelpress.ops.backends.kernel import Kernel, float_vector, window
+from kernelpress.ops.backends.kernel import PLANES, Kernel, float_vector, window
 from kernelpress.ops.backends.onednn import ONEDNN
 from kernelpress.ops.backends.triton import triton_implementation
 from kernelpress.ops.calls import packing
 from kernelpress.ops.calls.dispatch import op
 from kernelpress.ops.checks import TensorSpec, check_depthwise_weight, check_epilogue, check_input, convolved
-from kernelpress.ops.layout import PIXELS
+from kernelpress.ops.layout import DENSE, PIXELS
 from kernelpress.ops.registry import Problem
 from kernelpress.ops.signature import IntOrPair
 
@@ -51,6 +51,21 @@ _CPU = Kernel(
     dtypes=(torch.float32,),
 )
 
+_PLANES = Kernel(
+    "depthwise_planes",
+    lambda options, x, weight, bias, scale, residual: (
+        *(x, packing.filters(weight, scale), packing.vector(bias), residual),
+    ),
+    lambda problem, spacing: (
+        *(problem["x"].shape[0], *problem["x"].shape[2:], problem["x"].shape[1]),
+        *(problem["weight"].shape[0] // problem["x"].shape[1], *problem.shape[2:]),
+        *window(problem["weight"].shape[2:], problem.options),
+    ),
+    layouts=PLANES,
+    dtypes=(torch.float32,),
+    out=DENSE,
+)
+
 _CUDA = Kernel(
     "depthwise_conv2d",
     lambda options, x, weight, bias, scale, residual: (
@@ -70,6 +85,7 @@ _CUDA = Kernel(
         triton_implementation("depthwise", _CUDA),
         cpu_implementation(_CPU),
         ONEDNN,
+        cpu_implementation(_PLANES, "planes"),
     ),
 )
 def depthwise_conv2d(
@@ -93,6 +109,8 @@ def depthwise_conv2d(
         bias, scale: `[C · multiplier]`.
         residual: of the output's shape.
         stride, padding, dilation: pixels, one integer or (height, width).
+
+    Backend `"planes"` is a CPU kernel on contiguous x and residual, and gives contiguous memory.
 
     Returns: `[N, C · multiplier, H_out, W_out]`, channels_last. Other options and errors as of `conv2d`.
     """

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernelpress.kernels import reference
 from kernelpress.ops.backends.cpu import cpu_implementation
 from kernelpress.ops.backends.cuda import cuda_implementation
-from kernelpress.ops.backends.kernel import Kernel, float_vector, tf32_reason, window
+from kernelpress.ops.backends.kernel import Kernel, float_vector, int8_kernel, tf32_reason, window
 from kernelpress.ops.backends.onednn import ONEDNN
 from kernelpress.ops.backends.triton import triton_implementation
 from kernelpress.ops.calls import packing
@@ -26,6 +26,7 @@ from kernelpress.ops.checks import (
     check_input,
     convolved,
     describe,
+    floating_or_int8,
 )
 from kernelpress.ops.grouped_windows import Grouping, grouping_of, windowed_weight
 from kernelpress.ops.layout import PIXELS
@@ -208,15 +209,16 @@ def _shuffle_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, .
 _CONCAT_CUDA = Kernel(
     "shuffle_concat", lambda options, a, b: (a, b), _shuffle_sizes, layouts={"a": PIXELS, "b": PIXELS}
 )
-_CONCAT_CPU = replace(_CONCAT_CUDA, dtypes=(torch.float32,))
+_CONCAT_CPU = replace(_CONCAT_CUDA, dtypes=(torch.float32, torch.int8), specialise=int8_kernel("int8_shuffle_concat"))
 _SHUFFLE_CUDA = Kernel("shuffle_concat", lambda options, x: (x, None), _shuffle_sizes)
-_SHUFFLE_CPU = replace(_SHUFFLE_CUDA, dtypes=(torch.float32,))
+_SHUFFLE_CPU = replace(_SHUFFLE_CUDA, dtypes=_CONCAT_CPU.dtypes, specialise=_CONCAT_CPU.specialise)
 
 
 @op(
     out=PIXELS,
     shape=_shuffle_shape,
     reference=reference.channel_shuffle,
+    dtypes=floating_or_int8,
     implementations=(
         cuda_implementation(_SHUFFLE_CUDA),
         triton_implementation("grouped", _SHUFFLE_CUDA, name="channel_shuffle", operands=lambda options, x: (x,)),
@@ -227,7 +229,7 @@ def channel_shuffle(x: Tensor, *, groups: int, backend: str = "auto") -> Tensor:
     """Channel `i · C / groups + k` becomes channel `k · groups + i` (ShuffleNet, arXiv:1707.01083, Fig. 1).
 
     Args:
-        x: `[N, C, H, W]`; channels_last, or a channel slice of it, is read without a copy.
+        x: `[N, C, H, W]`, floating or int8; channels_last, or a channel slice of it, is read without a copy.
         groups: a divisor of `C`.
 
     Returns: `[N, C, H, W]`, channels_last. Errors as of `conv2d`.
@@ -250,6 +252,7 @@ def _concat_shape(options: Any, a: TensorSpec, b: TensorSpec) -> tuple[int, ...]
     out=PIXELS,
     shape=_concat_shape,
     reference=reference.shuffle_concat,
+    dtypes=floating_or_int8,
     implementations=(
         cuda_implementation(_CONCAT_CUDA),
         triton_implementation("grouped", _CONCAT_CUDA),
@@ -263,7 +266,7 @@ def shuffle_concat(a: Tensor, b: Tensor, *, groups: int = 2, backend: str = "aut
     the next unit splits off the result are channel slices of it, which every op here reads without a copy.
 
     Args:
-        a: `[N, C_a, H, W]`; channels_last, or a channel slice of it, is read without a copy.
+        a: `[N, C_a, H, W]`, floating or int8; channels_last, or a channel slice of it, is read without a copy.
         b: `[N, C_b, H, W]`, likewise.
         groups: a divisor of `C_a + C_b`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kernelpress.kernels import reference
+from kernelpress.ops.backends.cpu import cpu_implementation
 from kernelpress.ops.backends.cuda import CudaDevice, cuda_implementation, data_type, device_of
 from kernelpress.ops.backends.kernel import ROWS_OF_CHANNELS, Kernel, float_vector, window
 from kernelpress.ops.backends.triton import triton_implementation
@@ -21,6 +23,7 @@ from kernelpress.ops.checks import (
     check_activation,
     check_depthwise_weight,
     check_dtype,
+    check_grouped_weight,
     check_input,
     check_vector,
     check_weight,
@@ -35,6 +38,7 @@ from kernelpress.ops.int8_checks import (
     check_residual,
     check_scale,
     check_zero_point,
+    half_reason,
     output_dtype,
 )
 from kernelpress.ops.layout import PIXELS, ROWS
@@ -107,9 +111,7 @@ def _matmul_shape(options: Any, *tensors: Any) -> tuple[int, ...]:
 
 def _conv_shape(options: Any, x: TensorSpec, weight: TensorSpec, *epilogue: Any) -> tuple[int, ...]:
     check_input(x)
-    channels = x.shape[1]
-    because = f"C_in = {channels} channels of x"
-    check_weight("weight", weight, "[C_out, C_in, KH, KW]", (None, channels, None, None), because)
+    check_grouped_weight(x, weight, options.groups)
     return _check_epilogue(options, convolved(x, weight, options), weight, *epilogue)
 
 
@@ -226,6 +228,41 @@ _MATMUL_CUDA = Kernel(
 )
 
 
+def _cpu_reason(problem: Problem) -> str | None:
+    if problem.dtype not in (torch.int8, torch.float32):
+        return f"the kernel gives torch.int8 or torch.float32, not {problem.dtype}"
+    return None
+
+
+def _cpu_constants(
+    options: Any, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, *layout: int
+) -> tuple[Any, ...]:
+    """weight, its sums, scale and bias, as the structs of the CPU begin after x."""
+    sums = packing.packed(weight, None, "int8 sums", _sums)
+    scale = _scale(weight_scale, options.input_scale)
+    return packing.int8_panels(weight, *layout), sums, scale, packing.vector(bias)
+
+
+def _cpu_matmul_operands(options: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
+    x, weight, weight_scale, bias, residual, row_scale, row_zero_point = tensors
+    return (x, *_cpu_constants(options, weight, weight_scale, bias), residual, row_scale, row_zero_point)
+
+
+_MATMUL_CPU = Kernel(
+    "int8_matmul",
+    _cpu_matmul_operands,
+    lambda problem, spacing: (
+        *(math.prod(problem["x"].shape[:-1]), problem["x"].shape[-1], problem["weight"].shape[0]),
+        *(spacing["x"], spacing["residual"], spacing["y"]),
+        *(problem.options.input_zero_point, int(problem.dtype == torch.int8)),
+    ),
+    layouts=ROWS_OF_CHANNELS,
+    supports=lambda problem: _cpu_reason(problem) or _matmul_reason(problem),
+    dtypes=_INT8,
+    scalars=_scalars,
+)
+
+
 @op(
     out=ROWS,
     shape=_matmul_shape,
@@ -235,6 +272,7 @@ _MATMUL_CUDA = Kernel(
     implementations=(
         cuda_implementation(_MATMUL_CUDA),
         triton_implementation("int8", _MATMUL_CUDA, supports=_matmul_reason, options=_triton_options()),
+        cpu_implementation(_MATMUL_CPU),
     ),
 )
 def int8_matmul(
@@ -275,8 +313,15 @@ def int8_matmul(
     """
 
 
+def _groups_reason(problem: Problem) -> str | None:
+    groups = problem.options.groups
+    return None if groups == 1 else f"the kernel has groups = 1, got {groups}"
+
+
 def _conv_reason(problem: Problem) -> str | None:
     shape, options = problem["x"].shape, problem.options
+    if options.groups != 1:
+        return _groups_reason(problem)
     reach = [
         size + 2 * padding + abs(step)
         for size, padding, step in zip(shape[2:], options.padding, options.dilation, strict=True)
@@ -312,6 +357,30 @@ _CONV2D_CUDA = Kernel(
 )
 
 
+def _cpu_conv_operands(options: Any, x: Any, weight: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+    weight_scale, bias, residual = others
+    height, width = weight.shape[2:]
+    runs = height if options.dilation[1] == 1 else height * width  # what lies side by side in a row of pixels
+    return (x, *_cpu_constants(options, weight, weight_scale, bias, runs, options.groups), residual)
+
+
+def _cpu_conv_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
+    weight, options = problem["weight"], problem.options
+    batch, c_in, in_h, in_w = problem["x"].shape
+    _, c_out, out_h, out_w = problem.shape
+    return (
+        *(batch, in_h, in_w, c_in, out_h, out_w, c_out, options.groups),
+        *(spacing["x"], spacing["residual"], spacing["y"]),
+        *(options.input_zero_point, int(problem.dtype == torch.int8)),
+        *window(weight.shape[2:], options),
+    )
+
+
+_CONV2D_CPU = Kernel(
+    "int8_conv2d", _cpu_conv_operands, _cpu_conv_sizes, supports=_cpu_reason, dtypes=_INT8, scalars=_scalars
+)
+
+
 def _padded_operands(options: Any, x: Tensor | None, weight: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
     """With the values of padding, as the Triton kernel reads them."""
     zero_point = options.input_zero_point
@@ -336,7 +405,10 @@ def _windowed_options(problem: Problem) -> dict[str, Any]:
     dtypes=_dtypes,
     implementations=(
         cuda_implementation(_CONV2D_CUDA),
-        triton_implementation("int8", _CONV2D_CUDA, operands=_padded_operands, options=_windowed_options),
+        triton_implementation(
+            "int8", _CONV2D_CUDA, operands=_padded_operands, options=_windowed_options, supports=_groups_reason
+        ),
+        cpu_implementation(_CONV2D_CPU),
     ),
 )
 def int8_conv2d(
@@ -349,6 +421,7 @@ def int8_conv2d(
     stride: IntOrPair = 1,
     padding: IntOrPair = 0,
     dilation: IntOrPair = 1,
+    groups: int = 1,
     input_scale: float = 1.0,
     input_zero_point: int = 0,
     residual_scale: float = 1.0,
@@ -363,10 +436,11 @@ def int8_conv2d(
 
     Args:
         x: `[N, C_in, H, W]` int8; channels_last, or a channel slice of it, is read without a copy.
-        weight: `[C_out, C_in, KH, KW]` int8; weight_scale: `[C_out]` float32.
+        weight: `[C_out, C_in / groups, KH, KW]` int8; weight_scale: `[C_out]` float32.
         bias: `[C_out]` float32.
         residual: of the output's shape and dtype.
         stride, padding, dilation: pixels, one integer or (height, width).
+        groups: the kernels for devices have one alone.
 
     Returns: `[N, C_out, H_out, W_out]`, channels_last. Other options and errors as of `int8_matmul`.
     """
@@ -386,6 +460,20 @@ _DEPTHWISE_CUDA = Kernel(
 )
 
 
+_DEPTHWISE_CPU = replace(
+    _DEPTHWISE_CUDA,
+    operands=lambda options, x, weight, weight_scale, bias, residual: (
+        *(x, packing.int8_depthwise(weight), packing.packed(weight, None, "int8 sums", _sums)),
+        *(_scale(weight_scale, options.input_scale), packing.vector(bias), residual),
+    ),
+    sizes=lambda problem, spacing: (
+        *depthwise_sizes(problem, spacing),
+        *(problem.options.input_zero_point, int(problem.dtype == torch.int8)),
+    ),
+    supports=half_reason,
+)
+
+
 @op(
     out=PIXELS,
     shape=_depthwise_shape,
@@ -399,6 +487,7 @@ _DEPTHWISE_CUDA = Kernel(
             _DEPTHWISE_CUDA,
             options=_triton_options("stride", "padding", "dilation", "input_zero_point"),
         ),
+        cpu_implementation(_DEPTHWISE_CPU),
     ),
 )
 def int8_depthwise_conv2d(

@@ -1,4 +1,4 @@
-"""What the int8 ops share: checks of scales, zero points and output dtypes."""
+"""What the int8 ops share: checks of scales, zero points and output dtypes, and how kernels take them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from kernelpress.ops.checks import TensorSpec, check_same_shape, describe
+from kernelpress.ops.registry import Problem
 
 __all__ = [
     "FLOATS",
@@ -18,7 +19,9 @@ __all__ = [
     "check_residual",
     "check_scale",
     "check_zero_point",
+    "half_reason",
     "output_dtype",
+    "output_scalars",
 ]
 
 INT8_DEPTH_LIMIT = 65536
@@ -60,6 +63,17 @@ def output_dtype(options: Any) -> torch.dtype:
         hint = "; an int8 output needs an output_scale" if wanted == torch.int8 else ""
         raise TypeError(f"output_dtype: expected {' or '.join(map(str, FLOATS))}, got {wanted}{hint}")
     return wanted
+
+
+def output_scalars(problem: Problem) -> tuple[float, float]:
+    """Scale and zero point of the output, which a floating one does not read."""
+    scale = problem.options.output_scale
+    return (1.0 if scale is None else float(scale), float(problem.options.output_zero_point))
+
+
+def half_reason(problem: Problem) -> str | None:
+    """Why the CPU's kernels do not give this output, else None."""
+    return f"the kernel gives torch.float32 or torch.int8, not {problem.dtype}" if problem.dtype in FLOATS[1:] else None
 
 
 def check_residual(residual: TensorSpec | None, shape: Sequence[int], options: Any) -> None:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
+from kernelpress.ops.backends.cpu import cpu_implementation
 from kernelpress.ops.backends.cuda import cuda_implementation, data_type
 from kernelpress.ops.backends.kernel import Kernel
 from kernelpress.ops.backends.triton import triton_implementation
 from kernelpress.ops.calls.dispatch import op
 from kernelpress.ops.checks import TensorSpec, check_activation, check_dtype, describe
-from kernelpress.ops.int8_checks import FLOATS, check_output, check_scale, check_zero_point, output_dtype
-from kernelpress.ops.layout import IMAGES_OR_ROWS, ROWS
+from kernelpress.ops.int8_checks import (
+    FLOATS,
+    check_output,
+    check_scale,
+    check_zero_point,
+    half_reason,
+    output_dtype,
+    output_scalars,
+)
+from kernelpress.ops.layout import IMAGES_ANYHOW_OR_ROWS, IMAGES_OR_ROWS, ROWS
 from kernelpress.ops.registry import Problem
 
 __all__ = ["dequantize", "int8_add", "quantize", "quantize_rows"]
@@ -74,12 +84,30 @@ _EITHER = {"x": IMAGES_OR_ROWS, "other": IMAGES_OR_ROWS}
 _QUANTIZE_CUDA = Kernel("quantize", _as_they_come, _elementwise_sizes, layouts=_EITHER, scalars=_affine_scalars)
 
 
+def _quantize_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
+    """Of an image as it lies; rows are an image of one column."""
+    x, shape = problem["x"], problem.shape
+    if len(shape) == 4:
+        return (*(shape[0], shape[1], *shape[2:]), *x.stride, spacing["y"])
+    rows = math.prod(shape[:-1])
+    return (1, shape[-1], rows, 1, 0, 1, spacing["x"], shape[-1], spacing["y"])
+
+
+_QUANTIZE_CPU = replace(
+    _QUANTIZE_CUDA, sizes=_quantize_sizes, layouts={"x": IMAGES_ANYHOW_OR_ROWS}, dtypes=(torch.float32,)
+)
+
+
 @op(
     out=IMAGES_OR_ROWS,
     shape=_affine_shape,
     reference=reference.quantize,
     dtypes=_quantize_dtypes,
-    implementations=(cuda_implementation(_QUANTIZE_CUDA), triton_implementation("int8_quantize", _QUANTIZE_CUDA)),
+    implementations=(
+        cuda_implementation(_QUANTIZE_CUDA),
+        triton_implementation("int8_quantize", _QUANTIZE_CUDA),
+        cpu_implementation(_QUANTIZE_CPU),
+    ),
 )
 def quantize(x: Tensor, *, scale: float, zero_point: int = 0, backend: str = "auto") -> Tensor:
     """int8 values of a floating tensor, rounded half to even and saturated: `clamp(round(x / scale) + zero_point)`.
@@ -97,6 +125,7 @@ def quantize(x: Tensor, *, scale: float, zero_point: int = 0, backend: str = "au
 _DEQUANTIZE_CUDA = Kernel(
     "dequantize", _as_they_come, _sizes_and_dtype, layouts=_EITHER, dtypes=_INT8, scalars=_affine_scalars
 )
+_DEQUANTIZE_CPU = replace(_DEQUANTIZE_CUDA, sizes=_elementwise_sizes, supports=half_reason)
 
 
 @op(
@@ -104,7 +133,11 @@ _DEQUANTIZE_CUDA = Kernel(
     shape=_affine_shape,
     reference=reference.dequantize,
     dtypes=_dequantize_dtypes,
-    implementations=(cuda_implementation(_DEQUANTIZE_CUDA), triton_implementation("int8_quantize", _DEQUANTIZE_CUDA)),
+    implementations=(
+        cuda_implementation(_DEQUANTIZE_CUDA),
+        triton_implementation("int8_quantize", _DEQUANTIZE_CUDA),
+        cpu_implementation(_DEQUANTIZE_CPU),
+    ),
 )
 def dequantize(
     x: Tensor,
@@ -143,11 +176,16 @@ def _add_scalars(problem: Problem) -> tuple[float, ...]:
     return (
         *(float(options.input_scale), float(options.input_zero_point)),
         *(float(options.other_scale), float(options.other_zero_point)),
-        *(1.0 if options.output_scale is None else float(options.output_scale), float(options.output_zero_point)),
+        *output_scalars(problem),
     )
 
 
 _ADD_CUDA = Kernel("int8_add", _as_they_come, _sizes_and_dtype, layouts=_EITHER, dtypes=_INT8, scalars=_add_scalars)
+_ADD_CPU = replace(
+    _ADD_CUDA,
+    sizes=lambda problem, spacing: (*_elementwise_sizes(problem, spacing), int(problem.dtype == torch.int8)),
+    supports=half_reason,
+)
 
 
 @op(
@@ -155,7 +193,11 @@ _ADD_CUDA = Kernel("int8_add", _as_they_come, _sizes_and_dtype, layouts=_EITHER,
     shape=_add_shape,
     reference=reference.int8_add,
     dtypes=_add_dtypes,
-    implementations=(cuda_implementation(_ADD_CUDA), triton_implementation("int8_quantize", _ADD_CUDA)),
+    implementations=(
+        cuda_implementation(_ADD_CUDA),
+        triton_implementation("int8_quantize", _ADD_CUDA),
+        cpu_implementation(_ADD_CPU),
+    ),
 )
 def int8_add(
     x: Tensor,
@@ -199,7 +241,11 @@ _ROWS_CUDA = Kernel("quantize_rows", _as_they_come, _rows_sizes, layouts={"x": R
     dtypes=_quantize_dtypes,
     further=lambda shape: ((shape[:-1], torch.float32), (shape[:-1], torch.int32)),
     has_gradient=False,
-    implementations=(cuda_implementation(_ROWS_CUDA), triton_implementation("int8_quantize", _ROWS_CUDA)),
+    implementations=(
+        cuda_implementation(_ROWS_CUDA),
+        triton_implementation("int8_quantize", _ROWS_CUDA),
+        cpu_implementation(replace(_ROWS_CUDA, dtypes=(torch.float32,))),
+    ),
 )
 def quantize_rows(x: Tensor, *, symmetric: bool = False, backend: str = "auto") -> tuple[Tensor, Tensor, Tensor]:
     """int8 values of every row of `x` by a scale and a zero point of its own, for `int8_matmul`.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["DENSE", "IMAGES_OR_ROWS", "PIXELS", "ROWS", "Layout", "pixel_stride", "row_stride"]
+__all__ = ["DENSE", "IMAGES_ANYHOW_OR_ROWS", "IMAGES_OR_ROWS", "PIXELS", "ROWS", "Layout", "pixel_stride", "row_stride"]
 
 
 def _channels_last_stride(shape: Sequence[int]) -> tuple[int, ...]:
@@ -95,5 +95,12 @@ IMAGES_OR_ROWS = Layout(
     lambda shape, stride: _by_rank(shape).spacing(shape, stride),
     lambda shape: _by_rank(shape).stride(shape),
     lambda t: _by_rank(t.shape).copy(t),
+)
+IMAGES_ANYHOW_OR_ROWS = Layout(
+    "any or evenly spaced rows",
+    -1,
+    lambda shape, stride: 1 if len(shape) == 4 else ROWS.spacing(shape, stride),
+    IMAGES_OR_ROWS.stride,
+    IMAGES_OR_ROWS.copy,
 )
 DENSE = Layout("contiguous", -1, _rigid, _contiguous_stride, Tensor.contiguous)

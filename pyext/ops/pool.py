@@ -10,9 +10,17 @@ from torch import Tensor
 
 from kernelpress.kernels import reference
 from kernelpress.ops.backends.cpu import cpu_implementation
-from kernelpress.ops.backends.kernel import Kernel
+from kernelpress.ops.backends.kernel import Kernel, int8_kernel
 from kernelpress.ops.calls.dispatch import op
-from kernelpress.ops.checks import TensorSpec, check_image, check_input, check_pair, conv_output_size, describe
+from kernelpress.ops.checks import (
+    TensorSpec,
+    check_image,
+    check_input,
+    check_pair,
+    conv_output_size,
+    describe,
+    floating_or_int8,
+)
 from kernelpress.ops.layout import DENSE, PIXELS
 from kernelpress.ops.registry import Problem
 from kernelpress.ops.signature import IntOrPair
@@ -62,10 +70,22 @@ def _max_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
     )
 
 
-_MAX_CPU = Kernel("max_pool2d", lambda options, x: (x,), _max_sizes, dtypes=(torch.float32,))
+_MAX_CPU = Kernel(
+    "max_pool2d",
+    lambda options, x: (x,),
+    _max_sizes,
+    dtypes=(torch.float32, torch.int8),
+    specialise=int8_kernel("int8_max_pool2d"),
+)
 
 
-@op(out=PIXELS, shape=_max_shape, reference=reference.max_pool2d, implementations=(cpu_implementation(_MAX_CPU),))
+@op(
+    out=PIXELS,
+    shape=_max_shape,
+    reference=reference.max_pool2d,
+    dtypes=floating_or_int8,
+    implementations=(cpu_implementation(_MAX_CPU),),
+)
 def _max_pool2d(
     x: Tensor, *, kernel_size: IntOrPair, stride: IntOrPair, padding: IntOrPair = 0, backend: str = "auto"
 ) -> Tensor:
@@ -83,7 +103,7 @@ def max_pool2d(
     """Largest value under every window; padding counts as −∞, NaN wins.
 
     Args:
-        x: `[N, C, H, W]`; channels_last, or a channel slice of it, is read without a copy.
+        x: `[N, C, H, W]`, floating or int8; channels_last, or a channel slice of it, is read without a copy.
         kernel_size, padding: pixels, one integer or (height, width); the padding at most half of the kernel.
         stride: `kernel_size` where None.
 

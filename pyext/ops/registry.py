@@ -33,6 +33,7 @@ __all__ = [
     "availability",
     "common_device",
     "implementation",
+    "layout_on",
     "operator",
     "operators",
     "problem",
@@ -45,10 +46,20 @@ __all__ = [
     "why_not",
 ]
 
-NATIVE_BACKENDS = ("cpu", "winograd4", "winograd2")
+NATIVE_BACKENDS = ("cpu", "winograd4", "winograd2", "planes")
 """Those that run kernels of the native module `_cpu`, which plans have as steps."""
 
-BACKENDS: tuple[str, ...] = ("cuda", "cudnn", "triton", "cpu", "onednn", "winograd4", "winograd2", "reference")
+BACKENDS: tuple[str, ...] = (
+    "cuda",
+    "cudnn",
+    "triton",
+    "cpu",
+    "onednn",
+    "winograd4",
+    "winograd2",
+    "planes",
+    "reference",
+)
 """Every backend, best first: the order in which an automatic choice tries them."""
 
 ACTIVATION_NAMES = frozenset({"x", "residual", "input_scale", "a", "b", "other", "row_scale", "row_zero_point"})
@@ -71,6 +82,8 @@ class Problem:
     options: Any
     device: str
     allow_tf32: bool
+    layout: Layout
+    """Of the outputs."""
     outputs: tuple[TensorSpec, ...]
 
     def __getitem__(self, name: str) -> TensorSpec:
@@ -100,11 +113,6 @@ class Problem:
     def dtype(self) -> torch.dtype:
         """Of the first output."""
         return self.outputs[0].dtype
-
-    @property
-    def layout(self) -> Layout:
-        """Of the outputs."""
-        return self.operator.out
 
 
 @dataclass(frozen=True)
@@ -283,24 +291,37 @@ def specs_of(tensors: Tensors) -> Specs:
     return tuple([None if t is None else TensorSpec.of(t) for t in tensors])
 
 
-def problem(operator: Operator, tensors: Specs, options: Any, device: str, allow_tf32: bool | None = None) -> Problem:
-    """Check the arguments of a call; `allow_tf32` is by default what torch allows its convolutions.
+def layout_on(operator: Operator, backend: str) -> Layout:
+    """How the outputs of an op lie where that backend is asked for."""
+    entry = operator.on(backend)
+    kernel = None if entry is None else entry.kernel
+    return operator.out if kernel is None or kernel.out is None else kernel.out
+
+
+def problem(
+    operator: Operator,
+    tensors: Specs,
+    options: Any,
+    device: str,
+    allow_tf32: bool | None = None,
+    requested: str = "auto",
+) -> Problem:
+    """Check the arguments of a call that asks for a backend; `allow_tf32` is by default what torch allows its
+    convolutions.
 
     Raises: `ValueError` or `TypeError` naming the bad argument.
     """
     if allow_tf32 is None:
         allow_tf32 = allows_tf32()
     dtype = operator.dtypes(operator.tensors, tensors, options)
-    shape = operator.shape(options, *tensors)
-    outputs = [
-        TensorSpec(size, operator.out.stride(size), of) for size, of in ((shape, dtype), *operator.further(shape))
-    ]
-    return Problem(operator, tensors, options, device, allow_tf32, tuple(outputs))
+    shape, layout = operator.shape(options, *tensors), layout_on(operator, requested)
+    outputs = [TensorSpec(size, layout.stride(size), of) for size, of in ((shape, dtype), *operator.further(shape))]
+    return Problem(operator, tensors, options, device, allow_tf32, layout, tuple(outputs))
 
 
-def problem_of(operator: Operator, tensors: Tensors, options: Any) -> Problem:
+def problem_of(operator: Operator, tensors: Tensors, options: Any, requested: str = "auto") -> Problem:
     """`problem` of a call on these tensors. Raises as that does, and as `common_device`."""
-    return problem(operator, specs_of(tensors), options, common_device(operator, tensors))
+    return problem(operator, specs_of(tensors), options, common_device(operator, tensors), requested=requested)
 
 
 def implementation(problem: Problem, requested: str) -> Implementation:
@@ -326,18 +347,19 @@ def resolve(
     operator: Operator, tensors: Specs, options: Any, device: str, allow_tf32: bool, requested: str
 ) -> tuple[Problem, Implementation]:
     """Check the arguments of a call and choose who runs it. Raises as `problem` and `implementation` do."""
-    checked = problem(operator, tensors, options, device, allow_tf32)
+    checked = problem(operator, tensors, options, device, allow_tf32, requested)
     return checked, implementation(checked, requested)
 
 
 def allocate(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
-    """An empty first output for a call of that op with these arguments: channels_last where it is `[N, C, H, W]`.
+    """An empty first output for a call of that op with these arguments: channels_last where it is `[N, C, H, W]` and
+    the backend gives no other form.
 
     Raises `ValueError` or `TypeError` for a bad argument, as the op does.
     """
     entry = operator(op)
-    tensors, options, _ = entry.signature.bind(args, kwargs)
-    described = problem_of(entry, tensors, options)
+    tensors, options, backend = entry.signature.bind(args, kwargs)
+    described = problem_of(entry, tensors, options, requested_backend(backend))
     return torch.empty_strided(*described.outputs[0][:2], dtype=described.dtype, device=described.device)
 
 
@@ -345,8 +367,11 @@ def why_not(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
     """Backend → why it cannot run this call, None where it can; in the order in which they are tried."""
     entry = operator(op)
     tensors, options, _ = entry.signature.bind(args, kwargs)
-    described = problem_of(entry, tensors, options)
-    return {candidate.backend: candidate.reason_against(described) for candidate in entry.implementations}
+    backends = [candidate.backend for candidate in entry.implementations]
+    described = {name: problem_of(entry, tensors, options, name) for name in backends}
+    return {
+        candidate.backend: candidate.reason_against(described[candidate.backend]) for candidate in entry.implementations
+    }
 
 
 def availability() -> dict[str, dict[str, str | None]]:

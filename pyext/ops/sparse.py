@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from kernelpress.kernels import reference
+from kernelpress.ops.backends.cpu import cpu_implementation
 from kernelpress.ops.backends.cuda import cuda_implementation, data_type
 from kernelpress.ops.backends.kernel import (
     FLOATING,
+    PLANES,
     ROWS_OF_CHANNELS,
     Kernel,
     Likes,
     float_vector,
     tf32_reason,
-    window,
 )
 from kernelpress.ops.backends.triton import triton_implementation
 from kernelpress.ops.calls import packing
@@ -34,11 +35,12 @@ from kernelpress.ops.checks import (
     describe,
     one_floating_dtype,
 )
-from kernelpress.ops.layout import PIXELS, ROWS
+from kernelpress.ops.layout import DENSE, PIXELS, ROWS
 from kernelpress.ops.registry import Problem, Tensors
 from kernelpress.ops.signature import IntOrPair
 from kernelpress.ops.sparse_blocks import check_structure
 from kernelpress.ops.sparse_schedule import longest_segment, make_schedule
+from kernelpress.ops.sparse_walk import channel_dim, images, walk_reason, with_walk
 
 __all__ = ["sparse_conv2d", "sparse_matmul"]
 
@@ -123,22 +125,14 @@ def _check_indices(problem: Problem, tensors: Tensors) -> None:
     assert row_offsets is not None
     assert columns is not None
     assert blocks is not None
-    channels = -(-problem["x"].shape[problem.layout.channels] // blocks.shape[2])
+    channels = -(-problem["x"].shape[channel_dim(problem)] // blocks.shape[2])
     block_columns = channels if _is_matmul(problem) else math.prod(problem.options.kernel_size) * channels
     check_structure(row_offsets, columns, len(blocks), len(row_offsets) - 1, block_columns)
 
 
-def _images(problem: Problem) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Input and output size of an image, and the window; a matrix product has one pixel per row of x."""
-    if _is_matmul(problem):
-        return (1, 1), (1, 1), (1, 1, 1, 1, 0, 0, 1, 1)
-    options = problem.options
-    return tuple(problem["x"].shape[2:]), tuple(problem.shape[2:]), window(options.kernel_size, options)
-
-
 def _pixels(problem: Problem) -> int:
     """Rows of the product."""
-    return math.prod(problem.shape) // problem.shape[problem.layout.channels]
+    return math.prod(problem.shape) // problem.shape[channel_dim(problem)]
 
 
 def _block_reason(problem: Problem) -> str | None:
@@ -152,7 +146,7 @@ def _cuda_reason(problem: Problem) -> str | None:
     reason = _block_reason(problem)
     if reason is not None:
         return reason
-    image, _, (kernel_h, kernel_w, *stride, pad_h, pad_w, dilation_h, dilation_w) = _images(problem)
+    image, _, (kernel_h, kernel_w, *stride, pad_h, pad_w, dilation_h, dilation_w) = images(problem)
     reach = (dilation_h * (kernel_h - 1) + 1 + pad_h, dilation_w * (kernel_w - 1) + 1 + pad_w)
     if max(*image, *reach, *stride) >= _SMALL:
         return "the kernel takes heights, widths, strides and reaches of the window below 2¹⁵"
@@ -178,7 +172,7 @@ def _scheduled(kernel: Kernel, problem: Problem, tensors: Tensors, device: Any) 
     items, splits = schedule.items.to(blocks.device), schedule.splits.to(blocks.device)
 
     def sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
-        (image, out, of_window), channels = _images(problem), problem.layout.channels
+        (image, out, of_window), channels = images(problem), channel_dim(problem)
         return (
             *(pixels // math.prod(out), *image, problem["x"].shape[channels], *out, problem.shape[channels]),
             *(r, c, len(items), len(splits)),
@@ -221,6 +215,17 @@ _CONV2D_TRITON = replace(
 )
 
 
+_CPU = Kernel(
+    "sparse_conv2d",
+    _unscheduled,
+    _unscheduled,
+    supports=walk_reason,
+    dtypes=(torch.float32,),
+    specialise=with_walk,
+    likes=Likes(blocks=((4, 1), (1, 1)), density=0.6, single=0.4),
+)
+
+
 @op(
     out=ROWS,
     shape=_matmul_shape,
@@ -233,6 +238,7 @@ _CONV2D_TRITON = replace(
         triton_implementation(
             "sparse", _CONV2D_TRITON, name="sparse_matmul", layouts=ROWS_OF_CHANNELS, supports=_block_reason
         ),
+        cpu_implementation(replace(_CPU, layouts=ROWS_OF_CHANNELS)),
     ),
 )
 def sparse_matmul(
@@ -277,6 +283,8 @@ def sparse_matmul(
     implementations=(
         cuda_implementation(_CONV2D_CUDA),
         triton_implementation("sparse", _CONV2D_TRITON, supports=_block_reason),
+        cpu_implementation(_CPU),
+        cpu_implementation(replace(_CPU, layouts=PLANES, out=DENSE), "planes"),
     ),
 )
 def sparse_conv2d(
@@ -308,6 +316,8 @@ def sparse_conv2d(
         kernel_size, stride, padding, dilation: pixels, one integer or (height, width).
         out_channels: C_out, where it is not rows · r.
         output_dtype: as of `sparse_matmul`.
+
+    Backend `"planes"` is the CPU kernel on contiguous x and residual, and gives contiguous memory.
 
     Returns: `[N, C_out, H_out, W_out]`, channels_last. Other options and errors as of `conv2d`.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from kernelpress.files.plain import did_you_mean
 from kernelpress.press.recipe import Recipe, RecipeError, recipe_class
 
 __all__ = ["load_recipe"]
@@ -107,11 +107,6 @@ def _dotted(place: tuple[str | int, ...]) -> str:
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).lstrip(".")
 
 
-def _suggestion(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f", did you mean {close[0]!r}?" if close else ""
-
-
 def _known_keys(place: tuple[str | int, ...]) -> list[str]:
     """The keys allowed beside `place`."""
     section: type[BaseModel] = recipe_class()
@@ -137,7 +132,7 @@ def _explain(detail: Mapping[str, Any], lines: Mapping[tuple[str | int, ...], in
     where = f"{file}:{line}" if line else str(file)
     if detail["type"] == "extra_forbidden":
         known = _known_keys(place)
-        return f"{where}: {_dotted(place)}: unknown key{_suggestion(str(place[-1]), known)}; known: {', '.join(known)}"
+        return f"{where}: {_dotted(place)}: unknown key{did_you_mean(str(place[-1]), known)}; known: {', '.join(known)}"
     if detail["type"] == "missing":
         return f"{where}: {_dotted(place)}: this key is required"
     message = str(detail["msg"]).removeprefix("Value error, ")

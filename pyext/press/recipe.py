@@ -110,7 +110,7 @@ class Recipe(Section):
         both = self.model_fields_set & {"compress", *OWN_STEPS} if "steps" in self.model_fields_set else set()
         if both:
             raise ValueError(f"steps: expected either this list or the short form, got {', '.join(sorted(both))} too")
-        is_trained = any(isinstance(step.section, TrainSection) for step in self.run_steps())
+        is_trained = any(step.name in OWN_STEPS and isinstance(step.section, TrainSection) for step in self.run_steps())
         # Other libraries' models may come with weights.
         if self.model.weights is None and ":" not in self.model.name and not is_trained:
             raise ValueError("train: expected this section with epochs above zero, or model.weights to start from")

@@ -7,6 +7,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ Options = TypeVar("Options", bound=Section)
 @dataclass
 class PassContext(Generic[Options]):
     """What a pass may look at: its options, batches to train and to test on, images as example inputs, the seed of the
-    run, the dense model and the weights of earlier steps."""
+    run, the dense model and the weights of earlier steps. `progress`: whether to show how far it is."""
 
     options: Options
     train_loader: DataLoader[Any]
@@ -34,6 +35,9 @@ class PassContext(Generic[Options]):
     load_step: Callable[[str], nn.Module] = field(repr=False)
     """The model as the step of this id left it; raises `ValueError` for a step that is no earlier one."""
     dense_step: str
+    checkpoint_dir: Path
+    """A folder of the step's own, for what an interrupted run is to go on from; it goes once the step is finished."""
+    progress: bool = True
 
     @cached_property
     def teacher(self) -> nn.Module:

@@ -50,7 +50,7 @@ def report_of(run: Run) -> Report:
         pressed=PRODUCT,
         points=points,
         passes=_readings(run, results),
-        layers=_layers(results[run.dense]["layers"], measured, emission),
+        layers=_layers(results[run.dense]["layers"], results[last.before]["passes"], measured, emission),
         emission=emission,
         requirements=_requirements(recipe, comparison, points),
         step_seconds={id: record.seconds for id, record in run.records.items()},
@@ -86,9 +86,12 @@ def _readings(run: Run, results: Mapping[str, dict[str, Any]]) -> dict[str, Read
     return {s.id: known[s.name].read(_records(results[s.id])[-1]) for s in run.steps if s.name in known}
 
 
-def _layers(layers: list[str], measured: dict[str, Any], emission: EmissionRecord) -> tuple[LayerRealisation, ...]:
-    """What runs in the place of each dense layer; nothing where they were weighed but the original model was kept."""
-    if measured["dense_record"] is None or emission.kept_original:
+def _layers(
+    layers: list[str], passes: list[dict[str, Any]], measured: dict[str, Any], emission: EmissionRecord
+) -> tuple[LayerRealisation, ...]:
+    """What runs in the place of each dense layer; nothing where the original model was kept or another one built."""
+    is_rebuilt = any(change["kind"] == "rebuilt" for record in passes for change in record["changes"])
+    if measured["dense_record"] is None or emission.kept_original or is_rebuilt:
         return ()
     dense = EmissionRecord.from_json(measured["dense_record"])
     return layer_realisations(dense, emission, layers, measured["layer_flops"])

@@ -29,6 +29,11 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @property
+    def chooses_by_time(self) -> bool:
+        """Whether the step decides by times, so that on another device it would decide otherwise."""
+        return False
+
 
 class DataSection(Section):
     """Where images come from: `digits`, or a folder with a sub-folder of images for each class."""
@@ -37,6 +42,8 @@ class DataSection(Section):
     test_folder: Path | None = None
     """Images to test on; without it, `test_fraction` of those in the source folder."""
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    train_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of the training images that is used, drawn by the seed."""
     image_size: Annotated[int, Field(ge=1)] = 32
     batch_size: Annotated[int, Field(ge=1)] = 64
     workers: Annotated[int, Field(ge=0)] = 0
@@ -56,13 +63,14 @@ class ModelSection(Section):
 class TrainSection(Section):
     """Settings of `kernelpress.compress.finetune`."""
 
-    epochs: Annotated[int, Field(ge=0)]
-    lr: Annotated[float, Field(gt=0)] = 0.05
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    epochs: Annotated[int, Field(ge=0, description="passes over the training images")]
+    lr: Annotated[float, Field(gt=0, description="highest learning rate")] = 0.05
+    weight_decay: Annotated[float, Field(ge=0, description="of weights; norms and biases are spared")] = 1e-4
+    optimizer: Annotated[Literal["sgd", "adamw"], Field(description="SGD has Nesterov momentum")] = "sgd"
+    momentum: Annotated[float, Field(ge=0, lt=1, description="of SGD")] = 0.9
+    warmup: Annotated[float, Field(ge=0, lt=1, description="part of all steps over which lr rises")] = 0.05
+    label_smoothing: Annotated[float, Field(ge=0, lt=1, description="of cross-entropy")] = 0.0
+    bn_l1: Annotated[float, Field(ge=0, description="weight of the sum of BatchNorm's |γ| (network slimming)")] = 0.0
 
 
 class EmitSection(Section):
@@ -71,6 +79,11 @@ class EmitSection(Section):
     batch: Annotated[int, Field(ge=1)] = 1
     threads: Annotated[int, Field(ge=1)] | None = None
     """Torch's number of threads; as it is unless given."""
+
+    @property
+    def chooses_by_time(self) -> bool:
+        """Emission times candidates."""
+        return True
 
 
 class MeasureSection(Section):

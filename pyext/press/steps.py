@@ -61,7 +61,9 @@ class Run:
     def classes(self) -> tuple[str, ...]:
         """The names of the classes."""
         dataset: Any = self.loaders[0].dataset
-        return tuple(getattr(dataset, "dataset", dataset).classes)
+        while isinstance(dataset, Subset):
+            dataset = dataset.dataset
+        return tuple(dataset.classes)
 
     @cached_property
     def architecture(self) -> nn.Module:
@@ -98,7 +100,7 @@ def depends_on(step: RunStep, recipe: Recipe) -> list[Any]:
     section = step.section.model_dump(mode="json")
     if step.id == START:
         return [section, recipe.seed, recipe.data.model_dump(mode="json")]
-    return [step.name, section, *([device_key(torch.device("cpu"))] if step.name == "emit" else [])]
+    return [step.name, section, *([device_key(torch.device("cpu"))] if step.section.chooses_by_time else [])]
 
 
 def do(run: Run, step: RunStep, key: str) -> dict[str, Any]:
@@ -122,10 +124,7 @@ def _train(run: Run, step: RunStep, key: str) -> dict[str, Any]:
     """Trains the model, going on from where an interrupted run stopped under the same key."""
     assert isinstance(step.section, TrainSection)
     model = run.model(step.before)
-    checkpoints = run.folder.path / "checkpoints" / f"{step.id}-{key}"
-    for stale in checkpoints.parent.glob(f"{step.id}-*"):
-        if stale != checkpoints:
-            shutil.rmtree(stale, ignore_errors=True)
+    checkpoints = _checkpoints(run, step, key)
     result = compress.finetune(
         model,
         run.loaders[0],
@@ -139,14 +138,34 @@ def _train(run: Run, step: RunStep, key: str) -> dict[str, Any]:
     return _keep(run, step, model) | {"history": [asdict(epoch) for epoch in result.history]}
 
 
-def _compress(run: Run, step: RunStep, _: str) -> dict[str, Any]:
+def _checkpoints(run: Run, step: RunStep, key: str) -> Path:
+    """Where a step keeps what it goes on from after an interruption, without what it kept under other keys."""
+    folder = run.folder.path / "checkpoints" / f"{step.id}-{key}"
+    for stale in folder.parent.glob(f"{step.id}-*"):
+        if stale != folder:
+            shutil.rmtree(stale, ignore_errors=True)
+    return folder
+
+
+def _compress(run: Run, step: RunStep, key: str) -> dict[str, Any]:
     before = run.model(step.before)
     earlier = len(compress.record_of(before))
     torch.manual_seed(run.recipe.seed)
-    context = PassContext(step.section, *run.loaders, (run.images(1),), run.recipe.seed, run.model, run.dense)
+    checkpoint_dir = _checkpoints(run, step, key)
+    context = PassContext(
+        step.section,
+        *run.loaders,
+        (run.images(1),),
+        run.recipe.seed,
+        run.model,
+        run.dense,
+        checkpoint_dir,
+        progress=run.progress,
+    )
     model = known_passes()[step.name].run(before, context)
     if len(compress.record_of(model)) != earlier + 1:
         raise RuntimeError(f"{step.name}: expected the pass to add its record to the model that it returns")
+    shutil.rmtree(checkpoint_dir, ignore_errors=True)
     run.tell("  " + compress.record_of(model)[-1].costs())
     return _keep(run, step, model)
 
@@ -267,4 +286,8 @@ def _loaders(recipe: Recipe) -> tuple[DataLoader[Any], DataLoader[Any]]:
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(recipe.seed)).tolist()
             held_out = max(1, round(section.test_fraction * len(order)))
             train, test = Subset(images, order[held_out:]), Subset(plain, order[:held_out])
+    if section.train_fraction < 1:
+        count = len(train)
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(recipe.seed)).tolist()
+        train = Subset(train, order[: max(1, round(section.train_fraction * count))])
     return data.loaders(train, test, batch_size=section.batch_size, workers=section.workers)

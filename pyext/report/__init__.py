@@ -3,6 +3,8 @@
 from kernelpress.report.html import render_html, render_json
 from kernelpress.report.networks import Accuracy, NetworkComparison, render_networks
 from kernelpress.report.record import (
+    Curve,
+    Curves,
     LayerRealisation,
     Reading,
     Report,
@@ -15,6 +17,8 @@ from kernelpress.report.record import (
 
 __all__ = [
     "Accuracy",
+    "Curve",
+    "Curves",
     "LayerRealisation",
     "NetworkComparison",
     "Reading",

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kernelpress.report.record import StepPoint
+from kernelpress.report.record import Curves, StepPoint
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Point", "accuracy_figure", "scatter"]
+__all__ = ["Point", "accuracy_figure", "curves_figure", "scatter"]
 
 INK = "#1d2433"
 MUTED = "#8a93a6"
@@ -62,6 +62,36 @@ def accuracy_figure(points: Sequence[StepPoint], *, against: str) -> str:
         if (cost := point.latency_ms if against == "latency" else point.flops * 1e-6) is not None
     ]
     return scatter(shown, "latency [ms]" if against == "latency" else "MFLOP per image", "test accuracy [%]")
+
+
+def curves_figure(figure: Curves) -> str:
+    """Lines with their spread as bars, named beside their ends."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(STYLE):
+        drawn = Figure(figsize=(7.2, 4.2), layout="constrained")
+        axes = drawn.subplots()
+        colours = mpl.colormaps["tab20" if len(figure.curves) > 10 else "tab10"]
+        for index, curve in enumerate(figure.curves):
+            x, y, low, high = zip(*curve.points, strict=True)
+            spread = [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+            bars = spread if any(map(any, spread)) else None
+            axes.errorbar(
+                x, y, yerr=bars, label=curve.name, color=colours(index % 20), marker="o", markersize=4, capsize=3
+            )
+        if figure.percent_left:
+            axes.set_xscale("log")
+            axes.invert_xaxis()
+            ticks = sorted({point[0] for curve in figure.curves for point in curve.points})
+            axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+            axes.minorticks_off()
+        axes.set_title(figure.title, fontsize=12)
+        axes.set_xlabel(figure.x_label)
+        axes.set_ylabel(figure.y_label)
+        axes.grid()
+        axes.legend(fontsize=8, ncols=1 + len(figure.curves) // 8)
+        return _as_uri(drawn)
 
 
 def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from kernelpress.measure.units import ABSENT, count_text, latency_text, memory_text, ratio_text
 from kernelpress.report.bars import latency_bars, realisation_bars
-from kernelpress.report.figures import accuracy_figure
+from kernelpress.report.figures import accuracy_figure, curves_figure
 from kernelpress.report.record import Report
 
 __all__ = ["render_html", "render_json", "rendered"]
@@ -42,6 +42,9 @@ def render_html(report: Report) -> str:
         latencies=latency_bars(comparison, report.pressed),
         realisations=realisation_bars(report.layers),
         figures={against: accuracy_figure(report.points, against=against) for against in ("latency", "flops")},
+        pictures={
+            step: [(f.title, curves_figure(f)) for f in reading.figures] for step, reading in report.passes.items()
+        },
         recipe_text=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
     )
 

@@ -16,6 +16,8 @@ from kernelpress.measure import Comparison
 from kernelpress.measure.theory import nearest_layer
 
 __all__ = [
+    "Curve",
+    "Curves",
     "LayerRealisation",
     "Reading",
     "Report",
@@ -42,13 +44,33 @@ class StepPoint:
 
 
 @dataclass(frozen=True)
+class Curve:
+    """A line of a figure: points (x, y, least y, largest y), the last two alike where nothing spreads."""
+
+    name: str
+    points: tuple[tuple[float, float, float, float], ...]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """A figure of lines; `percent_left` has x as a share in %, on a logarithmic axis that falls to the right."""
+
+    title: str
+    x_label: str
+    y_label: str
+    curves: tuple[Curve, ...]
+    percent_left: bool = False
+
+
+@dataclass(frozen=True)
 class Reading:
-    """What one pass did: a line, a table of what it changed under `header`, and remarks."""
+    """What one pass did: a line, a table of what it changed under `header`, remarks, figures."""
 
     headline: str
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     remarks: tuple[str, ...]
+    figures: tuple[Curves, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Loads the native modules: `_cpu`, which gets its instruction set and torch's own thread pool, and `_cuda`.
 
-`KERNELPRESS_CPU=avx512|avx2|baseline` picks another instruction set than the widest that this processor runs.
+`KERNELPRESS_CPU=avx512_vnni|avx512|avx2_vnni|avx2|baseline` picks another instruction set than the widest that this
+processor runs.
 """
 
 from __future__ import annotations

@@ -50,6 +50,7 @@ __all__ = [
     "any_requires_grad",
     "assert_async",
     "check_value",
+    "conv2d_forward",
     "current_raw_stream",
     "define_quantized_ops",
     "disable_current_modes",
@@ -100,6 +101,7 @@ assert_async = torch._assert_async  # raises once the tensor is known to be zero
 
 # Kinds of tensors and modules that tests ask for, and products that benchmarks measure beside ours.
 BatchNorm = nn.modules.batchnorm._BatchNorm
+conv2d_forward = nn.Conv2d._conv_forward
 TensorBase = torch._C.TensorBase
 DisableTorchFunction = torch._C.DisableTorchFunction  # no function modes within
 neg_view = torch._neg_view
@@ -162,6 +164,7 @@ def optimization_hint(size: torch.SymInt | int) -> int:
 
 ATTRIBUTES = {
     "_backward_hooks": nn.Module,
+    "_backward_pre_hooks": nn.Module,
     "_buffers": nn.Module,  # `named_buffers(recurse=False)` makes a list at each call
     "_cdata": torch.UntypedStorage,  # the storage itself; `data_ptr()` is 0 for every empty one
     "_conv_forward": nn.Conv2d,  # what other layers share with it

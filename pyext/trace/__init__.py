@@ -123,12 +123,23 @@ def checked_inputs(model: nn.Module, example_inputs: Any) -> tuple[Any, ...]:
 
 
 def module_of(node: Node) -> str:
-    """Qualified name of the module whose `forward` ran `node` (`""` is the model itself); for `get_attr`, its owner."""
+    """Qualified name of the module whose `forward` ran `node` (`""` is the model itself); for `get_attr`, its owner.
+
+    In the graph of a graph, whose modules hold parameters and run nothing, it is the owner of the parameters read.
+    """
     if node.op == "get_attr":
         return str(node.target).rpartition(".")[0]
     stack = node.meta.get("nn_module_stack") or {}
     names = [entry[0] for entry in stack.values()]
-    return str(names[-1]).split("@")[0] if names else ""
+    path = str(names[-1]).split("@")[0] if names else ""
+    return path or next(filter(None, map(_owner_of_constant, node.all_input_nodes)), "")
+
+
+def _owner_of_constant(node: Node) -> str:
+    """The owner of the parameter that `node` reads, or computes from constants alone."""
+    if node.op != "get_attr" and not all(source.op == "get_attr" for source in node.all_input_nodes):
+        return ""
+    return next((str(n.target).rpartition(".")[0] for n in (node, *node.all_input_nodes) if n.op == "get_attr"), "")
 
 
 def parameter_name(node: Any) -> str | None:

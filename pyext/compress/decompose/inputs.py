@@ -14,7 +14,7 @@ from kernelpress.compress.decompose.chains import Geometry, joined
 from kernelpress.compress.decompose.factorizations import composed
 from kernelpress.compress.record import record_of
 from kernelpress.preserve import evaluation
-from kernelpress.runtime.torch_private import pytree
+from kernelpress.runtime.torch_private import conv2d_forward, pytree
 
 __all__ = ["Layer", "inspect", "patch_values", "second_moments"]
 
@@ -25,7 +25,7 @@ PROBE = 1 << 24
 CHUNK = 1 << 24
 """Values of patches at a time."""
 PLAIN_ERROR = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
-Layers = (nn.Linear, nn.modules.conv._ConvNd)
+Layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(eq=False)
@@ -148,7 +148,7 @@ def _is_plain(module: Any, x: Tensor, output: Tensor) -> bool:
     if isinstance(module, nn.Linear):
         plain = F.linear(x, module.weight, module.bias)
     else:
-        plain = nn.Conv2d._conv_forward(module, x, module.weight, module.bias)
+        plain = conv2d_forward(module, x, module.weight, module.bias)
     bound = PLAIN_ERROR.get(plain.dtype, 1e-4)
     lost = (plain - output).nan_to_num() if plain.shape == output.shape else plain
     return bool(lost.norm() <= bound * plain.nan_to_num().norm())

@@ -69,7 +69,8 @@ def _shuffle_groups(node: Node) -> int | None:
     if node.target is not aten.channel_shuffle.default or len(shape(node) or ()) != 4:
         return None
     groups = arguments(node)["groups"]
-    return groups if value(node).is_floating_point() and isinstance(groups, int) else None
+    is_value = value(node).is_floating_point() or value(node).dtype == torch.int8
+    return groups if is_value and isinstance(groups, int) else None
 
 
 def concatenated(node: Node) -> list[Node]:

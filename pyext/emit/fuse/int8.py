@@ -12,12 +12,13 @@ from torch.fx import GraphModule, Node
 
 from kernelpress.emit.canonical import activation_of
 from kernelpress.emit.fuse.match import Match
+from kernelpress.emit.fuse.pools import averaged_image, max_window
 from kernelpress.emit.fuse.stages import Stage
 from kernelpress.emit.graph import arguments, constant_node, constant_tensor, only_user, shape, value
 from kernelpress.emit.quantized import Affine, affine_of, dequantized, is_dequantize, is_quantize, quantized_weight
 from kernelpress.ops.int8_checks import FLOATS
 
-__all__ = ["int8_layers", "int8_sums", "quantizers"]
+__all__ = ["int8_layers", "int8_pools", "int8_sums", "quantizers"]
 
 aten = torch.ops.aten
 
@@ -78,6 +79,22 @@ def int8_sums(node: Node) -> Iterator[Match]:
     yield Match("int8_add", summed.nodes, summed.output, given | summed.arguments)
 
 
+def int8_pools(node: Node) -> Iterator[Match]:
+    """The mean over all pixels of a dequantized image, or its largest values, quantized as the image was."""
+    window, image = max_window(node), averaged_image(node)
+    source = _dequantized(node.args[0]) if window is not None or image is not None else None
+    if source is None or value(node).dtype not in FLOATS:
+        return
+    x, affine = source
+    end = _end(frozenset({node, node.args[0]}), node)  # type: ignore[arg-type]
+    if image is not None:
+        given = {"x": x, "input_scale": affine.scale, "input_zero_point": affine.zero_point}
+        given["keepdim"] = len(shape(node) or ()) == 4
+        yield Match("int8_global_avg_pool2d", end.nodes, end.output, given | end.arguments)
+    elif window is not None and affine_of(end.output) == affine:
+        yield Match("max_pool2d", end.nodes, end.output, {"x": x, **window})
+
+
 def _dequantized(argument: Any) -> tuple[Node, Affine] | None:
     return dequantized(argument) if isinstance(argument, Node) else None
 
@@ -97,7 +114,7 @@ def int8_layers(graph_module: GraphModule, stages: list[Stage]) -> Iterator[Matc
     known: dict[tuple[Node, Node | None], dict[str, Any]] = {}
     for stage in stages:
         source = _dequantized(stage.x)
-        if source is None or stage.kind not in _OPS or stage.geometry.get("groups", 1) != 1:
+        if source is None or stage.kind not in _OPS:
             continue
         if quantized_weight(stage.weight) is None or value(stage.output).dtype not in FLOATS:
             continue
@@ -108,7 +125,6 @@ def int8_layers(graph_module: GraphModule, stages: list[Stage]) -> Iterator[Matc
         whole = replace(stage, nodes=stage.nodes | {stage.x})
         end = _with_residual(whole)
         given: dict[str, Any] = {"x": x, **known[key], **stage.geometry}
-        given.pop("groups", None)
         given |= {"input_scale": affine.scale, "input_zero_point": affine.zero_point, "activation": stage.activation}
         yield Match(_OPS[stage.kind], end.nodes, end.output, given | end.arguments)
 

@@ -16,7 +16,8 @@ class Match:
 
     `arguments` are the op's by name; graph nodes among them are its inputs. `parts` counts the layers fused into one:
     1 for a convolution with its epilogue, 2 for a separable convolution, 3 for an inverted residual. The arguments
-    `flattened` are [N, C, 1, 1] in the graph, [N, C] in the op.
+    `flattened` are [N, C, 1, 1] in the graph, [N, C] in the op. Of a sparse layer `density` is the fraction of its
+    weights that are not zero, `pattern` the blocks that it takes them in.
     """
 
     op: str
@@ -25,3 +26,5 @@ class Match:
     arguments: dict[str, Any]
     parts: int = 1
     flattened: tuple[str, ...] = ()
+    pattern: str = ""
+    density: float = 1.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -11,7 +12,7 @@ from kernelpress.emit.fuse.match import Match
 from kernelpress.emit.fuse.stages import pair
 from kernelpress.emit.graph import arguments, only_user, shape, value
 
-__all__ = ["averaged_image", "pools"]
+__all__ = ["averaged_image", "max_window", "pools"]
 
 aten = torch.ops.aten
 
@@ -22,16 +23,9 @@ def pools(node: Node) -> Iterator[Match]:
     """The pool that `node` is, or begins."""
     if node.op != "call_function":
         return
-    if node.target is aten.max_pool2d.default:
-        given = arguments(node)
-        if not given["ceil_mode"] and pair(given["dilation"]) == [1, 1] and len(shape(node) or ()) == 4:
-            kernel = pair(given["kernel_size"])
-            sizes = {
-                "kernel_size": kernel,
-                "stride": pair(given["stride"] or kernel),
-                "padding": pair(given["padding"]),
-            }
-            yield Match("max_pool2d", frozenset({node}), node, {"x": given["self"], **sizes})
+    window = max_window(node)
+    if window is not None:
+        yield Match("max_pool2d", frozenset({node}), node, {"x": node.args[0], **window})
         return
     x = averaged_image(node)
     if x is None:
@@ -42,6 +36,17 @@ def pools(node: Node) -> Iterator[Match]:
     flat = only_user(node)
     if flat is not None and flat.target in FLATTENS and flat.args[0] is node and shape(flat) == (shape(node) or ())[:2]:
         yield Match("global_avg_pool2d", frozenset({node, flat}), flat, {"x": x})
+
+
+def max_window(node: Node) -> dict[str, Any] | None:
+    """The options of `max_pool2d` if it can stand for `node`, else None."""
+    if node.target is not aten.max_pool2d.default:
+        return None
+    given = arguments(node)
+    if given["ceil_mode"] or pair(given["dilation"]) != [1, 1] or len(shape(node) or ()) != 4:
+        return None
+    kernel = pair(given["kernel_size"])
+    return {"kernel_size": kernel, "stride": pair(given["stride"] or kernel), "padding": pair(given["padding"])}
 
 
 def averaged_image(node: Node) -> Node | None:

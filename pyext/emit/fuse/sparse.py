@@ -35,23 +35,38 @@ def sparse_layers(graph_module: GraphModule, stages: list[Stage]) -> Iterator[Ma
             size = {"out_channels": size["out_features"], "kernel_size": list(shape(stage.weight)[2:])}  # type: ignore[index]
         for weight in known[key]:
             given = {"x": stage.x, **weight, "bias": stage.bias, "residual": stage.residual, **geometry, **size}
-            yield Match(op, stage.nodes, stage.output, given | {"activation": stage.activation})
+            r, c = weight["blocks"].meta["val"].shape[1:]
+            found = given | {"activation": stage.activation}
+            yield Match(op, stage.nodes, stage.output, found, pattern=f"{r}×{c}", density=_density(graph_module, stage))
 
 
-def _worth_trying(op: str) -> dict[tuple[int, int], float]:
-    """Blocks that our kernels of an op like, with the largest density that any of them likes at."""
+def _worth_trying(op: str, device: str) -> dict[tuple[int, int], float]:
+    """Blocks that our kernels of an op like on devices of that type, with the largest density that any of them likes
+    at."""
     found: dict[tuple[int, int], float] = {}
-    for likes in (kernel.likes for kernel in registry.operator(op).kernels()):
-        for block in likes.blocks:
-            found[block] = max(likes.density, found.get(block, 0.0))
+    for entry in registry.operator(op).implementations:
+        if entry.kernel is None or (entry.backend in registry.NATIVE_BACKENDS) != (device == "cpu"):
+            continue
+        for block in entry.kernel.likes.blocks:
+            found[block] = max(entry.kernel.likes.density, found.get(block, 0.0))
     return found
+
+
+def _weight(graph_module: GraphModule, stage: Stage) -> torch.Tensor:
+    weight: torch.Tensor = attribute(graph_module, str(stage.weight.target))
+    return weight.detach()
+
+
+def _density(graph_module: GraphModule, stage: Stage) -> float:
+    """The fraction of weights that are not zero."""
+    weight = _weight(graph_module, stage)
+    return int(weight.count_nonzero()) / max(weight.numel(), 1)
 
 
 def _block_weights(graph_module: GraphModule, stage: Stage, op: str) -> Iterator[dict[str, Any]]:
     """The arguments of the op that are the weight, as constants of the graph."""
-    weight: torch.Tensor = attribute(graph_module, str(stage.weight.target)).detach()
-    density = int(weight.count_nonzero()) / max(weight.numel(), 1)
-    for block, limit in _worth_trying(op).items():
+    weight, density = _weight(graph_module, stage), _density(graph_module, stage)
+    for block, limit in _worth_trying(op, weight.device.type).items():
         if density > limit:
             continue
         matrix = weight if weight.dim() == 2 else conv_matrix(weight, block[1])
@@ -60,6 +75,6 @@ def _block_weights(graph_module: GraphModule, stage: Stage, op: str) -> Iterator
             continue
         parts = {"row_offsets": blocks.row_offsets, "columns": blocks.columns, "blocks": blocks.blocks}
         yield {
-            name: constant_node(graph_module, f"{stage.weight.target}_{name}_{block[0]}", part, stage.weight)
+            name: constant_node(graph_module, f"{stage.weight.target}_{name}_{block[0]}x{block[1]}", part, stage.weight)
             for name, part in parts.items()
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from kernelpress.kernels.reference import ACTIVATIONS
 from kernelpress.ops.calls import packing, prepared
-from kernelpress.ops.layout import PIXELS, ROWS, Layout
+from kernelpress.ops.layout import DENSE, PIXELS, ROWS, Layout
 from kernelpress.ops.registry import Candidates, Implementation, Problem, Run, Tensors
 
 __all__ = [
     "FLOATING",
     "IMAGES",
+    "PLANES",
     "ROWS_OF_CHANNELS",
     "Arguments",
     "Kernel",
@@ -30,6 +31,7 @@ __all__ = [
     "float_vector",
     "implementation",
     "index_of",
+    "int8_kernel",
     "laid_out",
     "new_outputs",
     "operands_of",
@@ -47,16 +49,18 @@ Layouts = Mapping[str, Layout]
 Words = tuple[int | float, ...]
 
 IMAGES: Layouts = {"x": PIXELS, "residual": PIXELS}
+PLANES: Layouts = {"x": DENSE, "residual": DENSE}
 ROWS_OF_CHANNELS: Layouts = {"x": ROWS, "residual": ROWS}
 
 
 @dataclass(frozen=True)
 class Likes:
     """Where a kernel is worth trying: rows and columns of blocks, best first, and the largest fraction of blocks that
-    are not all zero, above which skipping the others has never paid."""
+    are not all zero, above which skipping the others has never paid; `single` is that of blocks of one weight."""
 
     blocks: tuple[tuple[int, int], ...] = ()
     density: float = 1.0
+    single: float = 1.0
 
 
 def _nothing(*_: Any) -> tuple[Any, ...]:
@@ -85,6 +89,7 @@ class Kernel:
     workspace: `(problem, device)` → bytes that it may write while it runs, enough for every configuration.
     specialise: `(kernel, problem, tensors, device)` → the kernel for the values of these parameters.
     options: `problem` → options by name, those of the op where it is not given.
+    out: how outputs lie, where not as the op says; it then runs only where it is asked for.
     input_limit: `(options, *tensors)` → magnitude of x from which on intermediate sums may overflow, though the result
         may not; of a kernel that mixes inputs, so that what is not finite spreads to outputs that do not depend on it.
     """
@@ -101,6 +106,7 @@ class Kernel:
     family: str = ""
     options: Callable[[Problem], dict[str, Any]] = lambda problem: problem.options._asdict()
     likes: Likes = Likes()
+    out: Layout | None = None
     input_limit: Callable[..., float] | None = None
 
 
@@ -148,6 +154,8 @@ def why_not(kernel: Kernel, problem: Problem, target: Target) -> str | None:
     x = problem.first
     if x.dtype not in kernel.dtypes:
         return f"the kernel takes {' or '.join(map(str, kernel.dtypes))}, got {x.dtype}"
+    if kernel.out is not None and problem.layout is not kernel.out:
+        return f"it gives {kernel.out.name} memory: it runs where it is asked for"
     return kernel.supports(problem)
 
 
@@ -193,6 +201,15 @@ def bits(number: float) -> int:
     """A scalar as the words of `_cpu` have it: the bits of a double."""
     word: int = struct.unpack("q", struct.pack("d", number))[0]
     return word
+
+
+def int8_kernel(name: str) -> Callable[[Kernel, Problem, Tensors, Any], Kernel]:
+    """For `Kernel.specialise`: where x is int8, the kernel is the one of this name, with the same words."""
+
+    def specialise(kernel: Kernel, problem: Problem, tensors: Tensors, device: Any) -> Kernel:
+        return replace(kernel, name=name) if problem.first.dtype == torch.int8 else kernel
+
+    return specialise
 
 
 def window(kernel: Sequence[int], options: Any) -> tuple[int, ...]:

@@ -39,11 +39,12 @@ def see_through(operator: Operator, library: Library) -> None:
 
         if custom_triton_ops_decomposition_disabled() or not all(issubclass(t, _TRACED_TYPES) for t in types):
             return mode.__torch_dispatch__(op, types, args, kwargs)
-        tensors, options, requested = operator.signature.bind(args, kwargs)
+        tensors, options, backend = operator.signature.bind(args, kwargs)
+        requested = registry.requested_backend(backend)
         device, specs = registry.common_device(operator, tensors), registry.specs_of(tensors)
         hinted = tuple(None if spec is None else _hinted(spec) for spec in specs)
-        problem = registry.problem(operator, hinted, options, device)
-        chosen = registry.implementation(problem, registry.requested_backend(requested))
+        problem = registry.problem(operator, hinted, options, device, requested=requested)
+        chosen = registry.implementation(problem, requested)
         if chosen.backend != "triton":
             return mode.__torch_dispatch__(op, types, args, kwargs)
         with mode:

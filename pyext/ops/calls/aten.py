@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from kernelpress.ops.backends.kernel import bits
-from kernelpress.ops.calls.elementwise import elementwise
+from kernelpress.ops.calls.elementwise import elementwise, int8_copy
 from kernelpress.ops.calls.steps import NativeCall
 from kernelpress.ops.layout import pixel_stride
 from kernelpress.runtime import native
@@ -60,13 +60,15 @@ def aten_call(
     target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor, activation: str = "identity"
 ) -> NativeCall | None:
     """A call of a kernel that writes an operator's result, with `activation` applied to it, into `out`, a float32
-    tensor of the result's shape; None where no kernel computes it.
+    tensor of the result's shape, or an int8 one of a copy; None where no kernel computes it.
 
     Of operators that are made of several calls it is one of `parts_of`.
     """
     make = _CALLS.get(target)
     tensors = (out, *(t for t in args if isinstance(t, Tensor)))
     if native.cpu() is None or make is None or out.numel() == 0 or not all(map(_is_plain, tensors)):
+        return None
+    if any(t.dtype != out.dtype for t in tensors) or (out.dtype == torch.int8 and make is not _copied):
         return None
     if activation != "identity" and not is_elementwise(target):
         return None
@@ -137,7 +139,12 @@ class _Call:
 
 
 def _is_plain(t: Tensor) -> bool:
-    return t.dtype == torch.float32 and t.layout == torch.strided and t.device.type == "cpu" and not t.is_neg()
+    return (
+        t.dtype in (torch.float32, torch.int8)
+        and t.layout == torch.strided
+        and t.device.type == "cpu"
+        and not t.is_neg()
+    )
 
 
 def _sum(call: _Call) -> NativeCall | None:
@@ -188,12 +195,12 @@ def _activated(call: _Call) -> NativeCall | None:
 
 def _copied(call: _Call) -> NativeCall | None:
     """The elements of the first argument in their order, whatever the shape; a number everywhere."""
-    x = call.args[0]
+    x, y = call.args[0], call.out
     if not isinstance(x, Tensor):
-        return elementwise(call.out, scale=float(x))
-    if call.out.shape == x.shape:
-        return elementwise(call.out, x)
-    return elementwise(call.out.view(x.shape), x) if call.out.is_contiguous() else None
+        return elementwise(y, scale=float(x)) if y.dtype == torch.float32 else None
+    if y.shape != x.shape and not y.is_contiguous():
+        return None
+    return elementwise(y.view(x.shape), x) if y.dtype == torch.float32 else int8_copy(y.view(x.shape), x)
 
 
 def _nearest(call: _Call) -> NativeCall | None:

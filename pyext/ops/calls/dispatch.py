@@ -142,8 +142,8 @@ def _register_kernels(operator: Operator) -> None:
         return prepared.run(operator, *operator.signature.bind(args, kwargs))
 
     def fake(*args: Any, **kwargs: Any) -> Any:
-        tensors, options, _ = operator.signature.bind(args, kwargs)
-        described = registry.problem_of(operator, tensors, options)
+        tensors, options, backend = operator.signature.bind(args, kwargs)
+        described = registry.problem_of(operator, tensors, options, registry.requested_backend(backend))
         x = tensors[0]
         made = [x.new_empty_strided(shape, stride, dtype=dtype) for shape, stride, dtype in described.outputs]
         return tuple(made) if len(made) > 1 else made[0]

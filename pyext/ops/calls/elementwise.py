@@ -1,4 +1,4 @@
-"""Calls of the kernel `elementwise`: arithmetic and copies of tensors that lie anyhow."""
+"""Calls of the kernels `elementwise` and `int8_copy`: arithmetic and copies of tensors that lie anyhow."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor
 from kernelpress.ops.backends.kernel import activation_index, bits
 from kernelpress.ops.calls.steps import NativeCall
 
-__all__ = ["elementwise", "merged_dims"]
+__all__ = ["elementwise", "int8_copy", "merged_dims"]
 
 MOST_DIMS = 6
-"""Of the kernel, `kMostDims`."""
+"""Of the kernels, `kMostDims`."""
 
 Operand = Tensor | None
 
@@ -44,6 +44,16 @@ def elementwise(
         *map(bits, (scale, c_scale, shift)),
     ]
     return NativeCall("elementwise", tuple(words), tuple(t for t in (*operands, y) if t is not None))
+
+
+def int8_copy(y: Tensor, x: Tensor) -> NativeCall | None:
+    """`y = x` of int8 tensors of one shape; None where the dimensions are too many."""
+    dims = merged_dims(y.shape, (x.stride(), y.stride()))
+    if len(dims) > MOST_DIMS:
+        return None
+    dims = [(1, (0, 0))] * (MOST_DIMS - len(dims)) + dims
+    words = (*(size for size, _ in dims), *(stride[i] for i in range(2) for _, stride in dims))
+    return NativeCall("int8_copy", (x.data_ptr(), y.data_ptr(), *words), (x, y))
 
 
 def merged_dims(shape: Sequence[int], strides: Sequence[Sequence[int]]) -> list[tuple[int, tuple[int, ...]]]:

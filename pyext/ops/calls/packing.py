@@ -28,7 +28,10 @@ __all__ = [
     "contiguous",
     "depthwise",
     "depthwise_copy",
+    "filters",
     "forget",
+    "int8_depthwise",
+    "int8_panels",
     "narrow_groups",
     "packed",
     "packed_bytes",
@@ -192,6 +195,47 @@ def _to_vectors(weight: Tensor, lanes: int) -> Tensor:
     return long_lived_copy(padded.reshape(-1, lanes, *weight.shape[1:]).permute(0, 3, 4, 2, 1))
 
 
+def int8_panels(weight: Tensor, runs: int = 1, groups: int = 1) -> Tensor:
+    """`[C_out, C_in / groups(, KH, KW)]` int8 → one dimension, group by group: the panels that `Int8Packing` in
+    `args.h` describes, of the depth `[KH, KW, C_in / groups]` in so many `runs`, each padded by zeros to whole groups
+    of inputs."""
+    packing = native.cpu().int8_packing()
+    layout = ("int8 panels", packing, runs, groups)
+    return packed(weight, None, layout, lambda w: _to_int8_panels(w, runs, groups, *packing))
+
+
+def _to_int8_panels(weight: Tensor, runs: int, groups: int, outputs: int, lanes: int, inputs: int) -> Tensor:
+    rows = weight if weight.dim() == 2 else weight.permute(0, 2, 3, 1)
+    rows = rows.reshape(groups, len(weight) // groups, runs, -1)
+    rows = pad(rows, (0, -rows.shape[3] % inputs, 0, 0, 0, -rows.shape[1] % lanes)).flatten(2)
+    whole = rows.shape[1] // outputs * outputs
+    panels = []
+    for part in (rows[:, :whole], rows[:, whole:]):
+        if part.numel():
+            width = min(outputs, part.shape[1])
+            panels.append(part.reshape(groups, -1, width, rows.shape[2] // inputs, inputs).transpose(2, 3).flatten(1))
+    return long_lived_copy(torch.cat(panels, 1).flatten())
+
+
+def int8_depthwise(weight: Tensor) -> Tensor:
+    """`[C, 1, KH, KW]` int8 → `[blocks, ceil(KH / inputs), KW, inputs, lanes, inputs]` in the order of
+    `simd_interleave.h`, zero-padded; int16 where `dot` takes two inputs at once."""
+    _, lanes, inputs = native.cpu().int8_packing()
+    return packed(weight, None, ("int8 depthwise", lanes, inputs), lambda w: _to_interleaved(w, lanes, inputs))
+
+
+def _to_interleaved(weight: Tensor, lanes: int, inputs: int) -> Tensor:
+    channels, _, height, width = weight.shape
+    block = lanes * inputs
+    rest, half = channels % block, block // 2
+    padded = pad(weight[:, 0], (0, 0, 0, -height % inputs, 0, -channels % block))
+    if 0 < rest <= half:  # the last block's other half computes the next output row
+        padded[-half:] = padded[-block:-half]
+    parts = padded.reshape(-1, lanes // 4, inputs, 4, padded.shape[1] // inputs, inputs, width)
+    values = parts.permute(0, 4, 6, 2, 1, 3, 5)
+    return long_lived_copy(values if inputs == 4 else values.to(torch.int16))
+
+
 def depthwise(weight: Tensor, scale: Tensor | None) -> Tensor:
     """`[C · multiplier, 1, KH, KW]` → `[KH, KW, C · multiplier]`."""
     return packed(weight, scale, "depthwise", depthwise_copy)
@@ -200,6 +244,11 @@ def depthwise(weight: Tensor, scale: Tensor | None) -> Tensor:
 def depthwise_copy(weight: Tensor) -> Tensor:
     """`depthwise` of a weight, not kept."""
     return _copy(weight[:, 0].permute(1, 2, 0))
+
+
+def filters(weight: Tensor, scale: Tensor | None) -> Tensor:
+    """A weight that lies as it came, scaled: a contiguous copy."""
+    return packed(weight, scale, "filters", _copy)
 
 
 def vector(t: Tensor | None) -> Tensor | None:

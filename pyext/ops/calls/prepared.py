@@ -23,7 +23,7 @@ from kernelpress.ops.registry import (
 from kernelpress.runtime import native
 from kernelpress.runtime.snapshot import Snapshot, is_in_memory
 
-__all__ = ["Prepared", "attempt", "clear", "panel_width", "prepare", "recall", "run"]
+__all__ = ["Prepared", "attempt", "clear", "prepare", "recall", "run", "variant"]
 
 _LIMIT = 8192
 _NO_GPU = -1
@@ -42,13 +42,13 @@ _Key = tuple[Any, ...]
 _calls: dict[_Key, Prepared] = {}
 _lock = threading.Lock()
 _cpu, _reads_tensors = native.cpu(), native.load().reads_tensors
-panel_width: Callable[[], int] = _cpu.panel_width if _cpu else int
-"""What weights are packed for: it follows the instruction set in use."""
+variant: Callable[[], str] = _cpu.variant if _cpu else str
+"""The instruction set in use, which weights are packed for."""
 
 
 def _key(operator: Operator, tensors: Tensors, options: tuple[Any, ...], requested: str) -> _Key:
-    """Parameters by identity, activations by form and device, packing by panel width: all small, quick to compare."""
-    key = [operator, requested, options, panel_width(), *map(id, tensors)]
+    """Parameters by identity, activations by form and device, packing by instruction set: small, quick to compare."""
+    key = [operator, requested, options, variant(), *map(id, tensors)]
     device = _NO_GPU
     for index in operator.activations:
         t = tensors[index]

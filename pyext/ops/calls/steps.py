@@ -34,7 +34,8 @@ def _bound(
     operator = registry.operator(op)
     tensors, options, backend = operator.signature.bind(args, kwargs)
     native_backend = backend if backend in registry.NATIVE_BACKENDS else "cpu"
-    return registry.problem_of(operator, tensors, options), tensors, operator.on(native_backend)
+    problem = registry.problem_of(operator, tensors, options, native_backend)
+    return problem, tensors, operator.on(native_backend)
 
 
 def native_reason(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor | None = None) -> str | None:

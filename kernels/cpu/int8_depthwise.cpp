@@ -1,0 +1,250 @@
+// int8 depthwise convolution, channels_last.     y[n, p, q, o] = epilogue(Σ_rs (x[n, p·S-P+r·D, q·S-P+s·D, o/m] − z) · w[r, s, o])
+//
+//      x                       staged rows of one block of channels          one column: kGroup rows, interleaved,
+//   ┌────────┐            ▒▒ 0 1 2 3 … ▒▒   ▒ = padding, the zero point      is an operand of `dot` for every output it is under
+//   │  block │  ───▶      ▒▒ 0 1 2 3 … ▒▒
+//   └────────┘            ▒▒ 0 1 2 3 … ▒▒   ──▶  acc₀ acc₁ acc₂ ──▶ y   sums roll along a row: the oldest is finished at every step
+//
+// Each input row of a block is staged once, in a ring, as `dot` reads it (simd_int8.h): borders, ragged channels and a channel multiplier
+// end there. With VNNI a 3×3 window is three products an output vector; rows that a window lacks meet weights of zero. Where no more than
+// half a block of channels is left, its other half computes the same channels of the next output row.
+//
+// Weights: [blocks][ceil(kernel_h / kGroup)][kernel_w][kGroup vectors][kLanes][kGroup rows], int8 with VNNI, else int16.
+// bound: shuffles and products in cache. One task: a run of output rows of one block of one image.
+#include <algorithm>
+#include <type_traits>
+
+#include "args.h"
+#include "int8_epilogue.h"
+#include "simd_interleave.h"
+#include "runtime.h"
+
+namespace kernelpress::KERNELPRESS_ISA {
+namespace {
+
+using Weight = std::conditional_t<kHasVnni, int8_t, int16_t>;
+constexpr int64_t kWeightBlock = kBlock * kGroup;  // of one column of kGroup rows
+constexpr int64_t kRowsWorthATask = 4;
+constexpr int64_t kHalf = kBlock / 2;
+
+// What a block of channels is computed with; vectors in the order of simd_interleave.h.
+struct Block {
+  const Weight* weight;
+  int64_t first, channels;
+  bool is_paired;  // channel kHalf + c is channel c, one output row below
+  alignas(64) int32_t initial[kBlock];  // what the offset of staged values adds up to
+  alignas(64) float scale[kBlock], bias[kBlock];
+  bool is_plain;  // bounded bytes without a residual
+};
+
+Block block_of(const Int8DepthwiseConv2dArgs& a, const Int8Epilogue& epilogue, int64_t index) {
+  const int64_t groups = ceil_div(a.window.kernel_h, kGroup);
+  Block b;
+  b.weight = reinterpret_cast<const Weight*>(a.weight) + index * groups * a.window.kernel_w * kWeightBlock;
+  b.first = index * kBlock;
+  b.channels = minimum(kBlock, a.channels * a.multiplier - b.first);
+  b.is_paired = b.channels <= kHalf;
+  b.is_plain = !epilogue.residual && epilogue.gives_bounded_bytes(b.first, b.channels, a.window.kernel_h * a.window.kernel_w);
+  for (int at = 0; at < kBlock; ++at) {
+    const int64_t c = b.is_paired ? channel_at(at) % kHalf : channel_at(at);
+    const bool is_there = c < b.channels;
+    const int32_t sum = is_there ? a.weight_sums[b.first + c] : 0;
+    b.initial[at] = kHasVnni ? -(128 + static_cast<int32_t>(a.input_zero_point)) * sum : 0;
+    b.scale[at] = is_there ? a.scale[b.first + c] : 0.0f;
+    b.bias[at] = is_there && a.bias ? a.bias[b.first + c] : 0.0f;
+  }
+  return b;
+}
+
+// What stands for 0.
+Staged padding_of(const Int8DepthwiseConv2dArgs& a) { return static_cast<Staged>(kHasVnni ? a.input_zero_point + 128 : 0); }
+
+// A row of a block, in halves where it is paired; `x` is null outside of the image. Values beyond the channels are any: what `stage`
+// writes behind them is written over by what comes next.
+void stage_row(const Int8DepthwiseConv2dArgs& a, const Block& b, const int8_t* const (&x)[2], int64_t columns, Staged* to) {
+  const int parts = b.is_paired ? 2 : 1;
+  const int64_t size = kBlock / parts;
+  for (int64_t w = 0; w < columns; ++w) {
+    const int64_t column = w - a.window.pad_w;
+    for (int part = 0; part < parts; ++part, to += size) {
+      if (!x[part] || column < 0 || column >= a.in_w) {
+        std::fill(to, to + size, padding_of(a));
+        continue;
+      }
+      const int8_t* from = x[part] + column * a.x_stride;
+      int8_t widened[kBlock];
+      if (a.multiplier != 1) {
+        for (int64_t i = 0; i < b.channels; ++i) widened[i] = from[(b.first + i) / a.multiplier];
+      }
+      stage(to, a.multiplier == 1 ? from + b.first : widened, b.channels, static_cast<int32_t>(a.input_zero_point));
+    }
+  }
+}
+
+struct Target {
+  const Int8Epilogue& epilogue;
+  const Block& block;
+  int64_t pixel;  // of the row's first output
+  int64_t below;  // pixels from there to the row that a paired block computes as well, 0 without one
+
+  KP_INLINE void finish(const Ints (&sums)[kGroup], int64_t q) const {
+    if (__builtin_expect(block.is_plain, 1)) {
+      Ints steps[kGroup];
+#pragma GCC unroll 4
+      for (int j = 0; j < kGroup; ++j) {
+        const Vec value = fma_rounded_once(to_floats(sums[j]), load(block.scale + j * kLanes), load(block.bias + j * kLanes));
+        steps[j] = rounded(value * epilogue.inverse_scale);
+      }
+      int8_t* y = static_cast<int8_t*>(epilogue.y) + (pixel + q) * epilogue.y_stride + block.first;
+      if (below) return store_halves(y, y + below * epilogue.y_stride, steps, epilogue.bytes, block.channels);
+      return store_block(y, steps, epilogue.bytes, block.channels);
+    }
+    Ints spilled[kGroup];  // so that the sums themselves have no address and stay in registers
+#pragma GCC unroll 4
+    for (int j = 0; j < kGroup; ++j) spilled[j] = sums[j];
+    finish_any(spilled, q);
+  }
+
+  __attribute__((noinline)) void finish_any(const Ints (&sums)[kGroup], int64_t q) const {
+    int32_t ordered[kBlock];
+    in_order(sums, ordered);
+    for (int64_t c = 0; c < block.channels; c += kLanes) {
+      epilogue.finish(to_floats(load_ints(ordered + c)), pixel + q, block.first + c, block.channels - c);
+      if (below) epilogue.finish(to_floats(load_ints(ordered + kHalf + c)), pixel + below + q, block.first + c, block.channels - c);
+    }
+  }
+};
+
+KP_INLINE void start(const Block& b, Ints (&sums)[kGroup]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < kGroup; ++j) sums[j] = load_ints(b.initial + j * kLanes);
+}
+
+KP_INLINE void add_products(const Ints (&values)[kGroup], const Weight* weight, Ints (&sums)[kGroup]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < kGroup; ++j) {
+    dot(sums[j], values[j], load_ints(reinterpret_cast<const int32_t*>(weight + j * kLanes * kGroup)));
+  }
+}
+
+// A row of `count` outputs under kKernel × kKernel windows. Step t adds columns t · kStride … to the windows that they are under,
+// sums[i] being that of output t − i.
+template <int kKernel, int kStride>
+__attribute__((noinline)) void roll_row(const Block& block, const Staged* const* rows, int64_t count, const Target& target) {
+  constexpr int kGroups = (kKernel + kGroup - 1) / kGroup, kLive = (kKernel + kStride - 1) / kStride;
+  const Staged* grouped[kGroups][kGroup];
+  for (int g = 0; g < kGroups; ++g) {
+    for (int r = 0; r < kGroup; ++r) grouped[g][r] = rows[minimum(g * kGroup + r, kKernel - 1)];
+  }
+  Ints sums[kLive][kGroup];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLive; ++i) start(block, sums[i]);
+  for (int64_t t = 0; t < count + kLive - 1; ++t) {
+#pragma GCC unroll 2
+    for (int e = 0; e < kStride; ++e) {
+#pragma GCC unroll 4
+      for (int g = 0; g < kGroups; ++g) {
+        Ints values[kGroup];
+        interleave(grouped[g], (t * kStride + e) * kBlock, values);
+#pragma GCC unroll 8
+        for (int i = 0; i < kLive; ++i) {
+          const int s = i * kStride + e;
+          if (s < kKernel) add_products(values, block.weight + (g * kKernel + s) * kWeightBlock, sums[i]);
+        }
+      }
+    }
+    if (t >= kLive - 1) target.finish(sums[kLive - 1], t - (kLive - 1));
+#pragma GCC unroll 8
+    for (int i = kLive - 1; i > 0; --i) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kGroup; ++j) sums[i][j] = sums[i - 1][j];
+    }
+    start(block, sums[0]);
+  }
+}
+
+void row_of_any_window(const Window& window, const Block& block, const Staged* const* rows, int64_t count, const Target& target) {
+  const int64_t groups = ceil_div(window.kernel_h, kGroup);
+  for (int64_t q = 0; q < count; ++q) {
+    Ints sums[kGroup];
+    start(block, sums);
+    for (int64_t g = 0; g < groups; ++g) {
+      const Staged* grouped[kGroup];
+      for (int r = 0; r < kGroup; ++r) grouped[r] = rows[minimum(g * kGroup + r, window.kernel_h - 1)];
+      for (int64_t s = 0; s < window.kernel_w; ++s) {
+        Ints values[kGroup];
+        interleave(grouped, (q * window.stride_w + s * window.dilation_w) * kBlock, values);
+        add_products(values, block.weight + (g * window.kernel_w + s) * kWeightBlock, sums);
+      }
+    }
+    target.finish(sums, q);
+  }
+}
+
+template <int kKernel>
+bool roll(const Window& w, const Block& block, const Staged* const* rows, int64_t count, const Target& target) {
+  if (w.kernel_h != kKernel || w.kernel_w != kKernel || w.dilation_w != 1 || w.stride_w > 2) return false;
+  if (w.stride_w == 1) roll_row<kKernel, 1>(block, rows, count, target);
+  else roll_row<kKernel, 2>(block, rows, count, target);
+  return true;
+}
+
+// Staged columns of a row, those included that a rolling row reads ahead.
+int64_t staged_columns(const Int8DepthwiseConv2dArgs& a) {
+  return (a.out_w - 1) * a.window.stride_w + a.window.reach_w() + a.window.stride_w;
+}
+
+// Output rows [begin, end) of one block of one image.
+void rows_of_block(const Int8DepthwiseConv2dArgs& a, const Int8Epilogue& epilogue, int64_t image, int64_t index, int64_t begin, int64_t end) {
+  const Window& window = a.window;
+  const Block block = block_of(a, epilogue, index);
+  const int64_t columns = staged_columns(a), reach = window.reach_h(), step = block.is_paired ? 2 : 1;
+  const int64_t row_size = (columns + 1) * kBlock;  // `stage` writes behind the last column
+  const int64_t pointers = ceil_div(window.kernel_h * static_cast<int64_t>(sizeof(const Staged*)), sizeof(float));
+  float* scratch = thread_scratch(round_up(pointers, 16) + ceil_div((reach + 1) * row_size * static_cast<int64_t>(sizeof(Staged)), sizeof(float)));
+  const Staged** rows = reinterpret_cast<const Staged**>(scratch);
+  Staged* ring = reinterpret_cast<Staged*>(scratch + round_up(pointers, 16));
+  Staged* outside = ring + reach * row_size;
+  std::fill(outside, outside + row_size, padding_of(a));
+  const int8_t* x = a.x + image * a.in_h * a.in_w * a.x_stride;
+  const auto row_at = [&](int64_t h) { return h >= 0 && h < a.in_h ? x + h * a.in_w * a.x_stride : nullptr; };
+  const auto staged_at = [&](int64_t h) {
+    const bool is_there = row_at(h) || (block.is_paired && row_at(h + window.stride_h));
+    return is_there ? ring + (h + window.pad_h) % reach * row_size : nullptr;
+  };
+  Target target{epilogue, block, 0, 0};
+  for (int64_t p = begin, made = -window.pad_h; p < end; p += step) {
+    const int64_t top = p * window.stride_h - window.pad_h;
+    for (int64_t h = maximum(made, top); h < top + reach; ++h) {
+      Staged* to = staged_at(h);
+      if (!to) continue;
+      stage_row(a, block, {row_at(h), row_at(h + window.stride_h)}, columns, to);
+    }
+    made = maximum(made, top + reach);
+    for (int64_t r = 0; r < window.kernel_h; ++r) {
+      const Staged* found = staged_at(top + r * window.dilation_h);
+      rows[r] = found ? found : outside;
+    }
+    target.pixel = (image * a.out_h + p) * a.out_w;
+    target.below = block.is_paired && p + 1 < end ? a.out_w : 0;
+    const bool rolled = roll<3>(window, block, rows, a.out_w, target) || roll<5>(window, block, rows, a.out_w, target) ||
+                        roll<7>(window, block, rows, a.out_w, target);
+    if (!rolled) row_of_any_window(window, block, rows, a.out_w, target);
+  }
+}
+
+}  // namespace
+
+void int8_depthwise_conv2d(const Int8DepthwiseConv2dArgs& a) {
+  const Int8Epilogue epilogue(a);
+  const int64_t blocks = ceil_div(a.channels * a.multiplier, kBlock), planes = a.batch * blocks, threads = thread_count();
+  const int64_t cuts = planes % threads == 0 ? 1 : maximum(1, minimum(threads, a.out_h / kRowsWorthATask));
+  parallel(planes * cuts, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t plane = task / cuts, cut = task % cuts;
+      rows_of_block(a, epilogue, plane / blocks, plane % blocks, a.out_h * cut / cuts, a.out_h * (cut + 1) / cuts);
+    }
+  });
+}
+
+}  // namespace kernelpress::KERNELPRESS_ISA
