@@ -28,7 +28,8 @@ SETTLE_CALLS = 3
 
 @dataclass(frozen=True)
 class Row:
-    """One network: best round's median of each plan in ms, places that run int8, and ‖y − y₀‖ ÷ ‖y₀‖ of its output."""
+    """One network: best round's median of each plan in ms, places that run int8, none
+    where emission kept the simulation in float, and ‖y − y₀‖ ÷ ‖y₀‖ of its output."""
 
     model: str
     float_ms: float
@@ -64,10 +65,10 @@ def measure(name: str, rounds: int, iterations: int) -> Row:
         timeit.repeat(call, number=1, repeat=SETTLE_CALLS)
         medians[kind].append(statistics.median(timeit.repeat(call, number=1, repeat=iterations)) * 1e3)
     exact, rounded = (plans[kind](x) for kind in ("float", "int8"))
-    places = emitted["int8"].record.places
-    in_int8 = sum("int8" in place.choice for place in places)
+    record = emitted["int8"].record
+    in_int8 = 0 if record.kept_original else sum("int8" in place.choice for place in record.places)
     error = float((rounded - exact).norm() / exact.norm())
-    return Row(name, min(medians["float"]), min(medians["int8"]), in_int8, len(places), error)
+    return Row(name, min(medians["float"]), min(medians["int8"]), in_int8, len(record.places), error)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

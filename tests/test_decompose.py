@@ -220,7 +220,7 @@ class TestRanks:
             ({"rank": float("nan")}, r"rank: expected a share"),
             ({"rank": "evbmf"}, r"rank: expected an integer, .* 'energy', 'vbmf', 'flops', 'sensitivity', got 'evbmf'"),
             ({"rank": {"layer": 3}}, r"rank: Sequential has no module named 'layer'"),
-            ({"ignore": ["00"]}, r"ignore: Sequential has no module named '00'; did you mean '0'\?"),
+            ({"ignore": ["00"]}, r"ignore: Sequential has no module named '00', did you mean '0'\?"),
             ({"method": "tucker"}, r"method: expected one of 'svd', .*'auto', got 'tucker'"),
             ({"energy": 0}, r"energy: expected a share in \(0, 1\], got 0"),
             ({"round_to": 0}, r"round_to: expected a positive integer, got 0"),

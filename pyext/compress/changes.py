@@ -14,18 +14,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
 from torch.nn.utils import prune
 
 from kernelpress.compress.masks import lay_mask
+from kernelpress.compress.quantized_graph import Quantized
 from kernelpress.compress.resize import (
     named_tensors,
     replace_tensors,
     set_size_attributes,
     size_attributes,
 )
-from kernelpress.emit.graph import arguments, attribute, number
-from kernelpress.emit.graph_json import graph_from_json, graph_to_json
 from kernelpress.files.plain import did_you_mean
 
 __all__ = [
@@ -37,9 +35,9 @@ __all__ = [
     "Replaced",
     "Resized",
     "Unmasked",
-    "check_scales",
     "copied",
     "mask_layer",
+    "put",
     "replace_layer",
     "replay",
     "resizes",
@@ -155,7 +153,7 @@ class Replaced:
         made = [layer.make() for layer in self.by]
         new = made[0] if len(made) == 1 else nn.Sequential(*made)
         like = next((tensor for _, tensor in named_tensors(old) if tensor.is_floating_point()), None)
-        _put(model, self.layer, new.to(dtype=None if like is None else like.dtype).train(old.training))
+        put(model, self.layer, new.to(dtype=None if like is None else like.dtype).train(old.training))
         return model
 
     def __str__(self) -> str:
@@ -245,66 +243,6 @@ class Unmasked:
         return f"{self.parameter} plain, with its zeros"
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """A graph in the place of the whole model: `graph` as `emit.graph_json` has it, the shapes and dtypes of the
-    tensors that it reads, and which of them are trained."""
-
-    graph: dict[str, Any]
-    shapes: tuple[tuple[int, ...], ...]
-    dtypes: tuple[str, ...]
-    trained: tuple[str, ...] = ()
-    layer: str = ""
-    kind: Literal["quantized"] = "quantized"
-
-    @classmethod
-    def of(cls, module: GraphModule) -> Quantized:
-        """What makes a graph like `module`."""
-        tensors: list[Tensor] = []
-        graph = graph_to_json(module, tensors)
-        dtypes = tuple(str(t.dtype).removeprefix("torch.") for t in tensors)
-        trained = tuple(name for name, p in module.named_parameters() if p.requires_grad)
-        return cls(graph, tuple(tuple(t.shape) for t in tensors), dtypes, trained)
-
-    def apply(self, model: nn.Module) -> nn.Module:
-        """The graph, over tensors on the meta device; nothing of `model` is in it."""
-        if len(self.shapes) != len(self.dtypes):
-            raise ValueError(f"{len(self.shapes)} shapes of {len(self.dtypes)} tensors")
-        tensors = [_meta_tensor(*form) for form in zip(self.shapes, self.dtypes, strict=True)]
-        try:
-            module = graph_from_json(self.graph, tensors)
-        except (AttributeError, IndexError, KeyError, RecursionError) as error:
-            raise ValueError(f"no graph of a quantized model: {type(error).__name__} {error}") from error
-        parameters = dict(module.named_parameters())
-        for name in self.trained:
-            if name not in parameters or not parameters[name].is_floating_point():
-                raise ValueError(f"the graph of a quantized model has no {name} to train")
-            parameters[name].requires_grad_(True)
-        check_scales(module)
-        return module
-
-    def __str__(self) -> str:
-        return f"a graph of {len(self.graph['nodes'])} operations"
-
-
-def check_scales(model: nn.Module) -> None:
-    """Raises `ValueError` for a scale in the graph of a quantized model that is not a normal number above 0, and for a
-    zero point that its int8 values do not reach."""
-    for node in model.graph.nodes if isinstance(model, GraphModule) else ():
-        name = str(node.target)
-        if not name.startswith(("quantized_decomposed.", "aten.fake_quantize")):
-            continue
-        given = arguments(node)
-        found = [given[key] for key in ("scale", "scales") if key in given]
-        for scale in [attribute(model, str(s.target)) if isinstance(s, Node) else torch.tensor(s) for s in found]:
-            smallest = torch.finfo(torch.float32).tiny
-            if not scale.is_meta and not bool(((scale >= smallest) & scale.isfinite()).all()):
-                raise ValueError(f"{node.name}: expected scales of at least {smallest:.1e}, got {scale.min():g}")
-        zero_point, limits = number(given.get("zero_point")), (given["quant_min"], given["quant_max"])
-        if zero_point is not None and not limits[0] <= zero_point <= limits[1]:
-            raise ValueError(f"{node.name}: expected a zero point from {limits[0]} to {limits[1]}, got {zero_point:g}")
-
-
 Change = Resized | Replaced | Masked | Unmasked | Rebuilt | Quantized
 """A change has a `layer`, a `kind` by which files know it, and `apply`, which returns the model to go on with."""
 
@@ -367,7 +305,7 @@ def replace_layer(model: nn.Module, layer: str, *by: nn.Module) -> Replaced:
     change = Replaced(layer, tuple(map(NewLayer.of, by)))
     chain = nn.Sequential(*by)
     chain.training = _module(model, layer).training
-    _put(model, layer, by[0] if len(by) == 1 else chain)
+    put(model, layer, by[0] if len(by) == 1 else chain)
     return change
 
 
@@ -395,21 +333,13 @@ def _module(model: nn.Module, layer: str) -> nn.Module:
     return found
 
 
-def _put(model: nn.Module, layer: str, new: nn.Module) -> None:
+def put(model: nn.Module, layer: str, new: nn.Module) -> None:
+    """`new` in the place of the module at `layer`, under all its names."""
     old = _module(model, layer)
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if module is old:
             owner, _, name = path.rpartition(".")
             _module(model, owner).register_module(name, new)
-
-
-def _meta_tensor(shape: Sequence[int], dtype: str) -> Tensor:
-    known = getattr(torch, dtype, None)
-    if not isinstance(known, torch.dtype) or not all(
-        type(size) is int and 0 <= size < _MOST_CHANNELS for size in shape
-    ):
-        raise ValueError(f"no tensor of a quantized model is {dtype} {list(shape)}")
-    return torch.empty(tuple(shape), dtype=known, device="meta")
 
 
 def _plain(value: Any) -> Any:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import BasePruningMethod
 
+from kernelpress.compress.resize import compute_weights
+
 __all__ = ["ZeroMask", "lay_mask", "mask_hooks", "settle_masks"]
 
 
@@ -68,12 +70,9 @@ def lay_mask(module: nn.Module, parameter: str, mask: Tensor) -> None:
         hook(module, ())
 
 
-@torch.no_grad()
 def _renew(module: nn.Module, _: Any) -> None:
     """What is loaded below a mask shows at once."""
-    for hook in list(module._forward_pre_hooks.values()):
-        if isinstance(hook, ZeroMask):
-            hook(module, ())
+    compute_weights(module)
 
 
 @torch.inference_mode(False)
@@ -81,7 +80,7 @@ def _renew(module: nn.Module, _: Any) -> None:
 def settle_masks(model: nn.Module) -> None:
     """Makes masked weights those of the present values, and zero what lies under a zero of a mask."""
     for module in model.modules():
-        for hook in list(module._forward_pre_hooks.values()):
+        for hook in module._forward_pre_hooks.values():
             if isinstance(hook, BasePruningMethod):
                 original, mask = (getattr(module, f"{hook._tensor_name}_{part}") for part in ("orig", "mask"))
                 original.masked_fill_(mask == 0, 0.0)

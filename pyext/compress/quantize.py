@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from kernelpress.compress.changes import Quantized
-from kernelpress.compress.naming import layers_in
+from kernelpress.compress.modules import layers_in
 from kernelpress.compress.quantization.batches import calibration_batches
 from kernelpress.compress.quantization.converted import finished, fold_shared, set_bias
 from kernelpress.compress.quantization.equalize import equalize as equalize_layers

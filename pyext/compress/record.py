@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelpress.compress.changes import Change, Masked, Quantized, Resized, check_scales, replay
+from kernelpress.compress.changes import Change, Masked, Resized, replay
+from kernelpress.compress.quantized_graph import Quantized, check_scales
 from kernelpress.compress.resize import compute_weights, named_tensors, replace_tensors
 from kernelpress.files import write_atomically
 from kernelpress.files.plain import from_plain, printable

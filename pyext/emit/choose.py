@@ -11,6 +11,7 @@ from torch.fx import Node
 from kernelpress.emit.candidates import Candidate
 from kernelpress.emit.cover import Forms, Option, cheapest_cover, regions
 from kernelpress.emit.evaluate import Evaluation
+from kernelpress.emit.zeros import worth_of_zeros
 from kernelpress.ops.layout import PIXELS, Layout
 from kernelpress.ops.registry import NATIVE_BACKENDS
 
@@ -137,7 +138,7 @@ def _explain(
     except ValueError:
         parts = ()
     assert best.milliseconds is not None
-    zeros = _about_zeros(best, [e for e in evaluations if e.candidate.nodes <= option.elements])
+    zeros = worth_of_zeros(best, [e for e in evaluations if e.candidate.nodes <= option.elements])
     reason = ", ".join(filter(None, (_reason(best, considered, parts), zeros)))
     return Choice(best.candidate, best.milliseconds, considered, parts, reason)
 
@@ -156,16 +157,3 @@ def _reason(best: Evaluation, considered: Sequence[Evaluation], parts: Sequence[
     if best.candidate.parts > 1 and parts:
         reasons.append(f"{sum(e.milliseconds or 0.0 for e in parts) / best.milliseconds:.2f}× as its parts")
     return ", ".join(reasons)
-
-
-def _about_zeros(best: Evaluation, inside: Sequence[Evaluation]) -> str:
-    """What the zeros of a weight are worth: of layers that skip them, the fastest beside the fastest that does not."""
-    sparse = [e for e in inside if e.candidate.pattern and e.milliseconds is not None]
-    if not sparse:
-        return ""
-    fastest = min(sparse, key=_time_of)
-    dense = [e for e in inside if not e.candidate.pattern and e.candidate.nodes == fastest.candidate.nodes]
-    times = [e.milliseconds for e in dense if e.milliseconds is not None]
-    told = f"{1 - fastest.candidate.density:.0%} of the weights are zero: {fastest.milliseconds:.4f} ms in blocks of "
-    told += fastest.candidate.pattern + (f", {min(times):.4f} ms dense" if times else "")
-    return told if best.candidate.pattern else f"{told}: no gain"

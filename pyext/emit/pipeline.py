@@ -28,7 +28,7 @@ from kernelpress.emit.quantized import is_quantize, without_fake
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
 from kernelpress.emit.ties import Comparison, compare
 from kernelpress.emit.tolerance import INT8_TOLERANCE, TURNED_SHARE, tolerance_of
-from kernelpress.emit.zeros import zeros_note
+from kernelpress.emit.zeros import shares_of_zeros, unskipped_zeros
 from kernelpress.measure.race import Heat, race
 from kernelpress.ops.calls import packing, prepared
 from kernelpress.ops.layout import PIXELS
@@ -96,12 +96,13 @@ def emit(
         order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
         flat_examples = tuple(examples[node] for node in graph_module.graph.nodes if node.op == "placeholder")
         flops: dict[frozenset[Node], int] = {}
+        zeros = shares_of_zeros(graph_module)
 
         def emitted(choices: Sequence[Choice]) -> EmittedModel:
             for nodes in (choice.chosen.nodes for choice in choices if choice.chosen.nodes not in flops):
                 flops[nodes] = _flops(graph_module, nodes, examples, order)
             places = tuple(
-                _place_record(choice, flops[choice.chosen.nodes], zeros_note(graph_module, choice), examples, order)
+                _place_record(choice, flops[choice.chosen.nodes], unskipped_zeros(zeros, choice), examples, order)
                 for choice in choices
             )
             body = assemble(graph_module, [choice.chosen for choice in choices])

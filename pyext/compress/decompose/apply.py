@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from kernelpress.compress.changes import Change, copied, replace_layer
+from kernelpress.compress.changes import Change, copied, put, replace_layer
 from kernelpress.compress.decompose.candidates import Job
 from kernelpress.compress.decompose.chains import METHODS, Geometry
 from kernelpress.compress.decompose.decide import Choice, Latency, Rules, by_budget, by_rule
 from kernelpress.compress.decompose.inputs import Layer, inspect, second_moments
 from kernelpress.compress.decompose.ranks import Rank, Weights, check_rank
-from kernelpress.compress.decompose.search import Metric, put
-from kernelpress.compress.naming import layers_in
+from kernelpress.compress.decompose.search import Metric
+from kernelpress.compress.modules import layers_in
 from kernelpress.compress.record import PassRecord, SkippedLayers, add_record
 from kernelpress.measure.cost import count_flops, count_parameters
-from kernelpress.preserve import evaluation, preserved
-from kernelpress.runtime.torch_private import pytree
+from kernelpress.preserve import evaluation, own_tensors, preserved
+from kernelpress.progress import phases
+from kernelpress.trace import checked_inputs
 
 __all__ = ["decompose"]
 
@@ -88,15 +88,17 @@ def decompose(
     reasons |= dict.fromkeys(layers_in(model, ignore, "ignore"), "named in ignore")
     rules = Rules(method, rank, energy, round_to, only_cheaper, ratio, max_drop, metric, latency)  # type: ignore[arg-type]
     with torch.inference_mode(False), torch.no_grad(), preserved(model, example_inputs):
-        inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-        # A clone has no marks of the caller's compilers, such as a dynamic batch.
-        inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+        inputs = own_tensors(checked_inputs(model, example_inputs))
         small = copied(model)
         with evaluation(small, inputs):
             layers = inspect(small, inputs, reasons)
         jobs = _jobs(small, layers, None if data is None else _batches(data, len(inputs)), seed)
         _check_integers(rules, jobs)
-        with _progress_bar(progress) as advance:
+        with phases(progress) as phase:
+
+            def advance(text: str) -> None:
+                phase(f"decomposing: {text}", 1)
+
             if rank in BUDGETS:
                 choices = by_budget(jobs, rules, small, count_flops(small, *inputs), advance)
             else:
@@ -224,17 +226,3 @@ def _runs(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
     except Exception:
         return False
     return True
-
-
-@contextmanager
-def _progress_bar(shown: bool) -> Iterator[Callable[[str], None]]:
-    """Gives a function to call with what is at work now."""
-    if not shown:
-        yield lambda _: None
-        return
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = SpinnerColumn(), TextColumn("decompose {task.completed}: {task.description}"), TimeElapsedColumn()
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda text: bar.update(task, advance=1, description=text)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from kernelpress.compress.decompose.chains import Geometry, joined
 from kernelpress.compress.decompose.factorizations import composed
+from kernelpress.compress.modules import WEIGHTED
 from kernelpress.compress.record import record_of
 from kernelpress.preserve import evaluation
 from kernelpress.runtime.torch_private import conv2d_forward, pytree
@@ -25,7 +26,6 @@ PROBE = 1 << 24
 CHUNK = 1 << 24
 """Values of patches at a time."""
 PLAIN_ERROR = {torch.float16: 1e-2, torch.bfloat16: 5e-2}
-Layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(eq=False)
@@ -79,7 +79,7 @@ def inspect(model: nn.Module, inputs: tuple[Any, ...], reasons: Mapping[str, str
         layer = Layer(path, module)
         if layers and path.startswith(f"{layers[-1].path}.") and isinstance(layers[-1].module, nn.Sequential):
             continue  # a part of the chain before
-        if isinstance(module, Layers):
+        if isinstance(module, WEIGHTED):
             layer.reason = reasons.get(path) or _unsuited(layer, uses)
             layers.append(layer)
         elif path in earlier and isinstance(module, nn.Sequential) and not _unsuited(layer, uses):

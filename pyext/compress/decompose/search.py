@@ -10,10 +10,11 @@ from functools import cached_property
 
 from torch import nn
 
+from kernelpress.compress.changes import put
 from kernelpress.compress.decompose.candidates import Candidate, Chain, Job
 from kernelpress.preserve import evaluation
 
-__all__ = ["LEVELS", "Metric", "Option", "measure_sensitivities", "most_within", "put", "steps", "within_flops"]
+__all__ = ["LEVELS", "Metric", "Option", "measure_sensitivities", "most_within", "steps", "within_flops"]
 
 LEVELS = (0.2, 0.4, 0.6, 0.75, 0.85, 0.92, 0.97)
 """Shares of the squared singular values at which layers are tried."""
@@ -121,12 +122,3 @@ def trial(model: nn.Module, options: Sequence[Option]) -> Iterator[None]:
     finally:
         for option in options:
             put(model, option.job.layer.path, option.job.layer.module)
-
-
-def put(model: nn.Module, path: str, new: nn.Module) -> None:
-    """`new` in the place of the module at `path`, under all its names."""
-    old = model.get_submodule(path)
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module is old:
-            owner, _, attribute = name.rpartition(".")
-            model.get_submodule(owner).register_module(attribute, new)

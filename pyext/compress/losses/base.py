@@ -11,7 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["LayerLoss", "TeacherLoss", "check_logits", "described", "positive", "same_size", "widened"]
+__all__ = [
+    "LayerLoss",
+    "TeacherLoss",
+    "check_logits",
+    "checked_features",
+    "described",
+    "positive",
+    "same_size",
+    "widened",
+]
 
 
 class TeacherLoss(Protocol):

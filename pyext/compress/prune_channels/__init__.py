@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from kernelpress.compress.changes import copied, resizes
 from kernelpress.compress.dependency import Axis, Dependencies, find_dependencies
-from kernelpress.compress.naming import layers_in
+from kernelpress.compress.modules import layers_in
 from kernelpress.compress.prune_channels.budgets import Cost, channels_left, flops_left, parameters_left
 from kernelpress.compress.prune_channels.choice import Chosen, greedily, in_one_shot, rank
 from kernelpress.compress.prune_channels.criteria import CRITERIA
@@ -24,9 +24,8 @@ from kernelpress.compress.prune_channels.reconstruction import restoring_scales
 from kernelpress.compress.record import PassRecord, SkippedLayers, add_record
 from kernelpress.compress.resize import named_tensors
 from kernelpress.measure.cost import count_flops, count_parameters
-from kernelpress.preserve import preserved
-from kernelpress.runtime.torch_private import pytree
-from kernelpress.trace import trace
+from kernelpress.preserve import own_tensors, preserved
+from kernelpress.trace import checked_inputs, trace
 
 __all__ = ["prune_channels"]
 
@@ -109,9 +108,7 @@ def prune_channels(
     ignored = layers_in(model, ignore, "ignore")
     # Tensors made under inference mode could not be trained.
     with torch.inference_mode(False), torch.no_grad(), preserved(model, example_inputs):
-        inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
-        # A clone has no marks of the caller's compilers, such as a dynamic batch.
-        inputs = pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, inputs)
+        inputs = own_tensors(checked_inputs(model, example_inputs))
         if any(tensor.is_inference() for _, tensor in named_tensors(model)):
             model = copied(model)
         held = (

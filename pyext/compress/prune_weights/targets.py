@@ -11,17 +11,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from kernelpress.compress.masks import lay_mask
-from kernelpress.compress.naming import layers_in
+from kernelpress.compress.modules import WEIGHTED, layers_in
 from kernelpress.compress.record import SkippedLayers
 from kernelpress.compress.resize import compute_weights
 
 __all__ = ["Target", "check_finite", "find_targets"]
-
-LAYERS = (
-    *(nn.Conv1d, nn.Conv2d, nn.Conv3d),
-    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
-    nn.Linear,
-)
 
 
 @dataclass(frozen=True)
@@ -105,7 +99,7 @@ def find_targets(model: nn.Module, ignore: Sequence[str]) -> tuple[tuple[Target,
     found: dict[int, Target] = {}
     skipped: list[SkippedLayers] = []
     for path, module in model.named_modules():
-        if not isinstance(module, LAYERS):
+        if not isinstance(module, WEIGHTED):
             continue
         masked = "weight_mask" in module._buffers
         weight = module._parameters.get("weight_orig" if masked else "weight")

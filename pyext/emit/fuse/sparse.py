@@ -19,7 +19,7 @@ __all__ = ["sparse_layers"]
 
 def sparse_layers(graph_module: GraphModule, stages: list[Stage]) -> Iterator[Match]:
     """Linear layers and convolutions in one group whose weights have enough blocks of zeros, for each size of block."""
-    known: dict[tuple[Node, str], list[dict[str, Any]]] = {}
+    known: dict[tuple[Node, str], tuple[float, list[dict[str, Any]]]] = {}
     for stage in stages:
         if stage.input_scale is not None or stage.kind not in ("linear", "pointwise_conv2d", "conv2d"):
             continue
@@ -29,15 +29,17 @@ def sparse_layers(graph_module: GraphModule, stages: list[Stage]) -> Iterator[Ma
             continue
         key = (stage.weight, stage.kind)
         if key not in known:
-            known[key] = list(_block_weights(graph_module, stage, op))
+            density = _density(graph_module, stage)
+            known[key] = density, list(_block_weights(graph_module, stage, op, density))
+        density, weights = known[key]
         size: dict[str, Any] = {"out_features": int(shape(stage.weight)[0])}  # type: ignore[index]
         if stage.kind != "linear":
             size = {"out_channels": size["out_features"], "kernel_size": list(shape(stage.weight)[2:])}  # type: ignore[index]
-        for weight in known[key]:
+        for weight in weights:
             given = {"x": stage.x, **weight, "bias": stage.bias, "residual": stage.residual, **geometry, **size}
             r, c = weight["blocks"].meta["val"].shape[1:]
             found = given | {"activation": stage.activation}
-            yield Match(op, stage.nodes, stage.output, found, pattern=f"{r}×{c}", density=_density(graph_module, stage))
+            yield Match(op, stage.nodes, stage.output, found, pattern=f"{r}×{c}", density=density)
 
 
 def _worth_trying(op: str, device: str) -> dict[tuple[int, int], float]:
@@ -63,9 +65,9 @@ def _density(graph_module: GraphModule, stage: Stage) -> float:
     return int(weight.count_nonzero()) / max(weight.numel(), 1)
 
 
-def _block_weights(graph_module: GraphModule, stage: Stage, op: str) -> Iterator[dict[str, Any]]:
+def _block_weights(graph_module: GraphModule, stage: Stage, op: str, density: float) -> Iterator[dict[str, Any]]:
     """The arguments of the op that are the weight, as constants of the graph."""
-    weight, density = _weight(graph_module, stage), _density(graph_module, stage)
+    weight = _weight(graph_module, stage)
     for block, limit in _worth_trying(op, weight.device.type).items():
         if density > limit:
             continue

@@ -61,6 +61,7 @@ def _run(model: nn.Module, context: PassContext[Decompose]) -> nn.Module:
         metric=functools.partial(compress.evaluate, loader=context.train_loader) if by_accuracy else None,
         latency=plan_latencies if context.options.latency else None,
         seed=context.seed,
+        progress=context.progress,
     )
 
 

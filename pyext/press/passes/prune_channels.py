@@ -68,7 +68,9 @@ def _run(model: nn.Module, context: PassContext[PruneChannels]) -> nn.Module:
     between = None
     if section.finetune is not None and section.finetune.epochs:
         training = section.finetune.model_dump()
-        between = partial(compress.finetune, loader=context.train_loader, **training, seed=context.seed, progress=False)
+        between = partial(
+            compress.finetune, loader=context.train_loader, **training, seed=context.seed, progress=context.progress
+        )
     return compress.prune_channels(
         model,
         context.example_inputs,

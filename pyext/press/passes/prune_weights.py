@@ -72,7 +72,7 @@ def _run(model: nn.Module, context: PassContext[PruneWeights]) -> nn.Module:
             **options.finetune.model_dump(),
             checkpoint_dir=context.checkpoint_dir / folder,
             seed=context.seed,
-            progress=False,
+            progress=context.progress,
             **settings,
         )
 

@@ -38,7 +38,9 @@ def _run(model: nn.Module, context: PassContext[Quantize]) -> nn.Module:
     options = context.options.model_dump()
     if context.options.budget is not None:
         options["metric"] = lambda candidate: compress.evaluate(candidate, context.train_loader)
-    return compress.quantize(model, context.example_inputs, data=context.train_loader, progress=False, **options)
+    return compress.quantize(
+        model, context.example_inputs, data=context.train_loader, progress=context.progress, **options
+    )
 
 
 register(Pass("quantize", Quantize, _run))
