@@ -19,6 +19,8 @@ from support import with_random_norms
 from torch import nn
 
 import kernelpress as kp
+from kernelpress.emit import pipeline
+from kernelpress.emit.ties import compare, moved_by_rounding
 from kernelpress.emit.tolerance import INT8_TOLERANCE, relative_error
 from kernelpress.runtime import native
 from kernelpress.runtime.torch_private import define_quantized_ops
@@ -393,6 +395,53 @@ def test_steps_of_int8_are_told_apart_from_errors():
     assert 0 < relative_error(one_off, expected) <= INT8_TOLERANCE
     assert relative_error(two_off, expected) == float("inf")
     assert relative_error(all_off, expected) > INT8_TOLERANCE
+
+
+def amplifying(depth, x):
+    """A quantized network that carries a single step on from layer to layer: each gives a deviation of one."""
+    layers = [Quantized(0.03)]
+    for _ in range(depth):
+        conv = nn.Conv2d(8, 8, 3, padding=1)
+        with torch.no_grad():
+            y = conv(nn.Sequential(*layers)(x))
+            conv.weight /= y.std()
+        layers += [QuantizedWeight(conv), nn.Hardtanh(), Quantized(0.05)]
+    return nn.Sequential(*layers).eval()
+
+
+def test_a_network_that_amplifies_steps_is_judged_by_what_rounding_does_to_it(monkeypatch):
+    x = torch.randn(2, 8, 40, 40)
+    found = []
+    monkeypatch.setattr(pipeline, "compare", lambda *given: found.append(compare(*given)) or found[-1])
+    monkeypatch.setattr(
+        pipeline, "moved_by_rounding", lambda *given: found.append(moved_by_rounding(*given)) or found[-1]
+    )
+
+    emitted = kp.emit(amplifying(40, x), x, progress=False, cost=prefer_native_products)
+    assert not emitted.record.kept_original, emitted.record.reason
+    assert found[0].error > 10 * INT8_TOLERANCE
+    assert found[1] > 10 * INT8_TOLERANCE
+
+    graph = kp.emit(amplifying(2, x), x, progress=False, cost=prefer_ops()).body
+    assert moved_by_rounding(graph, [x], 0.1) < INT8_TOLERANCE
+
+
+def test_a_wrong_layer_of_a_quantized_network_is_refused(monkeypatch):
+    faster_of = pipeline._faster_of
+
+    def broken(traced, body, *others, **named):
+        for node in [node for node in body.graph.nodes if "int8_conv2d" in str(node.target)]:
+            with body.graph.inserting_after(node):
+                negated = body.graph.call_function(torch.neg, (node,))
+            node.replace_all_uses_with(negated, delete_user_cb=lambda user, own=negated: user is not own)
+        body.recompile()
+        return faster_of(traced, body, *others, **named)
+
+    monkeypatch.setattr(pipeline, "_faster_of", broken)
+    x = torch.randn(2, 8, 12, 12)
+    emitted = kp.emit(amplifying(2, x), x, progress=False, cost=prefer_native_products)
+    assert emitted.record.kept_original
+    assert "error" in emitted.record.reason
 
 
 def test_a_model_with_quantizations_left_in_it_loads_where_nobody_has_registered_them(tmp_path):

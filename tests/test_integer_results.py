@@ -155,10 +155,10 @@ def test_a_mask_that_turns_over_everywhere_is_refused_although_all_of_it_lies_at
 @pytest.mark.parametrize("share", [0.005, 0.02])
 def test_the_share_that_may_turn_over_is_bounded(share):
     found = pipeline.Comparison(error=1e-6, turned=share, decision="gt", differing=1, elements=100)
-    refusal = pipeline._refusal(found, tolerance=1e-4)
+    refusal = pipeline._refusal(found, bound=1e-3)
     assert (refusal is not None) == (share > pipeline.TURNED_SHARE)
     assert refusal is None or "of gt turned over at ties" in refusal
-    assert pipeline._refusal(found, tolerance=1e-2) is None
+    assert pipeline._refusal(found, bound=0.1) is None
 
 
 def test_the_record_counts_what_differs_and_survives_json():

@@ -26,7 +26,7 @@ from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.plan import capture
 from kernelpress.emit.quantized import is_quantize, without_fake
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
-from kernelpress.emit.ties import Comparison, compare
+from kernelpress.emit.ties import Comparison, compare, moved_by_rounding
 from kernelpress.emit.tolerance import INT8_TOLERANCE, TURNED_SHARE, tolerance_of
 from kernelpress.emit.zeros import shares_of_zeros, unskipped_zeros
 from kernelpress.measure.race import Heat, race
@@ -45,6 +45,9 @@ MODEL_SECONDS = 0.5
 MODEL_ROUNDS = 5
 """On CUDA devices."""
 MODEL_HEATS = (Heat(2, 2.0), Heat(10, 1.2), Heat(40, 1.0))
+
+UNSTEADY = 2.0
+"""How much further from a quantized original an emitted model may be than that is from itself, rounded otherwise."""
 
 
 def emit(
@@ -238,10 +241,13 @@ def _faster_of(
         "contiguous": with_constants(traced, copy_of(traced).graph),
         "channels_last": channels_last_copy(traced),
     }
-    found = compare(originals["contiguous"], body, pytree.tree_leaves((inputs, {})), 10 * tolerance)
+    flat, bound = pytree.tree_leaves((inputs, {})), 10 * tolerance
+    found = compare(originals["contiguous"], body, flat, bound)
+    if not found.error <= bound and any(map(is_quantize, traced.graph.nodes)):
+        bound = max(bound, UNSTEADY * moved_by_rounding(originals["contiguous"], flat, bound))
     notes = tuple(f"{node.target} stays as it came: {module_of(node) or node.name}" for node in regions(traced.graph))
     record = replace(record, error=found.error, differing=found.differing, decided=found.elements, notes=notes)
-    refusal = _refusal(found, tolerance)
+    refusal = _refusal(found, bound)
     if refusal is not None:
         return originals["contiguous"], replace(
             record, kept_original=True, differing=0, reason=f"kept the original: {refusal}"
@@ -262,11 +268,11 @@ def _faster_of(
     )
 
 
-def _refusal(found: Comparison, tolerance: float) -> str | None:
+def _refusal(found: Comparison, bound: float) -> str | None:
     """Why the emitted model cannot stand for the original."""
-    if not found.error <= 10 * tolerance:
-        return f"the emitted model's error {found.error:.1e} is above 10 × the tolerance {tolerance:.1e}"
-    share = max(TURNED_SHARE, 10 * tolerance)
+    if not found.error <= bound:
+        return f"the emitted model's error {found.error:.1e} is above {bound:.1e}"
+    share = max(TURNED_SHARE, bound)
     if found.turned > share:
         return f"{found.turned:.1%} of {found.decision} turned over at ties, above {share:.1%}"
     return None

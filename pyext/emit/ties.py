@@ -18,15 +18,21 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
+from kernelpress.emit.quantized import is_quantize
 from kernelpress.emit.tolerance import relative_error
 from kernelpress.preserve import random_state_kept
 from kernelpress.runtime.torch_private import HigherOrderOperator, OpOverload, pytree
 from kernelpress.trace.regions import writes_undone
 
-__all__ = ["Comparison", "compare"]
+__all__ = ["Comparison", "compare", "moved_by_rounding"]
 
 FEWEST_TURNED = 2
 """Elements of a decision that may turn over however few it has: two that change places in an order."""
+
+ROUNDING = 4e-7
+"""By how much values may differ, relative to their root mean square, that were summed in another order in float32."""
+ROUNDINGS = 3
+"""How often a quantized graph is rounded otherwise, to see how far that carries."""
 
 _ROUNDINGS = {"round", "floor", "ceil", "trunc", "fix", "frac", "floor_divide", "fmod", "remainder", "nextafter"}
 _SIGNS = {"sign", "sgn", "heaviside", "copysign", "angle", "atan2"}
@@ -109,6 +115,37 @@ class _Emitted(Interpreter):
         return pytree.tree_unflatten([b if d else a for a, b, d in zip(own, given, decided, strict=True)], spec)
 
 
+class _Rounded(_Emitted):
+    """The original itself, what it quantizes rounded otherwise."""
+
+    def __init__(self, original: GraphModule, decisions: dict[str, _Decision], bound: float, seed: int) -> None:
+        super().__init__(original, decisions, bound)
+        self._drawn = torch.Generator().manual_seed(seed)
+
+    def run_node(self, node: Node) -> Any:
+        result = super().run_node(node)
+        if not any(map(is_quantize, node.users)):
+            return result
+        noise = torch.randn(result.shape, generator=self._drawn).to(result)
+        return result + ROUNDING * result.square().mean().sqrt() * noise
+
+
+def moved_by_rounding(original: GraphModule, inputs: Sequence[Any], bound: float) -> float:
+    """The error, as `compare` counts it, of a quantized graph to itself where floats are rounded otherwise before they
+    are quantized: some take the other step, and layers behind carry that on."""
+    with torch.no_grad():
+        judge = _Original(original)
+        expected = pytree.tree_leaves(_run(judge, inputs))
+        runners = [_Rounded(original, judge.decisions, bound, seed) for seed in range(ROUNDINGS)]
+        return max(_error(runner, pytree.tree_leaves(_run(runner, inputs)), expected) for runner in runners)
+
+
+def _error(runner: _Emitted, result: Sequence[Any], expected: Sequence[Any]) -> float:
+    """The largest of the outputs and of what `runner` decided on."""
+    pairs = zip(result, expected, strict=True)
+    return max([runner.error, *(relative_error(a, b) for a, b in pairs if isinstance(b, Tensor))])
+
+
 def compare(original: GraphModule, emitted: GraphModule, inputs: Sequence[Any], bound: float) -> Comparison:
     """Runs both on flat `inputs`, without gradients. Floats that a decision makes, a remainder for example, count as
     turned over where they are further apart than `bound`, relative to themselves and the root mean square."""
@@ -118,8 +155,7 @@ def compare(original: GraphModule, emitted: GraphModule, inputs: Sequence[Any], 
         runner = _Emitted(emitted, judge.decisions, bound)
         result = pytree.tree_leaves(_run(runner, inputs))
         free = pytree.tree_leaves(_run(Interpreter(emitted), inputs)) if judge.decisions else result
-    pairs = [(a, b) for a, b in zip(result, expected, strict=True) if isinstance(b, Tensor)]
-    error = max([runner.error, *(relative_error(a, b) for a, b in pairs)])
+    error = _error(runner, result, expected)
     whole = [(a, b) for a, b in zip(free, expected, strict=True) if isinstance(b, Tensor) and not _is_float(b)]
     share, decision = runner.turned
     return Comparison(error, share, decision, sum(_differing(a, b) for a, b in whole), sum(b.numel() for _, b in whole))
