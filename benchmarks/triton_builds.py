@@ -4,7 +4,7 @@
 and notes what they would launch. Each `variant` is compiled for each target: of launches that differ in window,
 operands, divisibility or the length of a step only, the most demanding one stands for the others, and bfloat16 for
 float16. For AMD's device it is what an op tries first. `sample` is a part of all that: each tile on each target,
-bfloat16, TF32, exact float32 and int8 by turns.
+bfloat16, TF32, exact float32 and int8 by turns; `turns` has each tile on one of the targets.
 
 `build(family)` compiles in a process of its own: nothing can be compiled where TRITON_INTERPRET is set, as in tests.
 What is found is known again by the content of what was compiled and of this file.
@@ -53,6 +53,7 @@ __all__ = [
     "ops",
     "remembered",
     "sample",
+    "turns",
 ]
 
 
@@ -260,6 +261,11 @@ def sample(found: Sequence[Launch], target: Target) -> tuple[Launch, ...]:
     return tuple(chosen)
 
 
+def turns(found: Sequence[Launch], target: Target) -> tuple[Launch, ...]:
+    """Of the sample of all targets what this one's turn is."""
+    return sample(found, target)[TARGETS.index(target) :: len(TARGETS)]
+
+
 @dataclass(frozen=True)
 class Build:
     """What became of a launch: `spilled_bytes` of local memory a thread, `tensor_columns` of sm_100's tensor memory;
@@ -395,6 +401,7 @@ def _use_of_amdgcn(text: str) -> tuple[int, int]:
 PARTS: Mapping[str, Callable[[Sequence[Launch], Target], Sequence[Launch]]] = {
     "all": lambda launches, target: launches,
     "sample": sample,
+    "turns": turns,
 }
 """Of a family's launches for a target."""
 

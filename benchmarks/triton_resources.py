@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 
 from resources import PAGE, read_table, span, write_table
 from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
-from triton_builds import KINDS, TARGETS, Build, build, families, faults, launches, sample
+from triton_builds import KINDS, TARGETS, Build, build, families, faults
 
 from kernelpress.bench.tables import markdown
 
-__all__ = ["MARKS", "expected_rows", "table", "written_rows"]
+__all__ = ["MARKS", "table", "written_families", "written_rows"]
 
 MARKS = ("<!-- triton resources: written by `make resources` -->", "<!-- /triton resources -->")
 
@@ -28,9 +28,6 @@ _PROCESSES = 2
 _ROW = re.compile(r"^\| (?P<family>\w+) \| `(?P<kernel>\w+)` \| [\w, ]+ \| (?P<builds>\d+) \|", re.MULTILINE)
 
 _INSTRUCTIONS = ("mma.sync", "tcgen05.mma", "v_mfma", "wgmma")
-
-Rows = Mapping[tuple[str, str], int]
-"""(family, kernel) → builds."""
 
 
 def table(builds: Sequence[Build]) -> str:
@@ -59,18 +56,18 @@ def _short(instructions: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names)) or "–"
 
 
-def expected_rows() -> Rows:
-    """What the table should have now."""
-    counts: dict[tuple[str, str], int] = {}
-    for found in map(launches, families()):
-        for launch in (launch for target in TARGETS for launch in sample(found[target.name], target)):
-            counts[launch.family, launch.name] = counts.get((launch.family, launch.name), 0) + 1
-    return counts
+def written_rows(family: str) -> dict[str, int]:
+    """Kernel → builds, as the table has them."""
+    return {row["kernel"]: int(row["builds"]) for row in _rows() if row["family"] == family}
 
 
-def written_rows() -> Rows:
-    """What it has."""
-    return {(row["family"], row["kernel"]): int(row["builds"]) for row in _ROW.finditer(read_table(PAGE, MARKS))}
+def written_families() -> set[str]:
+    """The families that the table has."""
+    return {row["family"] for row in _rows()}
+
+
+def _rows() -> Iterator[re.Match[str]]:
+    return _ROW.finditer(read_table(PAGE, MARKS))
 
 
 def main() -> int:

@@ -145,6 +145,7 @@ def test_a_row_says_what_its_timings_say(small: Layer) -> None:
         assert row.unfused_ratio is None
 
 
+@pytest.mark.slow
 def test_without_peers_only_ours_are_timed() -> None:
     (row,) = bench.run("separable", only=[SMALL["separable"]], threads=1, rounds=2, budget_seconds=0.005)
     assert {contestant.name for contestant in row.contestants} == {OURS, UNFUSED}
@@ -264,6 +265,7 @@ def test_a_layer_in_plain_torch_computes_what_its_op_does(layer: bench.Layer) ->
             assert relative_error(result, expected) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted_triton")
 @pytest.mark.parametrize("layer", SMALL_LAYERS.values(), ids=SMALL_LAYERS.keys())
 def test_every_kind_of_layer_runs_on_backends_side_by_side(layer: bench.Layer) -> None:
@@ -319,6 +321,7 @@ def test_without_an_fma_peak_there_is_no_fraction() -> None:
     assert row.limited_by is None
 
 
+@pytest.mark.slow
 def test_the_measured_roofline_is_plausible() -> None:
     roofline = bench.measure_roofline(1)
     assert roofline.threads == 1

@@ -120,6 +120,7 @@ def test_unknown_attribute_is_an_attribute_error():
         kernelpress.emmit  # noqa: B018
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     [
@@ -139,6 +140,7 @@ def test_emit_is_a_function_and_a_package(imports: str):
     assert "not callable" not in result.stderr
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("name", ["sse9", "AVX2", "neon512"])
 def test_an_instruction_set_that_cannot_run_is_refused(name: str):
@@ -148,6 +150,7 @@ def test_an_instruction_set_that_cannot_run_is_refused(name: str):
         assert part in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 @needs_native
 def test_every_runnable_instruction_set_can_be_chosen():
     for name in native.cpu().variants():
@@ -157,6 +160,7 @@ def test_every_runnable_instruction_set_can_be_chosen():
         assert result.stdout.strip() == name, result.stderr
 
 
+@pytest.mark.slow
 def test_without_the_native_module_the_reason_is_kept():
     result = run_python(
         "import sys; sys.modules['kernelpress._cpu'] = None\n"
@@ -166,6 +170,7 @@ def test_without_the_native_module_the_reason_is_kept():
     assert "_cpu" in result.stdout
 
 
+@pytest.mark.slow
 @needs_native
 def test_native_loops_run_on_the_threads_of_torch():
     result = run_python(
@@ -176,6 +181,7 @@ def test_native_loops_run_on_the_threads_of_torch():
     assert result.stdout.splitlines() == ["torch's thread pool 3", "torch's thread pool 1"], result.stderr
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_native_loop_occupies_as_many_threads_as_torch_is_told(threads: int):

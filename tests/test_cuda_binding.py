@@ -215,6 +215,7 @@ def test_tf32_is_used_only_where_torch_allows_it(recorder, monkeypatch) -> None:
     assert len(recorder.launches) == 1
 
 
+@pytest.mark.slow
 def test_the_later_setting_of_tf32_counts_too() -> None:
     code = (
         "import torch; torch.backends.cudnn.conv.fp32_precision = 'ieee'\n"

@@ -107,6 +107,7 @@ class TestStudents:
         assert not any(record.promises for record in compress.record_of(student))
         assert_computes_the_same(loaded(student, copy.deepcopy(teacher), tmp_path), student)
 
+    @pytest.mark.slow
     def test_passes_go_on_from_a_student(self, teacher, loader, tmp_path):
         student = compress.distill(teacher, X, loader, student="mobilenet_v2", options=SMALL, **TRAINING)
         pruned = compress.prune_channels(student, X, ratio=0.3, round_to=2)

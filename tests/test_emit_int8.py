@@ -95,6 +95,16 @@ def assert_as_rounded(emitted, model, x):
         assert relative_error(emitted(x), model(x)) <= INT8_TOLERANCE
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gradients_pass_roundings_of_floats_that_stay_floats(dtype):
+    layers = (nn.Conv2d(6, 8, 3), Apply(lambda x: torch.fake_quantize_per_tensor_affine(x, 0.02, 3, -128, 127)))
+    model = nn.Sequential(*layers, nn.Conv2d(8, 4, 1)).eval().to(dtype)
+    x = torch.randn(2, 6, 9, 8, dtype=dtype, requires_grad=True)
+    emitted = kp.emit(model, x, cost=prefer_ops(), progress=False)
+    of_emitted, of_model = (torch.autograd.grad(run(x).sum(), x)[0] for run in (emitted, model))
+    torch.testing.assert_close(of_emitted, of_model)
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8], ids=str)
 @pytest.mark.parametrize(
     ("layer", "op", "sizes"),
@@ -409,6 +419,7 @@ def amplifying(depth, x):
     return nn.Sequential(*layers).eval()
 
 
+@pytest.mark.slow
 def test_a_network_that_amplifies_steps_is_judged_by_what_rounding_does_to_it(monkeypatch):
     x = torch.randn(2, 8, 40, 40)
     found = []
@@ -444,6 +455,7 @@ def test_a_wrong_layer_of_a_quantized_network_is_refused(monkeypatch):
     assert "error" in emitted.record.reason
 
 
+@pytest.mark.slow
 def test_a_model_with_quantizations_left_in_it_loads_where_nobody_has_registered_them(tmp_path):
     model = nn.Sequential(Quantized(0.03), QuantizedWeight(nn.Conv2d(6, 8, 3))).eval()
     x = torch.ones(2, 6, 9, 8)

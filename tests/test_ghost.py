@@ -119,6 +119,7 @@ def test_native_ghost_of_any_geometry_writes_its_channels_only(cpu_variant: str,
     assert_matches("ghost_conv2d", tensors, case["options"], *outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("size", [(112, 111), (7, 7)], ids=str)
 def test_native_ghost_runs_by_row_steps_and_by_panels(cpu_variant: str, size: tuple[int, int], kernel: int) -> None:

@@ -594,6 +594,7 @@ def test_every_case_with_a_triton_kernel_is_checked_on_it(gpu: Any, monkeypatch:
     assert len(ran) == 3 * 7
 
 
+@pytest.mark.slow
 def test_models_are_captured_and_timed_in_a_dry_run(gpu: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from gpu.place import DRY
 
@@ -620,6 +621,7 @@ def test_the_driver_runs_a_family_from_end_to_end(tmp_path: Path) -> None:
     assert "bench-ghost.log" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_without_a_device_the_driver_says_what_it_needs() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device; one without runs it")
@@ -629,6 +631,7 @@ def test_without_a_device_the_driver_says_what_it_needs() -> None:
     assert "this needs an NVIDIA GPU and a torch built for it" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_stage_that_fails_or_hangs_stops_no_other(gpu: Any, tmp_path: Path) -> None:
     from gpu.stages import Stage, run_beside
 

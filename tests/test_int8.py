@@ -215,6 +215,7 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 
 
+@pytest.mark.slow
 @every_case
 def test_torch_opcheck_finds_no_fault(case: tuple[Any, tuple[Any, ...], dict[str, Any]]) -> None:
     op, tensors, options = case

@@ -25,6 +25,7 @@ def tensors_of(
     return [int8_image(batch, channels, height, width), weight, torch.rand(len(weight)) * 1e-2 + 1e-3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
 @pytest.mark.parametrize("channels", [1, 24, 64, 70, 144])

@@ -84,6 +84,7 @@ def one_row_off(weight):
     return weight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HEADS)
 def test_decisions_at_ties_leave_the_emission_and_wrong_layers_do_not(name, monkeypatch):
     model, x = segmenter(name), torch.randn(2, 3, 24, 24)

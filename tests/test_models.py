@@ -147,6 +147,7 @@ FIGURES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options", "parameters", "multiply_adds", "source"),
     [
@@ -203,6 +204,7 @@ def test_names_lists_what_create_accepts() -> None:
     assert models.names() == sorted(SMALL_INPUT_NETWORKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL_INPUT_NETWORKS)
 def test_small_images_of_one_channel_give_logits_and_a_step_down_the_gradient_a_lower_loss(name: str) -> None:
     network = models.create(name, num_classes=7, in_channels=1, **SMALL_INPUT_NETWORKS[name])
@@ -237,6 +239,7 @@ def test_the_smallest_images_work_and_smaller_ones_are_refused(name: str, option
                 network(torch.empty(shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenet_v2", "mobilenet_v3_small", "resnet20", "squeezenet1_1"])
 def test_network_exports_with_dynamic_batch(name: str) -> None:
     network = models.create(name, num_classes=7, in_channels=1, **SMALL_INPUT_NETWORKS[name]).eval()
@@ -338,6 +341,7 @@ def test_groups_that_the_paper_has_no_widths_for_are_refused(groups: object) -> 
         models.shufflenet_v1(groups=groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width_mult", [0.25, 0.3, 0.7, 1.9])
 @pytest.mark.parametrize("groups", [1, 2, 3, 4, 8])
 def test_groups_divide_the_channels_of_shufflenet_v1_at_any_width(groups: int, width_mult: float) -> None:
@@ -390,6 +394,7 @@ def renamed_resnet_entry(key: str) -> str:
     return key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "layer_type", "depths"), [("resnet18", "basic", [2, 2, 2, 2]), ("resnet50", "bottleneck", [3, 4, 6, 3])]
 )

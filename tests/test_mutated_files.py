@@ -33,6 +33,7 @@ def kinds(tmp_path_factory: pytest.TempPathFactory):
 class TestMutations:
     """A few of the mutations that `make fuzz` tries by the thousand, others in each run."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", KIND_NAMES)
     def test_no_mutated_file_runs_code_crashes_hangs_or_passes(self, kinds, name, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

@@ -40,12 +40,14 @@ def test_on_a_device(case: OpCase, dtype: torch.dtype, backend: str) -> None:
     check(case, dtype, torch.device("cuda"), backend=backend)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("emulated_cuda")
 @pytest.mark.parametrize("case", [case for case in FIRST if has_kernel(case)], ids=lambda case: case.name)
 def test_on_the_emulator(case: OpCase) -> None:
     check(case, case.dtypes[0], torch.device("cpu"), backend="cuda")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("interpreted_triton")
 @pytest.mark.parametrize("op", sorted({case.op for case in CASES if has_kernel(case, "triton")}))
 def test_on_the_interpreter(op: str) -> None:

@@ -115,6 +115,7 @@ OPS = [op.name for op in registry.operators() if op.dtypes in (one_floating_dtyp
 every_op = pytest.mark.parametrize("op", OPS)
 
 
+@pytest.mark.slow
 @every_op
 @pytest.mark.parametrize("with_gradient", [False, True], ids=["no gradient", "gradient"])
 def test_torch_opcheck_finds_no_fault(op: str, with_gradient: bool) -> None:
@@ -123,6 +124,7 @@ def test_torch_opcheck_finds_no_fault(op: str, with_gradient: bool) -> None:
     torch.library.opcheck(getattr(torch.ops.kernelpress, op).default, tensors, options)
 
 
+@pytest.mark.slow
 @every_op
 def test_opcheck_on_the_fewest_arguments(op: str) -> None:
     tensors, options = example(op)
@@ -265,6 +267,7 @@ def test_use_backend_holds_in_its_own_thread_only() -> None:
     assert seen == ["auto"]
 
 
+@pytest.mark.slow
 def test_the_environment_forces_a_backend_and_refuses_unknown_ones() -> None:
     code = """
 import importlib, os

@@ -114,6 +114,7 @@ def test_threads_that_share_a_plan_get_their_own_results(mixed):
     assert not wrong
 
 
+@pytest.mark.slow
 @needs_native
 @pytest.mark.parametrize("name", ["resnet20", "mobilenet_v2"])
 def test_our_models_run_natively_from_end_to_end(name):

@@ -164,6 +164,7 @@ class NeverJoins:
         return False
 
 
+@pytest.mark.slow
 def test_a_plan_reaches_another_process(captured: tuple[EmittedModel, Plan]) -> None:
     _, plan = captured
     given = inputs()

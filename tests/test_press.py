@@ -515,6 +515,7 @@ steps:
         register(Pass("silence", Silence, run))
         return seen
 
+    @pytest.mark.slow
     def test_pass_runs_from_its_registration_alone(self, silence, recipe_file, tmp_path, timings_cache):
         file = recipe_file(self.TEXT.replace("share: 0.5", "shear: 0.5"))
         with pytest.raises(RecipeError, match=r"steps\[1\].silence.shear: unknown key, did you mean 'share'"):

@@ -108,6 +108,7 @@ def _network(name: str) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("criterion", ["l1", "taylor", "pca"])
 @pytest.mark.parametrize("name", BLOCKS)

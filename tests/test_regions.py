@@ -205,6 +205,7 @@ def flexible_attention(m, x):
     return flex_attention(rows, rows, rows, score_mod=lambda score, b, h, i, j: score + (i - j))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "operator"),
     [

@@ -100,6 +100,7 @@ def trees() -> dict[Path, ast.Module]:
     return {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 
 
+@pytest.mark.slow
 def test_names_of_torch_and_triton_are_public_everywhere_else(trees: dict[Path, ast.Module]) -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line}: {name}" for path, tree in trees.items() for line, name in private_names(tree)

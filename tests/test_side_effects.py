@@ -114,6 +114,7 @@ def test_timing_a_callable_leaves_random_states() -> None:
         measure.time_alternately({"x": lambda: torch.randn(1) / (1 // 0)}, repeats=1, rounds=1)
 
 
+@pytest.mark.slow
 def test_an_input_that_wants_gradients_has_no_hooks_and_marks_afterwards() -> None:
     model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), _input().requires_grad_()
     with unchanged(model, (x,)):

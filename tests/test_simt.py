@@ -159,6 +159,7 @@ def kernel_of(fault: Fault) -> Callable[..., None]:
     return gemm if fault in GEMM_FAULTS else transpose if fault in TRANSPOSE_FAULTS else reduction
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run.order}{run.seed}")
 @pytest.mark.parametrize("kernel", [gemm, transpose, reduction], ids=lambda kernel: kernel.__name__)
 def test_a_healthy_kernel_has_no_report(

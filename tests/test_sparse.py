@@ -313,6 +313,7 @@ def example(op: str, dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], 
 both = pytest.mark.parametrize("op", ["sparse_matmul", "sparse_conv2d"])
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("with_gradient", [False, True], ids=["no gradient", "gradient"])
 def test_torch_opcheck_finds_no_fault(op: str, with_gradient: bool) -> None:

@@ -41,6 +41,7 @@ CASES: dict[str, tuple[list[Any], dict[str, Any], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_matches_the_reference(name: str, dtype: torch.dtype) -> None:

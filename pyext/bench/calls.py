@@ -27,11 +27,11 @@ FOLDED = frozenset({"scale", "residual", "input_scale", "row_scale", "row_zero_p
 
 def random_tensor(device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
     """Standard normal, or int8 of the whole range; channels_last where it is an image."""
-    if dtype == torch.int8:
-        t = torch.randint(-128, 128, shape, device=device, dtype=dtype)
-    else:
-        t = torch.randn(shape, device=device, dtype=dtype)
-    return t.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else t
+    layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    t = torch.empty(shape, device=device, dtype=dtype, memory_format=layout)
+    if device.type == "meta":  # where drawing numbers costs a hundred times what there is to it
+        return t
+    return t.random_(-128, 128) if dtype == torch.int8 else t.normal_()
 
 
 @dataclass(frozen=True)
@@ -129,4 +129,4 @@ class OpCall:
 
 
 def _scaled(weight: Tensor, fan_in: int) -> Tensor:
-    return weight if weight.dtype == torch.int8 else weight * fan_in**-0.5
+    return weight if weight.dtype == torch.int8 or weight.is_meta else weight * fan_in**-0.5

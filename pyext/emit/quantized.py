@@ -117,7 +117,6 @@ def dequantized(node: Node) -> tuple[Node, Affine] | None:
 def canonicalize_quantization(graph_module: GraphModule) -> None:
     """Rewrites, in place: scales and zero points in constant tensors as numbers, uint8 as int8, and gives each reader
     of a dequantized tensor a dequantization of its own."""
-    spell_out_fake(graph_module)
     graph = graph_module.graph
     nodes = [node for node in graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")]
     for node in nodes:
@@ -146,7 +145,7 @@ def without_fake(model: nn.Module) -> nn.Module:
 
 def spell_out_fake(graph_module: GraphModule) -> None:
     """Writes roundings that quantization-aware training leaves, which give floats, as quantize/dequantize pairs in
-    int8, where they keep its range."""
+    int8, where they keep its range and are of float32. Gradients, which pass through the former, end at the latter."""
     graph = graph_module.graph
     for node in list(graph.nodes):
         if node.target is aten.fake_quantize_per_tensor_affine.default:
@@ -155,7 +154,8 @@ def spell_out_fake(graph_module: GraphModule) -> None:
             kind, given = "per_channel", [*node.args[1:]]
         else:
             continue
-        if not -128 <= given[-2] <= given[-1] <= 127:
+        rounded = node.args[0].meta.get("val")
+        if not -128 <= given[-2] <= given[-1] <= 127 or (rounded is not None and rounded.dtype != torch.float32):
             continue
         register_quantization()
         operations = getattr(torch.ops, NAMESPACE)

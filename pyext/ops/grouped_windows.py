@@ -65,10 +65,12 @@ def windowed_weight(weight: Tensor, groups: int) -> Tensor:
 def _to_windows(weight: Tensor, groups: int) -> Tensor:
     c_out, group_in, kernel_h, kernel_w = weight.shape
     grouping = grouping_of(groups, group_in, c_out // groups, weight.element_size())
+    windows = weight.new_zeros(c_out, kernel_h, kernel_w, grouping.window)
+    if weight.is_meta:
+        return windows
     merged = grouping.group_in // group_in
     begins = [group * group_in - grouping.start(group // merged) for group in range(groups)]
     first = torch.tensor(begins, device=weight.device).repeat_interleave(c_out // groups)
     columns = first[:, None] + torch.arange(group_in, device=weight.device)
     index = columns[:, None, None].expand(-1, kernel_h, kernel_w, -1)
-    windows = weight.new_zeros(c_out, kernel_h, kernel_w, grouping.window)
     return windows.scatter_(3, index, weight.permute(0, 2, 3, 1))

@@ -57,6 +57,8 @@ CHAOTIC = 0.1
 """An error of the original, relative to float64, above which that is no truth: random numbers are others there."""
 ROUNDING = {torch.float64: 4e-16, torch.float32: 4e-7, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """By how much the result of each operation is changed to see how far rounding carries."""
+QUANTIZED = 4.0
+"""Times that, where results are quantized: emission decides at ties as rounding does, once for each value."""
 TRIALS = 8
 GRADIENT_ERROR = 1e-3
 SAVED = PLANNED = 4
@@ -131,6 +133,8 @@ class _Examiner:
         self.original = program.model()
         self.exact = program.model().double()
         self.is_random = self._is_random(program.model())
+        # Of its own, as a call's arguments are drawn anew from the call's seed.
+        self.rounding = torch.Generator().manual_seed(program.seed)
 
     def _report(self, fault: Fault) -> None:
         if not fault.kind.startswith(self.ignored):
@@ -303,7 +307,7 @@ class _Examiner:
 
     def _perturbed(self, call: Call, i: int, wanted: Tensor) -> list[Tensor]:
         """Output `i` with other roundings after every operation, several times: in float64, if the model runs in it."""
-        noise = ROUNDING[self.dtype]
+        noise = ROUNDING[self.dtype] * (QUANTIZED if "quantize" in self.program.source else 1.0)
         results = [self._in_float64(self.exact, call, noise) for _ in range(TRIALS)]
         if all(result is None for result in results):
             results = [self._run(self.original, call.arguments(), noise) for _ in range(TRIALS)]
@@ -332,7 +336,8 @@ class _Examiner:
     ) -> Any:
         def noisy(value: Tensor) -> Tensor:
             # Sums that cancel are as far off as their neighbours.
-            return laid(value + noise * value.square().mean().sqrt() * torch.randn_like(value))
+            drawn = torch.randn(value.shape, generator=self.rounding, dtype=torch.float64).to(value.dtype)
+            return laid(value + noise * value.square().mean().sqrt() * drawn)
 
         with torch.no_grad(), Changed(noisy) if noise else nullcontext():
             result = result_of(model, *arguments)
