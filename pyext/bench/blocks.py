@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,25 +40,23 @@ class Block:
 
 def blocks(batch: int = 1) -> tuple[Block, ...]:
     """Those of our layers that no op is by itself, as networks have them."""
-    v1 = [(size, c, f"{size}×{size} {c} in 3 groups", (c, c, 3)) for size, c, _ in networks.SHUFFLENET_V1]
-    v2 = [(size, c, f"{size}×{size} {c}", (c, c)) for size, c in networks.SHUFFLENET_V2]
-    gates = [(size, c, f"{size}×{size} {c}", (c, hidden)) for size, c, hidden in networks.MOBILENET_V3_GATES]
-    ghosts = [(size, sizes[0], _ghost_label(size, *sizes), sizes) for size, *sizes in networks.GHOSTNET_BOTTLENECKS]
-    return tuple(
-        Block(network, functools.partial(make, *arguments), (batch, channels, size, size), label)
-        for network, make, of_network in (
-            ("ShuffleNet V1", ShuffleUnit, v1),
-            ("ShuffleNet V2", ShuffleUnitV2, v2),
-            ("GhostNet", GhostBottleneck, ghosts),
-            ("MobileNet V3", SqueezeExcite, gates),
-        )
-        for size, channels, label, arguments in of_network
+
+    def block(network: str, make: Callable[..., nn.Module], size: int, label: str, channels: int, *more: Any) -> Block:
+        x = (batch, channels, size, size)
+        return Block(network, functools.partial(make, channels, *more), x, f"{size}×{size} {label}")
+
+    return (
+        *(
+            block("ShuffleNet V1", ShuffleUnit, size, f"{c} in 3 groups", c, c, 3)
+            for size, c, _ in networks.SHUFFLENET_V1
+        ),
+        *(block("ShuffleNet V2", ShuffleUnitV2, size, f"{c}", c, c) for size, c in networks.SHUFFLENET_V2),
+        *(
+            block("GhostNet", GhostBottleneck, size, f"{c}→{hidden}→{out}", c, hidden, out, *more)
+            for size, c, hidden, out, *more in networks.GHOSTNET_BOTTLENECKS
+        ),
+        *(block("MobileNet V3", SqueezeExcite, size, f"{c}", c, more) for size, c, more in networks.MOBILENET_V3_GATES),
     )
-
-
-def _ghost_label(size: int, c_in: int, hidden: int, c_out: int, kernel: int, stride: int, ratio: float) -> str:
-    window = f" {kernel}×{kernel}/{stride}" if stride > 1 else ""
-    return f"{size}×{size} {c_in}→{hidden}→{c_out}{window}" + " with squeeze-and-excitation" * (ratio > 0)
 
 
 def measure_block(

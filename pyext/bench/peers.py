@@ -114,7 +114,7 @@ def _parts(op: str, tensors: Tensors, options: Mapping[str, Any]) -> tuple[list[
 
 
 def _layer(
-    op: str, images: Sequence[Tensor], steps: Steps, residual: Tensor | None, options: Mapping[str, Any], run: Run
+    op: str, images: list[Tensor], steps: Steps, residual: Tensor | None, options: Mapping[str, Any], run: Run
 ) -> Tensor:
     """The layer, its steps run by `run` and what lies between them by PyTorch."""
     x = images[0] if len(images) == 1 else torch.cat(images, 1)
