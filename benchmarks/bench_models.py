@@ -70,16 +70,19 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compares the networks asked for, prints a table each and, unless told not to, records them."""
+    """Compares the networks asked for, prints a table each and, unless told not to, records it at once."""
     parser = contest_parser(__doc__, rounds=6)
     add_runtimes(parser, NAMES)
     parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--size", type=positive, default=224, help="rows and columns of the image")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args(arguments)
-    results = run(options, chosen_runtimes(options), batch=options.batch, size=options.size)
-    if not options.no_record:
-        print(f"recorded in {save('models', results, options.results, key=KEY)}")
+
+    def record(result: ModelResult) -> str:
+        return f"recorded in {save('models', [result], options.results, key=KEY)}"
+
+    tell = None if options.no_record else record
+    run(options, chosen_runtimes(options), tell, batch=options.batch, size=options.size)
 
 
 KEY = ("model", "batch", "size", "threads")
