@@ -18,9 +18,10 @@ from rich.table import Table
 from kernelpress.bench.model_contest import RUNTIMES, ModelResult, Runtime, compare
 from kernelpress.bench.tables import console_table
 
-__all__ = ["contest_parser", "main", "positive", "run", "table"]
+__all__ = ["KEY", "add_runtimes", "chosen_runtimes", "contest_parser", "main", "positive", "run", "table"]
 
 TABLE_WIDTH = 130
+NAMES = [runtime.name for runtime in RUNTIMES]
 
 
 def table(result: ModelResult) -> Table:
@@ -38,6 +39,17 @@ def contest_parser(description: str | None, *, rounds: int) -> argparse.Argument
     parser.add_argument("--iterations", type=positive, default=30, help="calls in a burst")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     return parser
+
+
+def add_runtimes(parser: argparse.ArgumentParser, default: list[str]) -> None:
+    """The option which runtimes take part, by their names."""
+    told = ", ".join(NAMES)
+    parser.add_argument("--runtimes", nargs="+", metavar="RUNTIME", choices=NAMES, default=default, help=told)
+
+
+def chosen_runtimes(options: argparse.Namespace) -> list[Runtime]:
+    """Those that `add_runtimes` let choose."""
+    return [runtime for runtime in RUNTIMES if runtime.name in options.runtimes]
 
 
 def run(
@@ -58,20 +70,23 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Compares the networks asked for, prints a table each and, unless told not to, records them."""
+    """Compares the networks asked for, prints a table each and, unless told not to, records it at once."""
     parser = contest_parser(__doc__, rounds=6)
-    names = [runtime.name for runtime in RUNTIMES]
-    parser.add_argument("--runtimes", nargs="+", metavar="RUNTIME", choices=names, default=names, help=", ".join(names))
+    add_runtimes(parser, NAMES)
     parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--size", type=positive, default=224, help="rows and columns of the image")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args(arguments)
-    chosen = [runtime for runtime in RUNTIMES if runtime.name in options.runtimes]
-    results = run(options, chosen, batch=options.batch, size=options.size)
-    if not options.no_record:
-        print(f"recorded in {save('models', results, options.results)}")
+
+    def record(result: ModelResult) -> str:
+        return f"recorded in {save('models', [result], options.results, key=KEY)}"
+
+    tell = None if options.no_record else record
+    run(options, chosen_runtimes(options), tell, batch=options.batch, size=options.size)
 
 
+KEY = ("model", "batch", "size", "threads")
+"""What tells results apart: those of other runs stay beside them."""
 DEFAULT_MODELS = ["mobilenet_v1", "mobilenet_v2", "resnet18", "resnet50"]
 
 

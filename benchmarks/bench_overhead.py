@@ -93,7 +93,7 @@ def rows(pytestconfig: pytest.Config) -> Iterator[list[Overhead]]:
     found += [Overhead(path, best, median, best - floor) for path, (best, median) in measured.items()]
     yield found
     if pytestconfig.getoption("record"):
-        recording.save("overhead", found)
+        recording.save("overhead", found, pytestconfig.getoption("results"))
 
 
 @pytest.mark.parametrize("path", ["typed function", "emitted model, per layer"])

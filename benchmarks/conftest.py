@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import recording
@@ -14,6 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
 
 from kernelpress.bench import FAMILIES, Layer, Roofline, Row, layers, measure_roofline, ours, table
+from kernelpress.bench.blocks import BLOCKS, Block, blocks, measure_block
 from kernelpress.bench.contest import judged
 from kernelpress.bench.run import measure_layer
 from kernelpress.runtime.clock import threads_set_to
@@ -31,7 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--inductor", action="store_true", help="torch.compile as a further peer; compiles for seconds a shape"
     )
     group.addoption("--budget", type=float, default=0.5, help="seconds of measuring a contestant and shape")
-    group.addoption("--record", action="store_true", help="write the families measured in full to benchmarks/results/")
+    group.addoption("--record", action="store_true", help="write the families measured in full to --results")
+    group.addoption("--results", type=Path, default=recording.RESULTS, help="folder of the result files")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -39,9 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Gives a benchmark that takes `layer` those of all families with peers."""
+    """Gives a benchmark that takes `layer` those of all families with peers, one that takes `block` all blocks."""
+    batch = metafunc.config.getoption("batch")
+    if "block" in metafunc.fixturenames:
+        found = blocks(batch)
+        metafunc.parametrize("block", found, ids=[f"{BLOCKS} {it.network} {it.label}" for it in found])
     if "layer" in metafunc.fixturenames:
-        batch = metafunc.config.getoption("batch")
         chosen = [layer for family in FAMILIES for layer in layers(family, batch=batch)]
         metafunc.parametrize("layer", chosen, ids=[f"{it.family} {it.network} {it.title}" for it in chosen])
 
@@ -76,6 +82,19 @@ def bench(benchmark: BenchmarkFixture, roofline: Roofline, pytestconfig: pytest.
     return measure
 
 
+@pytest.fixture
+def bench_block(roofline: Roofline, pytestconfig: pytest.Config) -> Callable[[Block], Row]:
+    """Measures a block in turn with its peers."""
+
+    def measure(block: Block) -> Row:
+        budget, with_inductor = pytestconfig.getoption("budget"), pytestconfig.getoption("inductor")
+        row = measure_block(block, roofline, with_inductor=with_inductor, budget_seconds=budget)
+        pytestconfig.stash[_rows].setdefault(BLOCKS, []).append(row)
+        return row
+
+    return measure
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Judges the rows by the best roofline seen, and records them if asked to: whole families only."""
     config = session.config
@@ -85,9 +104,10 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     roofline = measure_roofline(config.getoption("threads"), again=True)
     for family, rows in stashed.items():
         stashed[family] = [judged(row, roofline) for row in rows]
-        complete = len(rows) == len(layers(family, batch=config.getoption("batch")))
+        batch = config.getoption("batch")
+        complete = len(rows) == len(blocks(batch) if family == BLOCKS else layers(family, batch=batch))
         if config.getoption("record") and complete:
-            recording.save(family, stashed[family], roofline=roofline)
+            recording.save(family, stashed[family], config.getoption("results"), roofline=roofline)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

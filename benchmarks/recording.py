@@ -11,7 +11,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from kernelpress.bench import FAMILIES, Roofline, describe_machine
+from kernelpress.bench import Roofline, describe_machine
 from kernelpress.bench.contest import OURS
 from kernelpress.bench.tables import Cells, layer_cells, markdown, number_text
 from kernelpress.files import write_atomically
@@ -34,34 +34,46 @@ __all__ = [
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def save(name: str, results: Sequence[Any], folder: Path = RESULTS, **context: Any) -> Path:
+def save(name: str, results: Sequence[Any], folder: Path = RESULTS, *, key: Sequence[str] = (), **context: Any) -> Path:
     """Writes `results` (dataclasses) as `<folder>/<machine>/<name>.json` and renews the page; returns the file's path.
 
-    `context` is noted beside them, as are machine, versions, commit and date.
+    `context` is noted beside them, as are machine, versions, commit and date. With a `key`, the fields that tell rows
+    apart, rows of the file that `results` lacks stay where they are, with the machine, commit and date of theirs.
     """
     machine = describe_machine()
     path = folder / machine.slug / f"{name}.json"
+    for earlier in load_all(path.parent, [name]).values() if key else ():
+        results = _merged(earlier, results, key)
     write(path, {"machine": asdict(machine)}, results, **context)
     write_page(folder)
     return path
 
 
+def _merged(earlier: Mapping[str, Any], results: Sequence[Any], key: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of an earlier file, `recorded` as that says, and in their place or behind them the new ones."""
+    recorded = {name: earlier[name] for name in ("machine", "commit", "modified_since_commit", "date")}
+    rows = [{"recorded": recorded, **row} for row in earlier["results"]] + [asdict(result) for result in results]
+    return list({tuple(row[field] for field in key): row for row in rows}.values())
+
+
 def write(path: Path, about: Mapping[str, object], results: Sequence[Any], **context: Any) -> None:
-    """Writes `results` (dataclasses) as JSON, with commit and date, behind what they are about and before `context`."""
+    """Writes `results` (dataclasses, or what became of such) as JSON, with commit and date, behind what they are about
+    and before `context`."""
     revision, modified = _commit()
     content = {
         **about,
         "commit": revision,
         "modified_since_commit": modified,
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        **{
-            key: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
-            for key, value in context.items()
-        },
-        "results": [asdict(result) for result in results],
+        **{key: _plain(value) for key, value in context.items()},
+        "results": [_plain(result) for result in results],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _plain(value: Any) -> Any:
+    return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 
 def write_markdown(page: Path, lines: Sequence[str]) -> None:
@@ -92,7 +104,7 @@ def write_page(folder: Path = RESULTS) -> Path:
         "",
     ]
     for machine_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
-        loaded = load_all(machine_folder, ("models", *FAMILIES, "overhead", "distill"))
+        loaded = load_all(machine_folder, _TITLES)
         loaded = {name: payload for name, payload in loaded.items() if "machine" in payload}
         if not loaded:
             continue
@@ -108,9 +120,14 @@ def write_page(folder: Path = RESULTS) -> Path:
 
 _TITLES: Mapping[str, str] = {
     "models": "Whole models, float32",
+    "growth": "Whole models by batch, image and threads, float32",
     "dense": "Dense kernels, float32",
     "depthwise": "Depthwise kernels, float32",
     "separable": "Separable and inverted-residual kernels, float32",
+    "grouped": "Grouped convolutions and channel shuffles, float32",
+    "ghost": "Ghost modules, float32",
+    "squeeze_excite": "Squeeze-and-excitation, float32",
+    "blocks": "Blocks of networks, emitted and captured, float32",
     "overhead": "Overhead of a call on the CPU",
     "distill": "What losses of distillation gain",
 }
@@ -123,8 +140,29 @@ def _provenance(payload: Mapping[str, Any]) -> str:
     return f"{when(payload)}; {system}; {versions}."
 
 
+def _summary(payload: Mapping[str, Any]) -> list[str]:
+    """A row for each network, batch, size and number of threads: best rounds, and when it was recorded."""
+    results = payload["results"]
+    names = list(dict.fromkeys(row["runtime"] for result in results for row in result["runtimes"]))
+    header = ["model", "batch", "image", "threads", *(f"{name}, ms" for name in names)]
+    header += ["GFLOP/s", "ours ÷ best peer", "recorded"]
+    rows = []
+    for result in results:
+        best, flops, verdict = _best_rounds(result), result.get("flops"), _share_of_best_peer(result)
+        rows.append(
+            [
+                *(result["model"], str(result["batch"]), f"{result['size']}×{result['size']}", str(result["threads"])),
+                *(number_text(best.get(name), ".2f") for name in names),
+                number_text(flops / best[OURS] * 1e-6 if flops and OURS in best else None, ".0f"),
+                number_text(verdict and verdict[1], ".2f"),
+                when(result.get("recorded", payload)),
+            ]
+        )
+    return markdown((header, rows))
+
+
 def _model_tables(payload: Mapping[str, Any]) -> list[str]:
-    lines: list[str] = []
+    lines = [*_summary(payload), ""]
     for result in payload["results"]:
         lines += [f"**{result['model']}**, {title_of(result)}", "", *markdown(model_cells(result)), ""]
         lines += [f"{verdict_on(result)}.", ""] if verdict_on(result) else []
@@ -157,9 +195,14 @@ def model_cells(result: Mapping[str, Any]) -> Cells:
 
 def verdict_on(result: Mapping[str, Any]) -> str:
     """Who is the best peer, by its best round, and how much of its time ours takes; nothing without both."""
+    found = _share_of_best_peer(result)
+    return "" if found is None else f"Best peer: {found[0]}; ours takes {found[1]:.2f} of its time"
+
+
+def _share_of_best_peer(result: Mapping[str, Any]) -> tuple[str, float] | None:
     best = _best_rounds(result)
     ours, peer = best.pop(OURS, None), min(best, key=best.__getitem__, default=None)
-    return "" if ours is None or peer is None else f"Best peer: {peer}; ours takes {ours / best[peer]:.2f} of its time"
+    return None if ours is None or peer is None else (peer, ours / best[peer])
 
 
 def _best_rounds(result: Mapping[str, Any]) -> dict[str, float]:
@@ -201,6 +244,7 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "models": _model_tables,
+    "growth": _summary,
     "overhead": _overhead_table,
     "distill": _gain_table,
 }

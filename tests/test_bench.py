@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernelpress import bench, ops
 from kernelpress.bench import Layer, Roofline, ours, peers
+from kernelpress.bench.blocks import Block, blocks, measure_block
 from kernelpress.bench.contest import OURS, UNFUSED, expected_of, relative_error
 from kernelpress.bench.layers import (
     channel_shuffle,
@@ -30,8 +31,10 @@ from kernelpress.bench.layers import (
     shuffle_concat,
     sparse_conv2d,
     sparse_matmul,
+    squeeze_excite,
 )
 from kernelpress.bench.run import measure_layer
+from kernelpress.layers import GhostBottleneck
 from kernelpress.runtime import native
 
 ROOFLINE = Roofline(
@@ -47,6 +50,12 @@ SMALL = {
     "depthwise": depthwise_conv2d("test", 1, 8, 10, 5, 2, "hardswish"),
     "separable": separable_conv2d("test", 1, 6, 8, 12, 2),
     "inverted_residual": inverted_residual("test", 1, 6, 4, 24, 4, 1),
+    "grouped": grouped_conv2d("test", 2, 5, 6, 9, 1, 3, shuffle=3),
+    "grouped_3x3": grouped_conv2d("test", 1, 5, 8, 8, 3, 4),
+    "channel_shuffle": channel_shuffle("test", 2, 4, 6, 3),
+    "shuffle_concat": shuffle_concat("test", 1, 4, 3),
+    "ghost": ghost_conv2d("test", 2, 5, 6, 8, "relu"),
+    "squeeze_excite": squeeze_excite("test", 2, 5, 12, 4),
 }
 CPU = torch.device("cpu")
 
@@ -82,6 +91,7 @@ def test_labels_tell_the_layers_of_a_family_apart() -> None:
         ("linear", "11→6 batch 3"),
         ("depthwise", "8×8 10 5×5/2 hardswish"),
         ("inverted_residual", "6×6 4→24→4 3×3 relu6 +res"),
+        ("squeeze_excite", "5×5 12→4→12 batch 2"),
     ],
 )
 def test_labels_name_the_shape(name: str, label: str) -> None:
@@ -96,6 +106,7 @@ def test_all_contestants_agree_with_double_precision(small: Layer) -> None:
         **peers.peers(op, tensors, options),
     }
     steps = ours.unfused(op, tensors, options)
+    assert ("oneDNN prepacked" in calls) == (small.flops > 0)
     assert (steps is not None) == (small.family == "separable")
     if steps is not None:
         calls[UNFUSED] = steps
@@ -105,8 +116,9 @@ def test_all_contestants_agree_with_double_precision(small: Layer) -> None:
 
 
 @pytest.mark.slow
-def test_the_compiled_peer_agrees_with_eager() -> None:
-    call = drawn(SMALL["pointwise_with_residual"])
+@pytest.mark.parametrize("name", ["pointwise_with_residual", "grouped", "shuffle_concat", "ghost", "squeeze_excite"])
+def test_the_compiled_peer_agrees_with_eager(name: str) -> None:
+    call = drawn(SMALL[name])
     chain = peers.inductor(*call)
     with torch.no_grad():
         assert relative_error(chain(), peers.eager(*call)()) < 1e-5
@@ -143,6 +155,26 @@ def test_a_row_says_what_its_timings_say(small: Layer) -> None:
         assert row.unfused_ratio == pytest.approx(times[UNFUSED] / row.ms)
     else:
         assert row.unfused_ratio is None
+
+
+@pytest.mark.slow
+def test_a_block_is_timed_beside_the_same_of_stock_layers() -> None:
+    block = Block("test", lambda: GhostBottleneck(4, 8, 6, 3, 2, 0.5), (1, 4, 9, 9), "small")
+    row = measure_block(block, ROOFLINE, rounds=1, budget_seconds=0.005)
+    assert {contestant.name for contestant in row.contestants} == {OURS, "eager", "eager channels_last"}
+    assert row.relative_error is not None
+    assert row.relative_error < 1e-5
+    assert (row.family, row.op, row.backend) == ("blocks", "GhostBottleneck", "emitted")
+    assert row.ratio is not None
+    assert row.flops > 0
+
+
+def test_blocks_of_networks_take_their_images_and_are_told_apart() -> None:
+    found = blocks(batch=2)
+    assert len({(block.network, block.label) for block in found}) == len(found)
+    with torch.device("meta"):
+        for block in found:
+            assert block.make()(torch.empty(block.x)).shape[0] == 2
 
 
 @pytest.mark.slow
@@ -289,7 +321,7 @@ def test_on_a_cuda_device_backends_are_timed_by_its_clock(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"family": "dens"}, "family: expected one of dense, depthwise, separable, got 'dens'"),
+        ({"family": "int8"}, "family: expected one of dense, depthwise, .*squeeze_excite, got 'int8'"),
         ({"family": "dense", "device": "tpu"}, "device: expected one of cpu.*got 'tpu'"),
         ({"family": "dense", "batch": 0}, "batch: expected a positive integer, got 0"),
         ({"family": "dense", "threads": 0}, "threads: expected a positive integer"),

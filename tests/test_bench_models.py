@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +194,60 @@ def test_the_page_shows_what_was_saved_losses_and_skips_included(tmp_path: Path)
     assert row.layer in page
     assert "FMA 100 GFLOP/s" in page
     assert not list(tmp_path.rglob(".*"))
+
+
+def test_runs_on_other_points_leave_rows_where_they_are_with_their_own_commit(tmp_path: Path) -> None:
+    import recording
+    from bench_models import KEY
+
+    first = model_result(eager=(9.0,), kernelpress=(3.0,))
+    path = recording.save("models", [first, replace(first, batch=16)], tmp_path, key=KEY)
+    old = {**json.loads(path.read_text(encoding="utf-8")), "date": "then", "commit": "before"}
+    path.write_text(json.dumps(old), encoding="utf-8")
+    again = replace(first, runtimes=first.runtimes[:1])
+    for _ in range(2):
+        recording.save("models", [replace(first, model="alexnet"), again], tmp_path, key=KEY)
+    rows = json.loads(path.read_text(encoding="utf-8"))["results"]
+    assert [(row["model"], row["batch"], len(row["runtimes"])) for row in rows] == [
+        ("mobilenet_v1", 1, 1),
+        ("mobilenet_v1", 16, 2),
+        ("alexnet", 1, 2),
+    ]
+    assert [row.get("recorded", {}).get("commit") for row in rows] == [None, "before", None]
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| mobilenet_v1 | 16 | 224×224 | 2 | 9.00 | 3.00 | – | 0.33 | then; commit before" in page
+    assert "| alexnet | 1 | 224×224 | 2 | 9.00 | 3.00 | – | 0.33 | 2" in page
+
+
+def test_growth_changes_one_thing_at_a_time_and_bursts_of_long_calls_are_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import growth
+
+    asked: list[tuple[int, ...]] = []
+
+    def run(options: Any, runtimes: Any, *, batch: int, size: int) -> list[Any]:
+        assert [runtime.name for runtime in runtimes] == ["ONNX Runtime", "kernelpress"]
+        asked.append((batch, size, options.threads, options.iterations))
+        result = model_result(kernelpress=(1.0 * batch,))
+        return [replace(result, batch=batch, size=size, threads=options.threads, flops=8_000_000)]
+
+    monkeypatch.setattr(growth, "run", run)
+    arguments = ["--batches", "1", "4", "64", "--sizes", "96", "224", "448", "--iterations", "16"]
+    growth.main(["--models", "mobilenet_v1", *arguments, "--results", str(tmp_path)])
+    assert asked == [(1, 224, 2, 16), (4, 224, 2, 4), (64, 224, 2, 3), (1, 96, 2, 16), (1, 448, 2, 4), (1, 224, 1, 16)]
+    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| mobilenet_v1 | 4 | 224×224 | 2 | 4.00 | 2 | – |" in page
+    assert page.count("| mobilenet_v1 |") == 6
+
+
+def test_calls_that_take_long_are_warm_after_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernelpress.bench import worker
+
+    calls: list[int] = []
+    assert worker._settled(lambda: calls.append(1) or len(calls), 5) == 5
+    monkeypatch.setattr(worker, "ENOUGH_SECONDS", -1.0)
+    assert worker._settled(lambda: calls.append(1) or len(calls), 5) == 6
 
 
 def test_a_failed_write_leaves_the_old_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

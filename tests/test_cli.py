@@ -194,7 +194,7 @@ class TestBench:
         assert "onednn" in refusal(capsys, "bench", "--backends", "onednn", "--family", "sparse")
 
     def test_families_without_peers_on_the_cpu_take_backends(self, capsys):
-        assert "family: ghost takes --backends" in refusal(capsys, "bench", "--family", "ghost")
+        assert "family: sparse takes --backends" in refusal(capsys, "bench", "--family", "sparse")
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

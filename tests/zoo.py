@@ -27,6 +27,7 @@ from emitting import prefer
 from torch import Tensor, nn
 
 import kernelpress as kp
+from kernelpress.bench.twins import import_torchvision
 from kernelpress.emit.tolerance import relative_error
 from kernelpress.files import write_atomically
 from kernelpress.runtime.torch_private import pytree
@@ -101,13 +102,9 @@ class Row:
 def import_packages() -> None:
     """Makes timm and torchvision importable from where `make zoo` puts them."""
     sys.path.insert(0, str(PACKAGES))
-    if not torch.cuda.is_available():
-        # torchvision's wheel is built for CUDA, so its operations do not load here; importing it wants two declared.
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     try:
+        import_torchvision()
         importlib.import_module("timm")
-        importlib.import_module("torchvision")
     except ImportError as missing:
         sys.exit(f"{missing}: `make zoo` installs timm and torchvision into {PACKAGES}")
 

@@ -21,6 +21,7 @@ from kernelpress.bench.contest import (
     refuse_any,
 )
 from kernelpress.bench.layers import Layer, layers
+from kernelpress.bench.peers import MOVES
 from kernelpress.bench.tables import console_table, number_text
 from kernelpress.measure.units import ABSENT, latency_text, ratio_text
 from kernelpress.ops import registry
@@ -36,7 +37,7 @@ DEVICES = ("cpu", "cuda")
 
 DTYPES = ("fp32", "fp16", "bf16")
 
-MOVING = frozenset({"depthwise_conv2d", "int8_depthwise_conv2d", "channel_shuffle", "shuffle_concat"})
+MOVING = MOVES | {"depthwise_conv2d", "int8_depthwise_conv2d", "squeeze_excite"}
 """Ops whose rate is told in GB/s; that of the others is in GFLOP/s."""
 
 _NOT_IMPLEMENTED = "has no implementation on it"

@@ -33,6 +33,7 @@ __all__ = [
     "shuffle_concat",
     "sparse_conv2d",
     "sparse_matmul",
+    "squeeze_excite",
     "tiny",
 ]
 
@@ -196,6 +197,14 @@ def ghost_conv2d(network: str, batch: int, size: int, c_in: int, c_out: int, act
     return Layer("ghost_conv2d", x, weights, options, **told, label=f"{size}×{size} {c_in}→{2 * primary} {activation}")
 
 
+def squeeze_excite(network: str, batch: int, size: int, channels: int, hidden: int) -> Layer:
+    """The mean of each channel, two products with relu and hardsigmoid: the factors of the channels."""
+    x, weights = (batch, channels, size, size), ((hidden, channels, 1, 1), (channels, hidden, 1, 1))
+    told: _Told = {"family": "squeeze_excite", "network": network, "library": "mean + conv + conv"}
+    label = f"{size}×{size} {channels}→{hidden}→{channels}"
+    return Layer("squeeze_excite", x, weights, {"activation": "hardsigmoid"}, **told, label=label)
+
+
 def sparse_matmul(network: str, rows: int, c_in: int, c_out: int, block: int, sparsity: float) -> Layer:
     """`rows` vectors times a weight of which a fraction of the blocks is zero."""
     grid, label = (-(-c_out // block), -(-c_in // block), block), f"{rows}×{c_in}×{c_out}"
@@ -267,6 +276,7 @@ _LAYERS: Mapping[str, Sequence[tuple[Callable[..., Layer], str, Iterable[Sequenc
         (shuffle_concat, "ShuffleNet V2", [(size, c // 2) for size, c in networks.SHUFFLENET_V2]),
     ),
     "ghost": ((ghost_conv2d, "GhostNet", networks.GHOSTNET),),
+    "squeeze_excite": ((squeeze_excite, "MobileNet V3", networks.MOBILENET_V3_GATES),),
     "sparse": (
         (sparse_conv2d, "ResNet-50", [(*shape, BLOCK, SPARSITY) for shape in networks.RESNET50 if shape[1] >= 128]),
         (sparse_matmul, "AlexNet", [(*shape, BLOCK, SPARSITY) for shape in networks.ALEXNET_CLASSIFIER]),
@@ -281,5 +291,5 @@ _LAYERS: Mapping[str, Sequence[tuple[Callable[..., Layer], str, Iterable[Sequenc
 
 ALL_FAMILIES = tuple(_LAYERS)
 
-FAMILIES = ALL_FAMILIES[:3]
+FAMILIES = ALL_FAMILIES[:6]
 """Those with peers on the CPU."""

@@ -6,10 +6,12 @@ __all__ = [
     "ALEXNET_CLASSIFIER",
     "DEPTHWISE",
     "GHOSTNET",
+    "GHOSTNET_BOTTLENECKS",
     "HEADS",
     "MOBILENET_V1_PAIRS",
     "MOBILENET_V2_BLOCKS",
     "MOBILENET_V2_POINTWISE",
+    "MOBILENET_V3_GATES",
     "RESNET18",
     "RESNET50",
     "RESNEXT50",
@@ -57,6 +59,10 @@ MOBILENET_V2_POINTWISE = (
     (7, 320, 1280, "relu6", False),
 )
 """Some expansions and projections: map size, channels in and out, activation, with a residual or without."""
+
+MOBILENET_V3_GATES = ((28, 72, 24), (28, 120, 32), (14, 480, 120), (14, 672, 168), (7, 960, 240))
+"""Large: map size, channels, channels between the products of squeeze-and-excitation (Howard et al. 2019, table 1; a
+quarter of the channels in multiples of 8)."""
 
 DEPTHWISE = (
     ("MobileNet V2", 112, 96, 3, 2, "relu6"),
@@ -133,6 +139,16 @@ GHOSTNET = (
     (7, 960, 160, "identity"),
 )
 """1.0: map size, channels in and out of its ghost modules, activation (Han et al. 2020, table 1)."""
+
+GHOSTNET_BOTTLENECKS = (
+    (112, 16, 48, 24, 3, 2, 0.0),
+    (56, 24, 72, 24, 3, 1, 0.0),
+    (28, 40, 120, 40, 5, 1, 0.25),
+    (14, 80, 184, 80, 3, 1, 0.0),
+    (14, 112, 672, 112, 3, 1, 0.25),
+    (7, 160, 960, 160, 5, 1, 0.25),
+)
+"""1.0: map size, channels before, inside and after, window, stride, share of squeeze-and-excitation (ibid.)."""
 
 ALEXNET_CLASSIFIER = ((9216, 4096), (4096, 4096))
 """Features in and out of its wide layers (Krizhevsky et al. 2012, section 3.5)."""

@@ -15,13 +15,17 @@ from kernelpress.ops import registry
 from kernelpress.ops.registry import Tensors
 from kernelpress.ops.sparse_blocks import BlockCsr, conv_weight
 
-__all__ = ["Step", "contiguous", "eager", "inductor", "onednn_prepacked", "peers", "steps_of"]
+__all__ = ["Step", "contiguous", "eager", "frozen", "inductor", "onednn_prepacked", "peers", "steps_of"]
+
+MOVES = frozenset({"channel_shuffle", "shuffle_concat"})
+"""Ops that compute nothing."""
 
 _EAGER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda y: y,
     "relu": torch.relu_,
     "relu6": lambda y: F.hardtanh_(y, 0.0, 6.0),
     "hardswish": lambda y: F.hardswish(y, inplace=True),
+    "hardsigmoid": lambda y: F.hardsigmoid(y, inplace=True),
 }
 
 # Post-op name and scalars, as torch's mkldnn operators take them.
@@ -30,6 +34,7 @@ _ONEDNN_ACTIVATIONS: dict[str, tuple[str, list[Any]]] = {
     "relu": ("relu", []),
     "relu6": ("hardtanh", [0.0, 6.0]),
     "hardswish": ("hardswish", []),
+    "hardsigmoid": ("hardsigmoid", []),
 }
 
 
@@ -46,6 +51,9 @@ class Step:
 
 Steps = Sequence[tuple[Step, Tensor, Tensor | None]]
 """Each with its weight and bias."""
+
+Run = Callable[[Tensor, Steps, Tensor | None], Tensor]
+"""Runs steps in turn, the last one with a residual."""
 
 
 def contiguous(tensors: Sequence[Tensor | None]) -> Tensors:
@@ -93,20 +101,32 @@ def _dense(named: Mapping[str, Tensor], options: Any) -> Tensor:
 
 def eager(op: str, tensors: Tensors, options: Mapping[str, Any]) -> Call:
     """PyTorch's operations one by one, activations in place; the memory format is that of `tensors`."""
-    if op in ("channel_shuffle", "shuffle_concat"):
-        images: list[Tensor] = [t for t in tensors if t is not None]
-        return lambda: _shuffled(torch.cat(images, 1) if len(images) > 1 else images[0], options["groups"])
+    images, steps, residual = _parts(op, tensors, options)
+    return lambda: _layer(op, images, steps, residual, options, _run)
+
+
+def _parts(op: str, tensors: Tensors, options: Mapping[str, Any]) -> tuple[list[Tensor], Steps, Tensor | None]:
+    """The images that a layer takes, and its steps and residual as `steps_of` gives them."""
+    if op in MOVES:
+        return [t for t in tensors if t is not None], [], None
     x, steps, residual = steps_of(op, tensors, options)
-    groups = options.get("shuffle", 1)
+    return [x], steps, residual
 
-    def ghost() -> Tensor:
-        primary = _run(x, steps[:1], None)
-        return torch.cat([primary, _run(primary, steps[1:], None)], 1)
 
-    def shuffled() -> Tensor:
-        return _shuffled(_run(x, steps, residual), groups)
-
-    return ghost if op == "ghost_conv2d" else shuffled if groups > 1 else lambda: _run(x, steps, residual)
+def _layer(
+    op: str, images: list[Tensor], steps: Steps, residual: Tensor | None, options: Mapping[str, Any], run: Run
+) -> Tensor:
+    """The layer, its steps run by `run` and what lies between them by PyTorch."""
+    x = images[0] if len(images) == 1 else torch.cat(images, 1)
+    if op in MOVES:
+        return _shuffled(x, options["groups"])
+    if op == "ghost_conv2d":
+        primary = run(x, steps[:1], None)
+        return torch.cat([primary, run(primary, steps[1:], None)], 1)
+    if op == "squeeze_excite":
+        x = x.mean((2, 3), keepdim=True)
+    y = run(x, steps, residual)
+    return _shuffled(y, options["shuffle"]) if options.get("shuffle", 1) > 1 else y
 
 
 def _run(x: Tensor, steps: Steps, residual: Tensor | None) -> Tensor:
@@ -130,24 +150,22 @@ def _shuffled(x: Tensor, groups: int) -> Tensor:
 
 def onednn_prepacked(op: str, tensors: Tensors, options: Mapping[str, Any]) -> Call:
     """oneDNN's own primitives, one a step, with weights packed beforehand and bias, residual and activation fused."""
-    x, steps, residual = steps_of(op, tensors, options)
+    images, steps, residual = _parts(op, tensors, options)
     if op == "linear":
-        ((_, weight, bias),) = steps
+        ((x,), ((_, weight, bias),)) = images, steps
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
         return lambda: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    made: list[Callable[[Tensor], Tensor]] = []
-    given = x
-    for index, (step, weight, bias) in enumerate(steps):
-        made.append(_primitive(step, weight, bias, given.shape, residual if index == len(steps) - 1 else None))
-        given = made[-1](given)
+    made: dict[int, Callable[[Tensor], Tensor]] = {}
 
-    def call() -> Tensor:
-        y = x
-        for run in made:
-            y = run(y)
+    def run(y: Tensor, some: Steps, added: Tensor | None) -> Tensor:
+        for index, (step, weight, bias) in enumerate(some):
+            if id(step) not in made:
+                made[id(step)] = _primitive(step, weight, bias, y.shape, added if index == len(some) - 1 else None)
+            y = made[id(step)](y)
         return y
 
-    return call
+    _layer(op, images, steps, residual, options, run)
+    return lambda: _layer(op, images, steps, residual, options, run)
 
 
 def _primitive(
@@ -164,22 +182,31 @@ def _primitive(
 
 def inductor(op: str, tensors: Tensors, options: Mapping[str, Any]) -> Call:
     """`torch.compile` with freezing, in channels_last; compiles at the first call, which takes seconds."""
-    x, steps, residual = steps_of(op, tensors, options)
-    compiled = torch.compile(_Chain(steps).eval(), options={"freezing": True})
-    return lambda: compiled(x, residual)
+    images, steps, residual = _parts(op, tensors, options)
+    compiled = frozen(_Chain(op, steps, options).eval())
+    return lambda: compiled(images, residual)
+
+
+def frozen(module: nn.Module) -> Callable[..., Tensor]:
+    """`module` compiled with freezing, whatever was compiled before: torch leaves to eager what was too often."""
+    torch.compiler.reset()
+    compiled: Callable[..., Tensor] = torch.compile(module, options={"freezing": True})
+    return compiled
 
 
 class _Chain(nn.Module):
-    """The steps as a module, for the compiler to see weights as parameters that it may freeze."""
+    """The layer as a module, for the compiler to see weights as parameters that it may freeze."""
 
-    def __init__(self, steps: Steps) -> None:
+    def __init__(self, op: str, steps: Steps, options: Mapping[str, Any]) -> None:
         super().__init__()
+        self.op, self.options = op, options
         self.steps = [step for step, _, _ in steps]
         self.weights = nn.ParameterList([weight for _, weight, _ in steps])
         self.biases = nn.ParameterList([bias for _, _, bias in steps])
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        return _run(x, list(zip(self.steps, self.weights, self.biases, strict=True)), residual)
+    def forward(self, images: list[Tensor], residual: Tensor | None) -> Tensor:
+        steps = list(zip(self.steps, self.weights, self.biases, strict=True))
+        return _layer(self.op, images, steps, residual, self.options, _run)
 
 
 def peers(op: str, tensors: Tensors, options: Mapping[str, Any], *, with_inductor: bool = False) -> dict[str, Call]:
@@ -188,7 +215,7 @@ def peers(op: str, tensors: Tensors, options: Mapping[str, Any], *, with_inducto
         "eager": eager(op, contiguous(tensors), options),
         "eager channels_last": eager(op, tensors, options),
     }
-    if torch.backends.mkldnn.is_available():
+    if torch.backends.mkldnn.is_available() and op not in MOVES:
         contestants["oneDNN prepacked"] = onednn_prepacked(op, tensors, options)
     if with_inductor:
         contestants["Inductor"] = inductor(op, tensors, options)

@@ -109,6 +109,8 @@ def _ncnn(job: Job) -> Contestant:
     import ncnn
     import pnnx
 
+    if job.batch != 1:
+        raise ValueError(f"batch: ncnn takes one image at a time, got {job.batch}")
     network, x = build_plain_in(job, "contiguous")
     folder = Path(job.folder)
     pnnx.export(network, str(folder / "pnnx.pt"), (x,), fp16=False)

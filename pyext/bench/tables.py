@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Cells", "console_table", "layer_cells", "markdown", "number_text"]
 
-_TEXT = frozenset({"all peers, ms", "backend", "best peer", "layer", "model", "network", "path", "runtime", "settings"})
-_TEXT |= {"family", "instructions", "kernel", "of"}
+_TEXT = frozenset({"all peers, ms", "backend", "best peer", "layer", "model", "network", "path", "recorded"})
+_TEXT |= {"family", "instructions", "kernel", "of", "runtime", "settings"}
 """Columns that are aligned to the left."""
 
 _WRAPPED = frozenset({"best peer", "network", "settings"})

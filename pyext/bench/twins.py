@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from kernelpress import models
 from kernelpress.bench.plain import to_plain
 from kernelpress.bench.worker import Job
 
-__all__ = ["build", "build_plain_in", "export_onnx", "prepare"]
+__all__ = ["build", "build_plain_in", "export_onnx", "import_torchvision", "prepare"]
 
 CALIBRATION_BATCH = 4
 
@@ -26,7 +27,7 @@ def prepare(job: Job, size: int, seed: int) -> nn.Module:
     layer to layer, and folding it is real work.
     """
     torch.manual_seed(seed)
-    network = to_plain(models.build(job.model))
+    network = to_plain(_made(job.model))
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -39,9 +40,27 @@ def prepare(job: Job, size: int, seed: int) -> nn.Module:
     return network.eval()
 
 
+def import_torchvision() -> None:
+    """Imports torchvision, also where its operations do not load, as those of a wheel for CUDA on a machine without:
+    importing it wants two of them declared. Raises `ImportError` where there is none."""
+    try:
+        importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        importlib.import_module("torchvision")
+
+
+def _made(model: str) -> nn.Module:
+    """The network of that name, timm's and torchvision's among them."""
+    if model.startswith(("timm:", "torchvision:")):
+        import_torchvision()
+    return models.build(model)
+
+
 def build(job: Job, *, plain: bool) -> nn.Module:
     """The network of `job` with its weights, for inference: plain PyTorch, or ours."""
-    network = models.build(job.model)
+    network = _made(job.model)
     if plain:
         network = to_plain(network)
     network.load_state_dict(load_file(job.weights_file))

@@ -30,6 +30,8 @@ Array = NDArray[np.float32]
 WARMUP_CALLS = 10
 SETTLE_CALLS = 5
 """Calls before each burst, for caches and threads to be back after the others' turns."""
+ENOUGH_SECONDS = 1.0
+"""After which neither a warm-up nor settling begins another call: long calls are warm before."""
 RESET_PEAK = "5"
 """Written to /proc/self/clear_refs: the highest resident memory is counted anew (Linux, proc(5))."""
 
@@ -99,10 +101,9 @@ def serve(job_file: str, load: Callable[[Job], Contestant]) -> None:
         _say(answers, skipped=f"{error}; `pip install kernelpress[peers]` installs it")
         return
     loaded = time.time()
-    result = contestant.call()
+    contestant.call()
     seconds = {"import_s": imported - job.begun, "load_s": loaded - imported, "first_s": time.time() - loaded}
-    for _ in range(WARMUP_CALLS):
-        result = contestant.call()
+    result = _settled(contestant.call, WARMUP_CALLS)
     np.save(job.output_file, contestant.to_array(result))
     _count_peak_anew()
     _say(answers, settings=contestant.settings, seconds=seconds)
@@ -129,8 +130,19 @@ def _say(answers: TextIO, **values: object) -> None:
 
 def _burst_median(call: Callable[[], object], iterations: int) -> float:
     """Median milliseconds of `iterations` calls, back to back."""
-    timeit.repeat(call, number=1, repeat=SETTLE_CALLS)
+    _settled(call, SETTLE_CALLS)
     return statistics.median(timeit.repeat(call, number=1, repeat=iterations)) * 1e3
+
+
+def _settled(call: Callable[[], Any], calls: int) -> Any:
+    """What the last of so many calls gave, or of those that were begun in time."""
+    end = time.perf_counter() + ENOUGH_SECONDS
+    result = call()
+    for _ in range(calls - 1):
+        if time.perf_counter() > end:
+            break
+        result = call()
+    return result
 
 
 def _resident_bytes(field: str) -> int | None:
