@@ -4,7 +4,9 @@ import os
 
 import pytest
 import torch
+from modelfuzz import verdict
 from modelfuzz.generator import draw
+from modelfuzz.observing import Changed
 from modelfuzz.program import Argument, Call, Program, Step
 from modelfuzz.shrink import shrink, snippet
 from modelfuzz.verdict import examine
@@ -42,6 +44,18 @@ PROGRAM = Program(
     ),
     "(v6, v5)",
 )
+
+
+def test_other_roundings_differ_from_trial_to_trial() -> None:
+    examiner = verdict._Examiner(PROGRAM, PROGRAM.model(), [], ())
+    results = examiner._perturbed(PROGRAM.example, 0, torch.empty(2, 4, 4, 4))
+    assert len({tuple(result.flatten().tolist()) for result in results}) == verdict.TRIALS
+
+
+def test_what_is_changed_goes_on_through_vmap() -> None:
+    with Changed(lambda value: value + 1):
+        result = torch.vmap(lambda row: row * row.sum())(torch.ones(3, 4) * 2)
+    assert torch.equal(result, torch.full((3, 4), 36.0))
 
 
 def _other_weight(emitted: EmittedModel, model: nn.Module) -> None:

@@ -81,15 +81,23 @@ class Changed(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        given = {t.untyped_storage().data_ptr() for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        given = {_memory_of(t) for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)} | {None}
 
         def changed(value: Any) -> Any:
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
-            return value if value.untyped_storage().data_ptr() in given else self.change(value)
+            return value if _memory_of(value) in given else self.change(value)
 
         with DisableTorchFunction():
             return pytree.tree_map(changed, result)
+
+
+def _memory_of(tensor: Tensor) -> int | None:
+    """Where its memory begins; None inside `vmap`, where it has none of its own."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except NotImplementedError:
+        return None
 
 
 def channels_last(value: Any) -> Any:
