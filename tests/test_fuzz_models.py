@@ -53,9 +53,10 @@ def test_other_roundings_differ_from_trial_to_trial() -> None:
 
 
 def test_what_is_changed_goes_on_through_vmap() -> None:
+    x = torch.full((3, 4), 2.0)
     with Changed(lambda value: value + 1):
-        result = torch.vmap(lambda row: row * row.sum())(torch.ones(3, 4) * 2)
-    assert torch.equal(result, torch.full((3, 4), 36.0))
+        y = torch.vmap(lambda row: row * row.sum())(x) * 2
+    assert torch.equal(y, torch.full((3, 4), 2 * 16.0 + 1))
 
 
 def _other_weight(emitted: EmittedModel, model: nn.Module) -> None:
