@@ -23,7 +23,7 @@ ZOO := build/zoo/.installed
 .PHONY: help demo test test-torch test-torch-all lint build resources bench gpu fuzz zoo wheel clean distclean
 
 help:
-	@echo 'make demo       train, prune, emit and measure a small CNN on scanned digits; writes results/digits/'
+	@echo 'make demo       train, prune, quantize, emit and measure a small CNN on scanned digits; writes results/digits/'
 	@echo 'make test       the tests'
 	@echo 'make test-torch TORCH=2.11.0   the tests that need no GPU, under that torch; test-torch-all: under each that is promised'
 	@echo 'make lint       ruff and mypy'

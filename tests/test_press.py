@@ -235,7 +235,17 @@ class TestRecipe:
     def test_the_recipe_of_the_demo_is_valid(self, request):
         recipe = load_recipe(request.config.rootpath / "recipes" / "digits.yaml")
         assert recipe.require.min_accuracy == 0.97
-        assert recipe.compress[0].name == "prune_channels"
+        assert [step.id for step in recipe.run_steps()] == [
+            *("start", "train", "prune_channels", "finetune", "emit", "quantize", "emit-2", "measure")
+        ]
+        assert [step.id for step in recipe.emissions_before(recipe.last_emission())] == ["emit"]
+
+    def test_emissions_count_alike_the_last_and_of_other_models(self, recipe_file):
+        steps = "[{train: {epochs: 1}}, emit, {emit: {batch: 2}}, {prune_channels: {ratio: 0.5}}, emit, emit, measure]"
+        recipe = load_recipe(recipe_file(f"model: resnet20\nsteps: {steps}\nrequire: {{faster_than_emitted: 2}}\n"))
+        assert [step.id for step in recipe.emissions_before(recipe.last_emission())] == ["emit"]
+        with pytest.raises(RecipeError, match="require: faster_than_emitted expects an emit step"):
+            load_recipe(recipe_file("model: x\ntrain: {epochs: 1}\nrequire: {faster_than_emitted: 2}\n"))
 
 
 @pytest.mark.slow
@@ -304,6 +314,32 @@ class TestRun:
             run_again(RECIPE + "require: {min_accuracy: 1.0, faster_than_baseline: 1000}\n")
         requirements = json.loads((run_again.folder / "report.json").read_text())["requirements"]
         assert [item["is_met"] for item in requirements] == [False, False]
+
+    def test_what_was_emitted_before_is_measured_beside(self, run_again):
+        pytest.importorskip("torchao", reason="needs torchao: pip install 'kernelpress[quantize]'")
+        text = """
+title: tiny
+data: {source: digits, image_size: 8, batch_size: 64}
+model: {name: resnet20, options: {width: 16}}
+steps:
+  - train: {epochs: 1, lr: 0.1}
+  - prune_channels: {ratio: 0.4, round_to: 4}
+  - finetune: {epochs: 1, lr: 0.02}
+  - emit: {threads: 1}
+  - quantize: {samples: 64}
+  - emit: {threads: 1}
+  - measure: {rounds: 2, budget_seconds: 0.02, peers: [eager]}
+require: {faster_than_emitted: 0.001}
+"""
+        lines, report = run_again(text)
+        assert steps_run(lines) == ["quantize", "emit-2", "measure"]
+        assert any(line.endswith("× as fast as emitted after finetune") for line in lines)
+        float_one, int8 = report.comparison["emitted after finetune"], report.comparison["pressed"]
+        assert float_one.promised_flops > int8.promised_flops
+        assert report.points[-2].latency_ms == float_one.latency.median
+        (requirement,) = report.requirements
+        assert requirement.name == "speed-up over the model emitted after finetune"
+        assert requirement.got == f"{float_one.latency.median / int8.latency.median:.2f}×"
 
     def test_output_that_is_a_file_is_refused(self, recipe_file, tmp_path):
         (tmp_path / "taken").write_text("")

@@ -448,7 +448,6 @@ def test_a_weight_that_a_plan_hands_out_is_a_copy() -> None:
 
 @torch.no_grad()
 def test_int8_and_sparse_layers_follow_their_buffers_too() -> None:
-    """`quantize_rows`, an op of three outputs, is no native step."""
     linear = layers.Int8Linear.from_float(nn.Linear(32, 64).eval())
     sparse = layers.BlockSparseLinear(64, 48, block=(16, 16), density=0.5).eval()
     model, x = nn.Sequential(linear, sparse).eval(), torch.randn(4, 32)

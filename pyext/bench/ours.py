@@ -15,7 +15,7 @@ from kernelpress import ops
 from kernelpress.bench.calls import Call
 from kernelpress.bench.peers import steps_of
 from kernelpress.ops import registry
-from kernelpress.ops.calls.steps import native_steps
+from kernelpress.ops.calls.steps import Before, native_steps
 from kernelpress.ops.registry import Tensors
 
 __all__ = ["backend_of", "on_backend", "unfused"]
@@ -45,9 +45,9 @@ def unfused(op: str, tensors: Tensors, options: Mapping[str, Any]) -> Call | Non
     if op not in CHAINS:
         return None
     x, steps, residual = steps_of(op, tensors, options)
-    calls: list[tuple[str, Tensors, dict[str, Any]]] = []
+    calls: list[tuple[str, list[Any], dict[str, Any]]] = []
     for index, (step, weight, bias) in enumerate(steps):
-        given, added = None if index else x, residual if index == len(steps) - 1 else None
+        given, added = Before() if index else x, residual if index == len(steps) - 1 else None
         window = {"stride": step.stride, "padding": step.padding} if step.groups > 1 else {}
         part = "depthwise_conv2d" if window else "pointwise_conv2d"
         calls.append((part, [given, weight, bias, None, added], {"activation": step.activation, **window}))
@@ -55,9 +55,9 @@ def unfused(op: str, tensors: Tensors, options: Mapping[str, Any]) -> Call | Non
     return found or (lambda: _call_ops(calls))
 
 
-def _call_ops(calls: Sequence[tuple[str, Tensors, Mapping[str, Any]]]) -> Tensor:
+def _call_ops(calls: Sequence[tuple[str, Sequence[Any], Mapping[str, Any]]]) -> Tensor:
     y: Tensor | None = None
     for op, (x, *others), options in calls:
-        y = getattr(torch.ops.kernelpress, op).default(x if y is None else y, *others, **options)
+        y = getattr(torch.ops.kernelpress, op).default(y if isinstance(x, Before) else x, *others, **options)
     assert y is not None
     return y

@@ -15,6 +15,7 @@ from kernelpress.compress.changes import Quantized
 from kernelpress.compress.modules import layers_in
 from kernelpress.compress.quantization.batches import calibration_batches
 from kernelpress.compress.quantization.converted import finished, fold_shared, set_bias
+from kernelpress.compress.quantization.dynamic import linear_places, with_found_scales
 from kernelpress.compress.quantization.equalize import equalize as equalize_layers
 from kernelpress.compress.quantization.errors import bias_shifts, layer_errors, output_error
 from kernelpress.compress.quantization.float_graph import float_graph, plain_copy
@@ -33,7 +34,7 @@ from kernelpress.trace import checked_inputs, module_of
 
 __all__ = ["convert_qat", "quantize"]
 
-METHODS = ("static", "qat")
+METHODS = ("static", "dynamic", "qat")
 ROUNDINGS = ("nearest", "adaptive")
 
 
@@ -41,7 +42,7 @@ def quantize(
     model: nn.Module,
     example_inputs: Tensor | tuple[Any, ...],
     *,
-    data: Tensor | Iterable[Any],
+    data: Tensor | Iterable[Any] | None = None,
     method: str = "static",
     observer: str = "minmax",
     ignore: Iterable[str] = (),
@@ -63,8 +64,12 @@ def quantize(
 
     `example_inputs`: what `forward` takes, as for `trace`.
     `data`: examples to calibrate on: a DataLoader, a tensor of them, or batches; labels behind inputs are left out.
+        A dynamic quantization needs none unless an option measures on them; each layer's error is then that on the
+        example inputs.
     `method`: `"static"` is ready to emit; `"qat"` trains (`compress.finetune`), with the scales of the calibration and
-        without dropout, and becomes the same by `compress.convert_qat`; `emit` takes it as it is, too.
+        without dropout, and becomes the same by `compress.convert_qat`; `emit` takes it as it is, too. `"dynamic"` is
+        of linear layers alone, and ready to emit: each row of what they read (the last dimension) has a scale and a
+        zero point of its own, which are found at each call; all else computes in float.
     `observer`: how an activation's range follows from what is seen: `"minmax"` all of it; `"percentile"` 99.99 % of
         either side; `"mse"` the least square error; `"entropy"` the least divergence.
     `ignore`: qualified names of layers, or of modules with all layers in them, that stay float.
@@ -81,17 +86,18 @@ def quantize(
     exported; `ImportError` without torchao.
     """
     settings = _Settings(method, observer, samples, equalize, correct_bias, rounding, budget)
-    _check(settings, metric)
+    _check(settings, metric, has_data=data is not None)
     inputs = own_tensors(checked_inputs(model, example_inputs))
     ignored = _ignored(model, ignore)
     with torch.inference_mode(False), torch.no_grad(), outside_modes(model), phases(progress) as phase:
         phase("exporting", 1)
         module = float_graph(model, inputs)
         with random_state_kept():
-            batches = calibration_batches(data, inputs, module.meta["contract"], samples)
+            examples = [inputs] if data is None and method == "dynamic" else data
+            batches = calibration_batches(examples, inputs, module.meta["contract"], samples)
         notes: tuple[str, ...] = ()
         if equalize:
-            pairs = equalize_layers(module, find_places(module, ignored))
+            pairs = equalize_layers(module, _places(module, ignored, method))
             notes = tuple(f"{first} and {second} were equalized" for first, second in pairs)
         building = _Building(module, batches, settings, phase, type(model).__name__)
         built = building.build(ignored)
@@ -140,7 +146,7 @@ class _Settings:
     budget: float | None
 
 
-def _check(settings: _Settings, metric: object) -> None:
+def _check(settings: _Settings, metric: object, *, has_data: bool) -> None:
     for name, allowed in (("method", METHODS), ("observer", tuple(OBSERVERS)), ("rounding", ROUNDINGS)):
         if (value := getattr(settings, name)) not in allowed:
             raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -151,6 +157,24 @@ def _check(settings: _Settings, metric: object) -> None:
         raise ValueError(f"budget: expected a loss of zero or more, got {budget!r}")
     if metric is not None and budget is None:
         raise ValueError("budget: expected the loss of the metric that may be, got None")
+    if settings.method != "dynamic":
+        return
+    if settings.observer != "minmax":
+        raise ValueError(
+            f"observer: a dynamic quantization takes each row's range as it comes, 'minmax', got {settings.observer!r}"
+        )
+    measured = {
+        "correct_bias": settings.correct_bias,
+        "rounding": settings.rounding != "nearest",
+        "budget": budget is not None and metric is None,
+    }
+    if not has_data and (wanting := [name for name, is_measured in measured.items() if is_measured]):
+        raise ValueError(f"data: expected examples, which {' and '.join(wanting)} measure on, got None")
+
+
+def _places(module: GraphModule, ignored: Mapping[str, str], method: str) -> Places:
+    places = find_places(module, ignored)
+    return linear_places(places) if method == "dynamic" else places
 
 
 @dataclass(frozen=True)
@@ -175,7 +199,7 @@ class _Building:
 
     def build(self, ignored: Mapping[str, str]) -> _Built:
         """The graph with these layers in float. Raises `ValueError` where no other is left."""
-        places = find_places(self.module, ignored)
+        places = _places(self.module, ignored, self.settings.method)
         if not places.layers:
             reasons = "; ".join(sorted({reason for _, reason in places.floats})) or "it has none"
             raise ValueError(f"model: no layer of {self.name} can be int8: {reasons}")
@@ -185,6 +209,8 @@ class _Building:
         )
         notes = _notes(observed, places)
         quantized = finished(convert(observed), places)
+        if self.settings.method == "dynamic":
+            quantized = with_found_scales(quantized, places)
         if self.settings.rounding == "adaptive":
             advance = self.phase("rounding", len(places.layers))
             rounded = round_adaptively(self.module, quantized, places.layers, self.batches, advance)

@@ -69,12 +69,16 @@ def check_scales(model: nn.Module) -> None:
             continue
         given = arguments(node)
         found = [given[key] for key in ("scale", "scales") if key in given]
-        for scale in [attribute(model, str(s.target)) if isinstance(s, Node) else torch.tensor(s) for s in found]:
+        known = [s for s in found if not isinstance(s, Node) or s.op == "get_attr"]  # others are found at each call
+        for scale in [attribute(model, str(s.target)) if isinstance(s, Node) else torch.tensor(s) for s in known]:
             smallest = torch.finfo(torch.float32).tiny
             if not scale.is_meta and not bool(((scale >= smallest) & scale.isfinite()).all()):
                 raise ValueError(f"{node.name}: expected scales of at least {smallest:.1e}, got {scale.min():g}")
-        zero_point, limits = number(given.get("zero_point")), (given["quant_min"], given["quant_max"])
-        if zero_point is not None and not limits[0] <= zero_point <= limits[1]:
+        zero_point = number(given.get("zero_point"))
+        if zero_point is None:
+            continue
+        limits = given["quant_min"], given["quant_max"]
+        if not limits[0] <= zero_point <= limits[1]:
             raise ValueError(f"{node.name}: expected a zero point from {limits[0]} to {limits[1]}, got {zero_point:g}")
 
 

@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.emit.candidates import Candidate, constant, form_of, mark_channels_last, turned
 from kernelpress.emit.graph import attribute
-from kernelpress.emit.quantized import merge_dequantize
+from kernelpress.emit.quantized import merge_quantization
 from kernelpress.ops.layout import PIXELS, Layout
 from kernelpress.trace.regions import is_written
 
@@ -74,7 +74,7 @@ def assemble(graph_module: GraphModule, chosen: Sequence[Candidate]) -> GraphMod
             continue
         if form is not None:
             forms[node, form] = new[node]
-    merge_dequantize(graph)
+    merge_quantization(graph)
     return with_constants(graph_module, graph)
 
 

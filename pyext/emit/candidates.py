@@ -7,6 +7,7 @@ lie as whoever computes them gives them, and are turned where somebody reads the
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.emit.fuse import Match
+from kernelpress.emit.fuse.match import RowScales
 from kernelpress.emit.graph import attribute, channels_last_if_image, value
 from kernelpress.ops import registry
 from kernelpress.ops.backends.kernel import Kernel
@@ -152,18 +154,36 @@ class _Fragment:
 
 def _layer(match: Match, entry: registry.Implementation) -> Candidate:
     fragment = _Fragment()
-    operator = registry.operator(match.op)
+    op = registry.operator(match.op)
     fragment.declare(given for given in match.arguments.values() if isinstance(given, Node))
     given = {name: fragment.own(a) if isinstance(a, Node) else a for name, a in match.arguments.items()}
     for name in match.flattened:
         given[name] = fragment.call(aten.flatten.using_ints, given[name], 1)
-    tensors = [given.pop(name, None) for name in operator.tensors]
+    if match.row_scales is not None:
+        given |= _in_int8(fragment, given["x"], match.row_scales, entry.backend)
+    tensors = [given.pop(name, None) for name in op.tensors]
     while tensors and tensors[-1] is None:
         tensors.pop()
     result = fragment.call(getattr(torch.ops.kernelpress, match.op).default, *tensors, **given, backend=entry.backend)
     form = PIXELS if entry.kernel is None or entry.kernel.out is None else entry.kernel.out
     fields = {"parts": match.parts, "kernel": entry.kernel, "pattern": match.pattern, "density": match.density}
     return fragment.candidate(match.op, entry.backend, match.nodes, match.output, result, form, **fields)
+
+
+def _in_int8(fragment: _Fragment, x: Node, scales: RowScales, backend: str) -> dict[str, Node]:
+    """The arguments of a product of `x`, whose rows are quantized before it."""
+    flat = fragment.call(aten.reshape.default, x, [1, -1]) if scales.whole else x
+    rows = fragment.call(torch.ops.kernelpress.quantize_rows.default, flat, symmetric=scales.symmetric, backend=backend)
+    values, row_scale, zero_point = (fragment.call(operator.getitem, rows, i) for i in range(3))
+    given = {"row_scale": row_scale} | ({} if scales.symmetric else {"row_zero_point": zero_point})
+    if scales.whole:
+        like = fragment.call(aten.select.int, x, -1, 0)
+        given = {
+            name: fragment.call(aten.contiguous.default, fragment.call(aten.expand_as.default, scale, like))
+            for name, scale in given.items()
+        }
+        values = fragment.call(aten.reshape_as.default, values, x)
+    return {"x": values, **given}
 
 
 def original(nodes: list[Node], form: Layout) -> Candidate:

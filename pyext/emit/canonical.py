@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from kernelpress.emit.graph import arguments, number, shape, value
 from kernelpress.emit.quantized import canonicalize_quantization
+from kernelpress.emit.quantized_rows import own_ranges
 from kernelpress.ops.calls.aten import activation_of_call
 from kernelpress.runtime.torch_private import OpOverload
 
@@ -37,6 +38,7 @@ def canonicalize(graph_module: GraphModule) -> GraphModule:
     as channel_shuffle, quantizations in one way; returns the module."""
     graph = graph_module.graph
     canonicalize_quantization(graph_module)
+    own_ranges(graph)
     for rewrite in (_clip, _hard_sigmoid, _gated, _shuffle):
         for node in list(graph.nodes):
             if node.op == "call_function":

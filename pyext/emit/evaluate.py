@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,15 @@ from torch.fx import GraphModule, Node, map_arg
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.candidates import Candidate, constant, conversion, original
 from kernelpress.emit.examples import Example
+from kernelpress.emit.quantized import is_rounding
+from kernelpress.emit.quantized_rows import quantized_rows
 from kernelpress.emit.tolerance import INT8_TOLERANCE, relative_error, tolerance_of
 from kernelpress.measure.race import Alternative, race
+from kernelpress.ops import registry
 from kernelpress.ops.calls.aten import aten_steps
-from kernelpress.ops.calls.steps import native_steps
+from kernelpress.ops.calls.steps import Before, native_steps
 from kernelpress.ops.layout import DENSE, PIXELS, Layout
-from kernelpress.ops.registry import NATIVE_BACKENDS, operator
+from kernelpress.ops.registry import NATIVE_BACKENDS
 from kernelpress.ops.tuning import search
 from kernelpress.runtime.device_clock import time_graphs
 
@@ -77,7 +81,7 @@ def evaluate(
         trials += _try_batch(graph_module, batch, examples, tolerance, cache, cost)
         advance(len(batch))
     cache.save()
-    alone = {trial.candidate.output: trial.key for trial in trials if _is_alone(trial.candidate)}
+    alone = _alone(trials)
     return [_evaluation(trial, alone, cache, cost) for trial in trials]
 
 
@@ -91,7 +95,7 @@ class _Trial:
     refusal: str | None
 
 
-def _evaluation(trial: _Trial, alone: Mapping[Node, str], cache: TimingCache, cost: Cost | None) -> Evaluation:
+def _evaluation(trial: _Trial, alone: Mapping[Node, _Trial], cache: TimingCache, cost: Cost | None) -> Evaluation:
     candidate, milliseconds = trial.candidate, None
     if trial.refusal is None:
         keys = _parts_of(candidate, alone) or (trial.key,)
@@ -106,14 +110,20 @@ def _is_as_it_came(candidate: Candidate) -> bool:
 
 
 def _is_alone(candidate: Candidate) -> bool:
-    """Whether it is one operation as it came."""
-    return _is_as_it_came(candidate) and len(candidate.nodes) == 1
+    """Whether it is one operation as it came, or the roundings of rows, which hand several results on."""
+    return _is_as_it_came(candidate) and (len(candidate.nodes) == 1 or quantized_rows(candidate.output) is not None)
 
 
-def _parts_of(candidate: Candidate, alone: Mapping[Node, str]) -> Alternative:
+def _alone(trials: Sequence[_Trial]) -> dict[Node, _Trial]:
+    """Those of operations alone by their outputs."""
+    return {trial.candidate.output: trial for trial in trials if _is_alone(trial.candidate)}
+
+
+def _parts_of(candidate: Candidate, alone: Mapping[Node, _Trial]) -> Alternative:
     """Names of the operations that it runs one by one, as they came; none where one of these is no candidate."""
-    is_sequence = _is_as_it_came(candidate) and candidate.nodes <= alone.keys()
-    return tuple(alone[node] for node in candidate.nodes) if is_sequence else ()
+    parts = [alone[node] for node in candidate.nodes if node in alone]
+    covered = frozenset().union(*(part.candidate.nodes for part in parts))
+    return tuple(part.key for part in parts) if _is_as_it_came(candidate) and covered == candidate.nodes else ()
 
 
 def _batches(candidates: Sequence[Candidate], examples: Mapping[Node, Example]) -> Iterator[list[Candidate]]:
@@ -229,7 +239,7 @@ class Conversions:
 
 def _rivals(trials: Sequence[_Trial]) -> list[set[Alternative]]:
     """What does the same work, place by place; an operation alone competes where it is part of a place, if it is."""
-    alone = {trial.candidate.output: trial.key for trial in trials if _is_alone(trial.candidate)}
+    alone = _alone(trials)
     places: dict[frozenset[Node], set[Alternative]] = {}
     for trial in trials:
         alternative = _parts_of(trial.candidate, alone) or (trial.key,)
@@ -304,7 +314,7 @@ def _timed(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node
     in plans as well."""
     steps = None
     if candidate.variant in NATIVE_BACKENDS:
-        steps = native_steps([_op_call(graph_module, candidate, inputs)])
+        steps = native_steps(_op_calls(graph_module, candidate, inputs))
     elif candidate.is_original and len(candidate.nodes) == 1:
         steps = aten_steps(*_last_call(graph_module, candidate, inputs))
     return steps or runnable(graph_module, candidate, inputs)
@@ -327,6 +337,33 @@ def _op_call(
     return candidate.name, args, kwargs
 
 
+def _op_calls(
+    graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any]
+) -> list[tuple[str, tuple[Any, ...], dict[str, Any]]]:
+    """The one or two ops of a layer of ours, the second on what the first gives; none where something else is computed
+    in between."""
+    known: dict[Node, Any] = {
+        node: inputs[outer] for node, outer in zip(candidate.placeholders, candidate.inputs, strict=True)
+    }
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+    for node in candidate.fragment.nodes:
+        if node.op == "get_attr":
+            known[node] = constant(graph_module, node)
+        if node.op != "call_function":
+            continue
+        args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+        if getattr(node.target, "namespace", "") == "kernelpress":
+            calls.append((node.target._opname, args, kwargs))
+            known[node] = Before()
+        elif not any(isinstance(known[source], Before) for source in node.all_input_nodes):
+            known[node] = node.target(*args, **kwargs)
+        elif node.target is operator.getitem:
+            known[node] = Before(node.args[1])
+        else:
+            return []
+    return calls
+
+
 def _last_call(
     graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any]
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
@@ -336,6 +373,8 @@ def _last_call(
     *before, last = (node for node in candidate.fragment.nodes if node.op == "call_function")
     for node in before:
         args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
+        if getattr(node.target, "namespace", "") == "kernelpress":
+            kwargs = {**kwargs, "backend": "reference"}  # its own may not run here
         known[node] = node.target(*args, **kwargs)
     args, kwargs = map_arg((last.args, last.kwargs), known.__getitem__)
     return last.target, args, kwargs
@@ -358,7 +397,7 @@ def _check(
     values = (result, *(inputs[node] for node in candidate.inputs))
     error = relative_error(_double(result) if candidate.mixes_inputs else result, expected)
     tolerance = tolerance or max(tolerance_of(x.dtype) for x in values if isinstance(x, Tensor))
-    if expected.dtype == torch.int8:
+    if expected.dtype == torch.int8 or any(map(is_rounding, candidate.nodes)):
         tolerance = max(tolerance, INT8_TOLERANCE)
     return error, None if error <= tolerance else f"error {error:.1e} is above the tolerance {tolerance:.1e}"
 
@@ -370,7 +409,7 @@ def _overflow(
     assert candidate.kernel is not None
     assert candidate.kernel.input_limit is not None
     op, args, kwargs = _op_call(graph_module, candidate, inputs)
-    tensors, options, _ = operator(op).signature.bind(args, kwargs)
+    tensors, options, _ = registry.operator(op).signature.bind(args, kwargs)
     limit = candidate.kernel.input_limit(options, *tensors)
     too_large = [magnitude for magnitude in magnitudes if not magnitude * HEADROOM <= limit]
     return f"values reach {too_large[0]:.1e}, above {limit / HEADROOM:.1e} sums might overflow" if too_large else None

@@ -96,8 +96,12 @@ def _move(program: Program, stand_ins: Bases, index: int, to: View, without: set
         elsewhere = {view: moved(view) for view in views}
         if None in elsewhere.values() or not isinstance(step, NativeStep):
             return False
-        args = pytree.tree_map_only(View, lambda view: elsewhere.get(view, view), step.args)  # noqa: B023
-        changed[i] = found = replace(step, args=args, out=elsewhere.get(step.out, step.out) or step.out)
+        args, out, further = pytree.tree_map_only(
+            View,
+            lambda view: elsewhere.get(view, view),  # noqa: B023
+            (step.args, step.out, step.further),
+        )
+        changed[i] = found = replace(step, args=args, out=out, further=further)
         if not _runs(program, stand_ins, found):
             return False
     for i, step in changed.items():
@@ -108,9 +112,9 @@ def _move(program: Program, stand_ins: Bases, index: int, to: View, without: set
 def _runs(program: Program, stand_ins: Bases, step: NativeStep) -> bool:
     """Whether a kernel takes its tensors as they lie."""
     args = [tensor_at(a, stand_ins, program) if isinstance(a, View) else a for a in step.args]
-    out = tensor_at(step.out, stand_ins, program)
+    out, *further = (tensor_at(view, stand_ins, program) for view in step.results)
     if step.target is None:
-        return native_reason(step.op, args, step.kwargs, out) is None
+        return native_reason(step.op, args, step.kwargs, (out, *further)) is None
     return aten_call(step.target, args, step.kwargs, out, step.activation) is not None
 
 

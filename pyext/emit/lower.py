@@ -82,11 +82,13 @@ class NativeStep:
     out: View
     target: Any = None
     activation: str = "identity"
+    further: tuple[View, ...] = ()
+    """What it writes besides `out`, of an op with several outputs."""
 
     @property
     def results(self) -> tuple[View, ...]:
         """What the step writes."""
-        return (self.out,)
+        return (self.out, *self.further)
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,7 @@ class _Lowering(Interpreter):
             native = self._native_step(node, args, kwargs, result)
             if native is not None:
                 self.program.steps.append(native)
-                return native.out
+                return pytree.tree_unflatten(native.results, spec)
             whole = self._aten_steps(node, result, owners) if isinstance(result, Tensor) else None
             if whole is not None:
                 return whole
@@ -349,7 +351,8 @@ class _Lowering(Interpreter):
             return None
         for i, copied in copies:
             given[i] = self._copy("copy to the kernel's layout", given[i], copied)
-        return NativeStep(operator.name, tuple(given), named, self._new_view(result, Place.ARENA))
+        out, *further = (self._new_view(leaf, Place.ARENA) for leaf in pytree.tree_leaves(result))
+        return NativeStep(operator.name, tuple(given), named, out, further=tuple(further))
 
 
 def _share_memory(tensor: Tensor, other: Tensor) -> bool:

@@ -38,7 +38,7 @@ class NativeSteps:
         self._held: list[tuple[Tensor, ...]] = []
         self._positions: list[int] = []
         self.external: list[int] = []
-        used = {view.buffer for step in native_steps.values() for view in views_of((step.args, step.out))}
+        used = {view.buffer for step in native_steps.values() for view in views_of((step.args, step.results))}
         stand_ins = [
             _like(buffer) if base is None and index in used else base
             for index, (base, buffer) in enumerate(zip(static, program.buffers, strict=True))
@@ -71,9 +71,9 @@ class NativeSteps:
 
     def _append(self, step: NativeStep) -> None:
         args = [tensor_at(a, self._stand_ins, self._program) if isinstance(a, View) else a for a in step.args]
-        out = tensor_at(step.out, self._stand_ins, self._program)
+        out, *further = (tensor_at(view, self._stand_ins, self._program) for view in step.results)
         if step.target is None:
-            call = native_call(step.op, args, step.kwargs, out)
+            call = native_call(step.op, args, step.kwargs, (out, *further))
         else:
             call = aten_call(step.target, args, step.kwargs, out, step.activation)  # type: ignore[assignment]
         getattr(self._plan, call.name)(*call.arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,8 @@ from kernelpress.emit.examples import Example, example_values
 from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.plan import capture
-from kernelpress.emit.quantized import is_quantize, without_fake
+from kernelpress.emit.quantized import is_rounding, without_fake
+from kernelpress.emit.quantized_rows import quantized_rows
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
 from kernelpress.emit.ties import Comparison, compare, moved_by_rounding
 from kernelpress.emit.tolerance import INT8_TOLERANCE, TURNED_SHARE, tolerance_of
@@ -90,7 +91,7 @@ def emit(
         examples = example_values(graph_module, flat)
         bound = tolerance or max(tolerance_of(example.dtype) for example in examples.values())
         # Few values of a layer are rounded to the other side; behind several layers, these change the rounding of many.
-        whole_bound = max(bound, INT8_TOLERANCE) if any(map(is_quantize, graph_module.graph.nodes)) else bound
+        whole_bound = max(bound, INT8_TOLERANCE) if any(map(is_rounding, graph_module.graph.nodes)) else bound
         candidates = [c for c in _candidates(graph_module) if not (exact_nonfinite and c.mixes_inputs)]
         times = TimingCache(device, enabled=cache and cost is None)
         advance = phase("timing layers", len(candidates))
@@ -188,10 +189,18 @@ def _candidates(graph_module: GraphModule) -> list[Candidate]:
     for match in matches:
         for candidate in candidates_for(match, order):
             found.setdefault((candidate.label, candidate.nodes), candidate)
-    for node in sorted({node for match in matches for node in match.nodes}, key=order.__getitem__):
-        alone = original([node], PIXELS)
+    for nodes in _apart({node for match in matches for node in match.nodes}, order):
+        alone = original(nodes, PIXELS)
         found.setdefault((alone.label, alone.nodes), alone)
     return sorted(found.values(), key=lambda candidate: order[candidate.output])
+
+
+def _apart(nodes: Collection[Node], order: Mapping[Node, int]) -> Iterator[list[Node]]:
+    """Each of these nodes; in one those that hand several results on."""
+    together = [rows.nodes for node in nodes if (rows := quantized_rows(node)) is not None]
+    inner = {node for rows in together for node in rows}
+    yield from map(list, together)
+    yield from ([node] for node in sorted(nodes, key=order.__getitem__) if node not in inner)
 
 
 def _place_record(
@@ -243,7 +252,7 @@ def _faster_of(
     }
     flat, bound = pytree.tree_leaves((inputs, {})), 10 * tolerance
     found = compare(originals["contiguous"], body, flat, bound)
-    if not found.error <= bound and any(map(is_quantize, traced.graph.nodes)):
+    if not found.error <= bound and any(map(is_rounding, traced.graph.nodes)):
         bound = max(bound, UNSTEADY * moved_by_rounding(originals["contiguous"], flat, bound))
     notes = tuple(f"{node.target} stays as it came: {module_of(node) or node.name}" for node in regions(traced.graph))
     record = replace(record, error=found.error, differing=found.differing, decided=found.elements, notes=notes)

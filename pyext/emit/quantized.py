@@ -23,7 +23,8 @@ __all__ = [
     "hand_on_quantized",
     "is_dequantize",
     "is_quantize",
-    "merge_dequantize",
+    "is_rounding",
+    "merge_quantization",
     "quantized_weight",
     "register_quantization",
     "remember_quantized",
@@ -58,6 +59,21 @@ _SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default)
 
 _QUANTIZED_WEIGHT = "kernelpress_quantized_weight"
 
+_BY_ROW = frozenset(
+    {
+        "kernelpress.quantize_rows.default",
+        *(
+            f"{NAMESPACE}.{name}"
+            for name in (
+                *("choose_qparams.tensor", "quantize_per_tensor.tensor", "dequantize_per_tensor.tensor"),
+                *("choose_qparams_per_token.default", "choose_qparams_per_token_asymmetric.default"),
+                *("quantize_per_token.default", "dequantize_per_token.default"),
+            )
+        ),
+    }
+)
+"""What works with scales that are found at each call."""
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -87,6 +103,11 @@ def is_quantize(node: Node) -> bool:
 def is_dequantize(node: Node) -> bool:
     """Whether `node` dequantizes per tensor, by plain numbers."""
     return _is(node, "dequantize_per_tensor.default")
+
+
+def is_rounding(node: Node) -> bool:
+    """Whether `node` quantizes activations: per tensor or per row, by known scales or by such that are found."""
+    return any(_is(node, f"quantize_{way}") for way in ("per_tensor.default", "per_tensor.tensor", "per_token.default"))
 
 
 def _is(node: Node, name: str) -> bool:
@@ -287,13 +308,14 @@ def _one_for_each_reader(graph: Graph, node: Node) -> None:
         reader.replace_input_with(node, own)
 
 
-def merge_dequantize(graph: Graph) -> None:
-    """Undoes what `canonicalize_quantization` did for readers that need none of their own: computes equal
-    dequantizations of a tensor once."""
+def merge_quantization(graph: Graph) -> None:
+    """Undoes what `canonicalize_quantization` and `own_ranges` did for readers that need none of their own: computes
+    equal dequantizations of a tensor, and equal quantizations of its rows, once."""
     first: dict[str, Node] = {}
     for node in list(graph.nodes):
-        is_ours = node.op == "call_function" and str(node.target) == "kernelpress.dequantize.default"
-        if not (is_ours or is_dequantize(node)):
+        target = str(node.target) if node.op == "call_function" else ""
+        is_output = node.target is operator.getitem and str(node.args[0].target) in _BY_ROW
+        if not (target in _BY_ROW or target == "kernelpress.dequantize.default" or is_output or is_dequantize(node)):
             continue
         known = first.setdefault(f"{node.target}{node.args}{node.kwargs}", node)
         if known is not node:

@@ -45,9 +45,9 @@ def private_bytes(program: Program, positions: Sequence[int]) -> list[int]:
             users.setdefault(index, []).append(position)
     found = []
     for position, following in itertools.pairwise(positions):
-        (out,) = program.steps[position].results
+        out, *further = program.steps[position].results
         buffer = program.buffers[out.buffer]
-        is_private = buffer.place is Place.ARENA and users[out.buffer] == [position, following]
+        is_private = not further and buffer.place is Place.ARENA and users[out.buffer] == [position, following]
         is_next = all(isinstance(step, NativeStep) for step in program.steps[position:following])
         found.append(buffer.nbytes if is_private and is_next else 0)
     return found

@@ -10,6 +10,7 @@ instead, element by element: what turns over then lay within the tolerance of a 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from kernelpress.emit.quantized import is_quantize
+from kernelpress.emit.quantized import is_rounding
 from kernelpress.emit.tolerance import relative_error
 from kernelpress.preserve import random_state_kept
 from kernelpress.runtime.torch_private import HigherOrderOperator, OpOverload, pytree
@@ -124,7 +125,7 @@ class _Rounded(_Emitted):
 
     def run_node(self, node: Node) -> Any:
         result = super().run_node(node)
-        if not any(map(is_quantize, node.users)):
+        if not any(map(is_rounding, node.users)):
             return result
         noise = torch.randn(result.shape, generator=self._drawn).to(result)
         return result + ROUNDING * result.square().mean().sqrt() * noise
@@ -187,8 +188,9 @@ def _name(node: Node) -> str:
 
 
 def _decides(node: Node, operands: Sequence[Any], result: Any) -> bool:
-    """Whether `node` makes integers or booleans of floats."""
-    if node.op != "call_function" or getattr(node.target, "namespace", None) in _SPARED_NAMESPACES:
+    """Whether `node` makes integers or booleans of floats, and does not hand on what another made of them."""
+    is_made = node.op == "call_function" and node.target is not operator.getitem
+    if not is_made or getattr(node.target, "namespace", None) in _SPARED_NAMESPACES:
         return False
     made = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
     return any(map(_is_float, operands)) and not all(map(_is_float, made))

@@ -29,6 +29,7 @@ __all__ = [
     "Operator",
     "Problem",
     "allocate",
+    "allocate_all",
     "allows_tf32",
     "availability",
     "common_device",
@@ -357,10 +358,16 @@ def allocate(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Tensor:
 
     Raises `ValueError` or `TypeError` for a bad argument, as the op does.
     """
+    return allocate_all(op, args, kwargs)[0]
+
+
+def allocate_all(op: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """All outputs, as `allocate` makes the first."""
     entry = operator(op)
     tensors, options, backend = entry.signature.bind(args, kwargs)
-    described = problem_of(entry, tensors, options, requested_backend(backend))
-    return torch.empty_strided(*described.outputs[0][:2], dtype=described.dtype, device=described.device)
+    problem = problem_of(entry, tensors, options, requested_backend(backend))
+    device = problem.device
+    return tuple(torch.empty_strided(shape, of, dtype=dtype, device=device) for shape, of, dtype in problem.outputs)
 
 
 def why_not(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:

@@ -114,7 +114,17 @@ class Recipe(Section):
         # Other libraries' models may come with weights.
         if self.model.weights is None and ":" not in self.model.name and not is_trained:
             raise ValueError("train: expected this section with epochs above zero, or model.weights to start from")
+        if self.require.faster_than_emitted and not self.emissions_before(self.last_emission()):
+            raise ValueError(
+                "require: faster_than_emitted expects an emit step before a pass or training, alike the last"
+            )
         return self
+
+    def last_emission(self) -> RunStep:
+        """The step whose emitted model the report is about."""
+        last = next(step for step in reversed(self.run_steps()) if step.name == "measure")
+        assert last.emitted_by is not None
+        return last.emitted_by
 
     def run_steps(self) -> tuple[RunStep, ...]:
         """All steps in order. A list that measures nothing ends with `emit` and `measure`.
@@ -145,6 +155,13 @@ class Recipe(Section):
             found.append(step)
             emitted = step if name == "emit" else emitted
         return tuple(found)
+
+    def emissions_before(self, emission: RunStep) -> tuple[RunStep, ...]:
+        """The last emission of each model before the one that this step emits, under the same conditions."""
+        steps = self.run_steps()
+        earlier = (step for step in steps[: steps.index(emission)] if step.section == emission.section)
+        found = {step.before: step for step in earlier if step.name == "emit" and step.before != emission.before}
+        return tuple(found.values())
 
     def plain(self) -> dict[str, Any]:
         """The recipe as plain values, its steps as a list."""

@@ -13,7 +13,7 @@ from kernelpress.files.plain import from_plain
 from kernelpress.measure import Comparison
 from kernelpress.press.recipe import Recipe
 from kernelpress.press.registry import known_passes
-from kernelpress.press.steps import PRODUCT, Run
+from kernelpress.press.steps import PRODUCT, Run, emitted_name
 from kernelpress.report import (
     LayerRealisation,
     Reading,
@@ -64,10 +64,12 @@ def _points(
     """The dense model, the model after each pass and each training since, of which the last as it runs."""
     ids = [step.id for step in run.steps if step.changes_model]
     base, product = comparison[comparison.baseline].latency.median, comparison[PRODUCT].latency.median
+    earlier = run.recipe.emissions_before(run.recipe.last_emission())
+    times = {step.before: comparison[emitted_name(step)].latency.median for step in earlier}
     dense, *later = ids[ids.index(run.dense) :]
     return (
         _point("dense", results[dense], base),
-        *(_point(id, results[id], None) for id in later[:-1]),
+        *(_point(id, results[id], times.get(id)) for id in later[:-1]),
         _point(PRODUCT, {**results[ids[-1]], "accuracy": accuracy}, product),
     )
 
@@ -116,6 +118,11 @@ def _requirements(recipe: Recipe, comparison: Comparison, points: tuple[StepPoin
         ratio = dense.flops / pressed.flops
         is_met = ratio >= wanted.min_flops_ratio
         found.append(Requirement("FLOPs, dense ÷ pressed", f"≥ {wanted.min_flops_ratio:g}", f"{ratio:.2f}", is_met))
+    if wanted.faster_than_emitted is not None:
+        name = emitted_name(recipe.emissions_before(recipe.last_emission())[-1])
+        speedup, limit = comparison.against(name).speedup(PRODUCT).measured, f"≥ {wanted.faster_than_emitted:g}×"
+        is_met = speedup >= wanted.faster_than_emitted
+        found.append(Requirement(f"speed-up over the model {name}", limit, f"{speedup:.2f}×", is_met))
     if wanted.faster_than_baseline:
         speedup = comparison.speedup(PRODUCT).measured
         least = 1.0 if wanted.faster_than_baseline is True else float(wanted.faster_than_baseline)

@@ -111,6 +111,8 @@ class RequireSection(Section):
     """FLOPs of the dense model ÷ those of the pressed one."""
     faster_than_baseline: Annotated[float, Field(gt=0)] | bool = False
     """Lower latency than the dense model's fastest way in PyTorch; a number asks for at least that speed-up."""
+    faster_than_emitted: Annotated[float, Field(gt=0)] | None = None
+    """At least this speed-up over what the emit step before the last one emitted, of the model as it was then."""
 
 
 START = "start"

@@ -25,7 +25,7 @@ from kernelpress.press.registry import PassContext, known_passes
 from kernelpress.press.sections import START, EmitSection, MeasureSection, TrainSection
 from kernelpress.runtime.clock import threads_set_to
 
-__all__ = ["PRODUCT", "Run", "dense_name", "depends_on", "do", "file_of"]
+__all__ = ["PRODUCT", "Run", "dense_name", "depends_on", "do", "emitted_name", "file_of"]
 
 PRODUCT = "pressed"
 """The contestant that is the product of the run: compressed, emitted and captured."""
@@ -113,6 +113,11 @@ def dense_name(way: str) -> str:
     return f"dense {'torch.compile' if way == 'compile' else way}"
 
 
+def emitted_name(emission: RunStep) -> str:
+    """The name under which what an earlier step emitted stands in the comparison."""
+    return f"emitted after {emission.before}"
+
+
 def _start(run: Run, step: RunStep, _: str) -> dict[str, Any]:
     model = copy.deepcopy(run.architecture)
     if run.recipe.model.weights is not None:
@@ -197,16 +202,19 @@ def _measure(run: Run, step: RunStep, _: str) -> dict[str, Any]:
             dense_record = dense_emitted.record.to_json()
             contestants[dense_name("emitted")] = kernelpress.capture(dense_emitted, images)
         contestants["pressed eager"] = torch_contestants(pressed, (images,), ("eager",))[0]["eager"]
+        promised: dict[str, float] = {}
+        for earlier in run.recipe.emissions_before(emission):
+            name = emitted_name(earlier)
+            contestants[name] = kernelpress.capture(kernelpress.load(run.folder.path / file_of(earlier)), images)
+            promised[name] = sum(left for _, left in _costs(run.model(earlier.before), images).values())
         contestants[PRODUCT] = kernelpress.capture(product, images)
-        promises = _promises(pressed)
-        costs = {
-            layer: (flops, measure.promised_flops({layer: flops}, promises))
-            for layer, flops in measure.layer_flops(pressed, images).items()
-        }
-        promised = dict.fromkeys(("pressed eager", PRODUCT), sum(left for _, left in costs.values()))
+        costs = _costs(pressed, images)
+        promised |= dict.fromkeys(("pressed eager", PRODUCT), sum(left for _, left in costs.values()))
         comparison = measure.compare(
             contestants, images, rounds=section.rounds, budget_seconds=section.budget_seconds, promised=promised
         )
+    for name in promised.keys() - {"pressed eager", PRODUCT}:
+        run.tell(f"  {comparison.against(name).speedup(PRODUCT).measured:.2f}× as fast as {name}")
     baseline = comparison.fastest(*(dense_name(way) for way in torch_ways))
     return {
         "comparison": comparison.against(baseline.name).to_dict(),
@@ -241,6 +249,15 @@ def _keep(run: Run, step: RunStep, model: nn.Module) -> dict[str, Any]:
         "parameters": measure.count_parameters(model),
         "layers": [name for name, part in model.named_modules() if name and part._parameters],
         "passes": [asdict(record) for record in compress.record_of(model)],
+    }
+
+
+def _costs(model: nn.Module, images: Tensor) -> dict[str, tuple[int, float]]:
+    """FLOPs of each layer, and what is left of them in theory."""
+    promises = _promises(model)
+    return {
+        layer: (flops, measure.promised_flops({layer: flops}, promises))
+        for layer, flops in measure.layer_flops(model, images).items()
     }
 
 

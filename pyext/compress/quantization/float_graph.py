@@ -13,7 +13,7 @@ from kernelpress.emit.assemble import copy_of, owned_copy, with_constants
 from kernelpress.emit.canonical import canonicalize
 from kernelpress.emit.fold import fold
 from kernelpress.emit.graph import arguments, constant_node, constant_tensor, shape
-from kernelpress.emit.quantized import is_dequantize, is_quantize
+from kernelpress.emit.quantized import is_dequantize, is_rounding
 from kernelpress.trace import trace
 
 __all__ = ["float_graph", "plain_copy"]
@@ -28,7 +28,7 @@ def float_graph(model: nn.Module, inputs: tuple[Any, ...]) -> GraphModule:
     sum. Raises `ValueError` for a model that is quantized already and for weights that are not finite.
     """
     traced = trace(model, inputs)
-    if any(is_quantize(node) or is_dequantize(node) for node in traced.graph.nodes):
+    if any(is_rounding(node) or is_dequantize(node) for node in traced.graph.nodes):
         raise ValueError(f"model: {type(model).__name__} is quantized already, in whole or in part")
     graph_module = owned_copy(canonicalize(copy_of(traced)))
     graph_module.meta["contract"] = traced.meta["contract"]

@@ -11,11 +11,12 @@ import torch
 from torch.fx import GraphModule, Node
 
 from kernelpress.emit.canonical import activation_of
-from kernelpress.emit.fuse.match import Match
+from kernelpress.emit.fuse.match import Match, RowScales
 from kernelpress.emit.fuse.pools import averaged_image, max_window
 from kernelpress.emit.fuse.stages import Stage
 from kernelpress.emit.graph import arguments, constant_node, constant_tensor, only_user, shape, value
 from kernelpress.emit.quantized import Affine, affine_of, dequantized, is_dequantize, is_quantize, quantized_weight
+from kernelpress.emit.quantized_rows import quantized_rows
 from kernelpress.ops.int8_checks import FLOATS
 
 __all__ = ["int8_layers", "int8_pools", "int8_sums", "quantizers"]
@@ -110,23 +111,31 @@ def _end(nodes: frozenset[Node], output: Node) -> _End:
 
 
 def int8_layers(graph_module: GraphModule, stages: list[Stage]) -> Iterator[Match]:
-    """Layers of a dequantized input and a dequantized constant weight."""
+    """Layers of a dequantized input and a dequantized constant weight; linear ones also of an input that is quantized
+    by scales that are found at each call."""
     known: dict[tuple[Node, Node | None], dict[str, Any]] = {}
     for stage in stages:
         source = _dequantized(stage.x)
-        if source is None or stage.kind not in _OPS:
+        rows = quantized_rows(stage.x) if stage.kind == "linear" and len(stage.x.users) == 1 else None
+        if (source is None and rows is None) or stage.kind not in _OPS:
             continue
         if quantized_weight(stage.weight) is None or value(stage.output).dtype not in FLOATS:
             continue
-        x, affine = source
         key = (stage.weight, stage.bias)
         if key not in known:
             known[key] = _parameters(graph_module, stage)
-        whole = replace(stage, nodes=stage.nodes | {stage.x})
-        end = _with_residual(whole)
-        given: dict[str, Any] = {"x": x, **known[key], **stage.geometry}
-        given |= {"input_scale": affine.scale, "input_zero_point": affine.zero_point, "activation": stage.activation}
-        yield Match(_OPS[stage.kind], end.nodes, end.output, given | end.arguments)
+        given: dict[str, Any] = {**known[key], **stage.geometry, "activation": stage.activation}
+        scales = None
+        if source is not None:
+            x, affine = source
+            given |= {"x": x, "input_scale": affine.scale, "input_zero_point": affine.zero_point}
+            inner = frozenset({stage.x})
+        else:
+            assert rows is not None
+            given |= {"x": rows.x}
+            scales, inner = RowScales(rows.symmetric, rows.whole), frozenset(rows.nodes)
+        end = _with_residual(replace(stage, nodes=stage.nodes | inner))
+        yield Match(_OPS[stage.kind], end.nodes, end.output, given | end.arguments, row_scales=scales)
 
 
 def _with_residual(stage: Stage) -> _End:

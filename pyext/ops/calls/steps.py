@@ -14,7 +14,7 @@ from kernelpress.ops.checks import TensorSpec, describe
 from kernelpress.ops.registry import Implementation, Problem
 from kernelpress.runtime import native
 
-__all__ = ["NativeCall", "native_call", "native_reason", "native_steps"]
+__all__ = ["Before", "NativeCall", "Outputs", "native_call", "native_reason", "native_steps"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,11 @@ def _bound(
     return problem, tensors, operator.on(native_backend)
 
 
-def native_reason(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor | None = None) -> str | None:
+Outputs = Tensor | Sequence[Tensor]
+"""What a call writes: one tensor, or several of an op that has several."""
+
+
+def native_reason(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Outputs | None = None) -> str | None:
     """Why `native_call` would refuse these arguments, None where it takes them. A `backend` that is none of
     `registry.NATIVE_BACKENDS` stands for `cpu`."""
     problem, _, entry = _bound(op, args, kwargs)
@@ -47,22 +51,35 @@ def native_reason(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: 
     reason = entry.reason_against(problem)
     if reason is not None:
         return reason
-    if len(problem.outputs) > 1 or entry.kernel.workspace is not None:
-        return "a step has one output and no workspace"
+    if entry.kernel.workspace is not None:
+        return "a step has no workspace"
     for name, t in zip(problem.operator.tensors, problem.tensors, strict=True):
         layout = entry.kernel.layouts.get(name)
         if t is not None and layout is not None and layout.spacing(t.shape, t.stride) is None:
             return f"{name}: expected {layout.name} memory, got strides {describe(t.stride)} for {describe(t.shape)}"
-    if out is not None:
-        if tuple(out.shape) != tuple(problem.shape) or out.dtype != problem.dtype:
-            expected = f"{str(problem.dtype).removeprefix('torch.')} {describe(problem.shape)}"
+    return None if out is None else _reason_against(problem, _tensors(out))
+
+
+def _reason_against(problem: Problem, outputs: Sequence[Tensor]) -> str | None:
+    """Why the results of a problem cannot be written into these tensors."""
+    if len(outputs) != len(problem.outputs):
+        return f"out: expected {len(problem.outputs)} tensors, got {len(outputs)}"
+    for index, (out, (shape, stride, dtype)) in enumerate(zip(outputs, problem.outputs, strict=True)):
+        if tuple(out.shape) != tuple(shape) or out.dtype != dtype:
+            expected = f"{str(dtype).removeprefix('torch.')} {describe(shape)}"
             return f"out: expected {expected}, got {out.dtype} {describe(out.shape)}"
-        if problem.layout.spacing(out.shape, out.stride()) is None:
+        if index == 0 and problem.layout.spacing(out.shape, out.stride()) is None:
             return f"out: expected {problem.layout.name} memory, got strides {describe(out.stride())}"
+        if index > 0 and out.stride() != tuple(stride):
+            return f"out: expected strides {describe(stride)} of output {index}, got {describe(out.stride())}"
     return None
 
 
-def native_call(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Tensor) -> NativeCall:
+def _tensors(out: Outputs) -> tuple[Tensor, ...]:
+    return (out,) if isinstance(out, Tensor) else tuple(out)
+
+
+def native_call(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Outputs) -> NativeCall:
     """Prepare one call of the native module that writes the op's result into `out`; nothing runs and nothing is copied
     but weights, which are packed (and read again only by another `native_call`).
 
@@ -70,7 +87,8 @@ def native_call(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Te
         op: the op's name, such as `"conv2d"`.
         args, kwargs: the op's arguments as its schema has them; `x`, `residual` and `input_scale` must lie as the
             kernel reads them (channels_last or a channel slice of it; rows; `conv2d` takes `x` in any format).
-        out: of the op's output shape and dtype, channels_last or a channel slice of it: see `allocate`.
+        out: of the op's output shape and dtype, channels_last or a channel slice of it: see `allocate`; of an op with
+            several outputs all of them, the further ones contiguous.
 
     Raises: `ValueError` with the reason of `native_reason` where there is one; `ValueError` or `TypeError` for a bad
         argument, as the op does.
@@ -81,36 +99,43 @@ def native_call(op: str, args: Sequence[Any], kwargs: Mapping[str, Any], out: Te
     problem, tensors, entry = _bound(op, args, kwargs)
     assert entry is not None
     assert entry.kernel is not None
-    placed = replace(problem, outputs=(TensorSpec.of(out), *problem.outputs[1:]))
+    outputs = _tensors(out)
+    placed = replace(problem, outputs=(TensorSpec.of(outputs[0]), *problem.outputs[1:]))
     built = cpu.arguments(entry.kernel, placed, tensors)
     changing = [t for _, position in built.changing if (t := tensors[position]) is not None]
-    return NativeCall(built.name, built.into(tensors, out), (*built.held, *changing, out))
+    return NativeCall(built.name, built.into(tensors, *outputs), (*built.held, *changing, *outputs))
+
+
+@dataclass(frozen=True)
+class Before:
+    """In the place of an argument: output `index` of the call before."""
+
+    index: int = 0
 
 
 def native_steps(calls: Sequence[tuple[str, Sequence[Any], Mapping[str, Any]]]) -> Callable[[], Tensor] | None:
-    """A function that runs ops `(name, arguments, options)` in turn as steps of one plan and returns the last result.
+    """A function that runs ops `(name, arguments, options)` in turn as steps of one plan and returns the last one's
+    first result.
 
-    The first argument of each but the first is the result of the one before (pass None). Results lie in memory of their
-    own, written anew at each run.
+    What calls hand on is `Before` among the arguments of the next. Results lie in memory of their own, written anew at
+    each run.
 
-    None where one of them has nothing to do, or would need another backend or a copy.
+    None where there are none, where one of them has nothing to do, or would need another backend or a copy.
     """
-    if native.cpu() is None:
+    if native.cpu() is None or not calls:
         return None
     plan = native.cpu().Plan()
     held: list[tuple[Tensor, ...]] = []
-    result: Tensor | None = None
+    results: tuple[Tensor, ...] = ()
     for op, arguments, options in calls:
-        given = list(arguments) if result is None else [result, *arguments[1:]]
-        out = registry.allocate(op, given, options)
-        if out.numel() == 0 or native_reason(op, given, options, out) is not None:
+        given = [results[a.index] if isinstance(a, Before) else a for a in arguments]
+        results = registry.allocate_all(op, given, options)
+        if results[0].numel() == 0 or native_reason(op, given, options, results) is not None:
             return None
-        call = native_call(op, given, options, out)
+        call = native_call(op, given, options, results)
         getattr(plan, call.name)(*call.arguments)
         held.append(call.tensors)
-        result = out
-    assert result is not None
-    last, steps = result, len(plan)
+    last, steps = results[0], len(plan)
 
     def run(held: list[tuple[Tensor, ...]] = held) -> Tensor:
         plan.run(0, steps, [])

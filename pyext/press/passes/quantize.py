@@ -16,7 +16,8 @@ class Quantize(Section):
     """`kernelpress.compress.quantize`, calibrated on the training images."""
 
     method: Annotated[
-        Literal["static", "qat"], Field(description="static: ready to emit; qat: a finetune behind it trains in int8")
+        Literal["static", "dynamic", "qat"],
+        Field(description="static, dynamic: ready to emit, dynamic of linear layers; qat: a finetune trains in int8"),
     ] = "static"
     observer: Annotated[
         Literal["minmax", "percentile", "mse", "entropy"], Field(description="how ranges follow from what is seen")
