@@ -1,4 +1,4 @@
-"""Layers of the families with peers on the CPU: dense, depthwise and separable ones.
+"""Layers of the families with peers on the CPU: dense, depthwise, separable and int8 ones.
 
 pytest benchmarks/bench_layers.py -k separable --threads 2 --record
 """
