@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kernelpress.bench import FAMILIES, Roofline, describe_machine
-from kernelpress.bench.contest import OURS
+from kernelpress.bench.contest import OURS, OURS_FLOAT
 from kernelpress.bench.tables import Cells, layer_cells, markdown, number_text
 from kernelpress.files import write_atomically
 from kernelpress.measure.units import ABSENT, ratio_text
@@ -92,7 +92,7 @@ def write_page(folder: Path = RESULTS) -> Path:
         "",
     ]
     for machine_folder in sorted(path for path in folder.iterdir() if path.is_dir()):
-        loaded = load_all(machine_folder, ("models", *FAMILIES, "overhead", "distill"))
+        loaded = load_all(machine_folder, ("models", "models_int8", *FAMILIES, "overhead", "distill"))
         loaded = {name: payload for name, payload in loaded.items() if "machine" in payload}
         if not loaded:
             continue
@@ -108,9 +108,11 @@ def write_page(folder: Path = RESULTS) -> Path:
 
 _TITLES: Mapping[str, str] = {
     "models": "Whole models, float32",
+    "models_int8": "Whole models, int8",
     "dense": "Dense kernels, float32",
     "depthwise": "Depthwise kernels, float32",
     "separable": "Separable and inverted-residual kernels, float32",
+    "int8": "int8 kernels",
     "overhead": "Overhead of a call on the CPU",
     "distill": "What losses of distillation gain",
 }
@@ -157,7 +159,7 @@ def model_cells(result: Mapping[str, Any]) -> Cells:
 
 def verdict_on(result: Mapping[str, Any]) -> str:
     """Who is the best peer, by its best round, and how much of its time ours takes; nothing without both."""
-    best = _best_rounds(result)
+    best = {name: ms for name, ms in _best_rounds(result).items() if name != OURS_FLOAT}
     ours, peer = best.pop(OURS, None), min(best, key=best.__getitem__, default=None)
     return "" if ours is None or peer is None else f"Best peer: {peer}; ours takes {ours / best[peer]:.2f} of its time"
 
@@ -201,6 +203,7 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "models": _model_tables,
+    "models_int8": _model_tables,
     "overhead": _overhead_table,
     "distill": _gain_table,
 }
