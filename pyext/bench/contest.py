@@ -52,9 +52,9 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2, tor
 TF32_TOLERANCE = 2e-3
 """Of float32 where tensor cores may take it as TF32."""
 
-MODEL_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.int8: 0.7}
-"""Of whole models, which round at every layer. In int8, random weights amplify that up to a quarter and more of the
-output; what has nothing to do with the output is further off than 1."""
+MODEL_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.int8: 1.0}
+"""Of whole models, which round at every layer. Random weights amplify what int8 rounds to tens of per cent of the
+output, whoever computes it; its error is stated, and only what has little to do with the output is refused."""
 
 KINDS: Mapping[str, torch.dtype] = {
     "fp32": torch.float32,

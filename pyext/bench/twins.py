@@ -21,8 +21,8 @@ CALIBRATION_IMAGES = 8
 
 
 def prepare(job: Job, size: int, seed: int) -> nn.Module:
-    """Draws weights, an input and images to calibrate on from `seed`, writes them where `job` says, and returns the
-    plain network.
+    """Draws weights and images to calibrate on from `seed`, the first of which are the input; writes all where `job`
+    says, and returns the plain network.
 
     BatchNorm gets the statistics of those images, and scales and shifts off the identity: values keep their size from
     layer to layer, and folding it is real work.
@@ -39,7 +39,7 @@ def prepare(job: Job, size: int, seed: int) -> nn.Module:
         network.train()(images)
     save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, job.weights_file)
     np.save(job.calibration_file, images.numpy())
-    np.save(job.input_file, torch.randn(job.batch, 3, size, size).numpy())
+    np.save(job.input_file, images[: job.batch].numpy())
     return network.eval()
 
 
