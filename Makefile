@@ -68,6 +68,7 @@ resources: build
 bench: build $(PEERS)
 	$(BIN)/python -m pytest $(filter-out %_models.py,$(wildcard benchmarks/bench_*.py)) --record
 	$(BIN)/python benchmarks/bench_models.py
+	$(BIN)/python benchmarks/bench_models.py --dtype int8
 
 # Nothing is installed: it needs a Python with torch, nvcc, and no network.
 gpu:

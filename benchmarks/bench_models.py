@@ -1,6 +1,7 @@
-"""Whole networks against eager PyTorch, Inductor, ONNX Runtime and OpenVINO: processes run in turn, round by round.
+"""Whole networks in other runtimes and ours, in float32 or int8: processes run in turn, round by round.
 
 python benchmarks/bench_models.py --models mobilenet_v1 mobilenet_v2 --threads 2 --batch 1 --rounds 6
+python benchmarks/bench_models.py --dtype int8 --models mobilenet_v1 resnet50
 """
 
 from __future__ import annotations
@@ -10,24 +11,25 @@ import functools
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from recording import RESULTS, model_cells, save, title_of, verdict_on
 from rich.console import Console
 from rich.table import Table
 
-from kernelpress.bench.model_contest import RUNTIMES, ModelResult, Runtime, compare
+from kernelpress.bench.model_contest import CONTESTS, ModelResult, Runtime, compare
 from kernelpress.bench.tables import console_table
 
 __all__ = ["KEY", "add_runtimes", "chosen_runtimes", "contest_parser", "main", "positive", "run", "table"]
 
 TABLE_WIDTH = 130
-NAMES = [runtime.name for runtime in RUNTIMES]
+NAMES = list(dict.fromkeys(runtime.name for contest in CONTESTS.values() for runtime in contest))
 
 
 def table(result: ModelResult) -> Table:
     """One network's runtimes as a rich table."""
     told = asdict(result)
-    return console_table(f"{result.model}, {title_of(told)}, fp32", model_cells(told), verdict_on(told))
+    return console_table(f"{result.model}, {title_of(told)}, {result.dtype}", model_cells(told), verdict_on(told))
 
 
 def contest_parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
@@ -47,16 +49,16 @@ def add_runtimes(parser: argparse.ArgumentParser, default: list[str]) -> None:
     parser.add_argument("--runtimes", nargs="+", metavar="RUNTIME", choices=NAMES, default=default, help=told)
 
 
-def chosen_runtimes(options: argparse.Namespace) -> list[Runtime]:
-    """Those that `add_runtimes` let choose."""
-    return [runtime for runtime in RUNTIMES if runtime.name in options.runtimes]
+def chosen_runtimes(options: argparse.Namespace, dtype: str = "fp32") -> list[Runtime]:
+    """Those that `add_runtimes` let choose, of the contest of that dtype."""
+    return [runtime for runtime in CONTESTS[dtype] if runtime.name in options.runtimes]
 
 
 def run(
     options: argparse.Namespace,
     runtimes: Sequence[Runtime],
     tell: Callable[[ModelResult], str] | None = None,
-    **more: int,
+    **more: Any,
 ) -> list[ModelResult]:
     """Compares the networks asked for, prints a table each and what there is to tell of it."""
     console = Console(width=max(Console().width, TABLE_WIDTH))
@@ -73,16 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compares the networks asked for, prints a table each and, unless told not to, records it at once."""
     parser = contest_parser(__doc__, rounds=6)
     add_runtimes(parser, NAMES)
+    parser.add_argument("--dtype", choices=list(CONTESTS), default="fp32", help="int8: each after its own quantization")
     parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--size", type=positive, default=224, help="rows and columns of the image")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args(arguments)
+    name = "models" if options.dtype == "fp32" else f"models_{options.dtype}"
 
     def record(result: ModelResult) -> str:
-        return f"recorded in {save('models', [result], options.results, key=KEY)}"
+        return f"recorded in {save(name, [result], options.results, key=KEY)}"
 
     tell = None if options.no_record else record
-    run(options, chosen_runtimes(options), tell, batch=options.batch, size=options.size)
+    runtimes = chosen_runtimes(options, options.dtype)
+    run(options, runtimes, tell, batch=options.batch, size=options.size, dtype=options.dtype)
 
 
 KEY = ("model", "batch", "size", "threads")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kernelpress.bench import Roofline, describe_machine
-from kernelpress.bench.contest import OURS
+from kernelpress.bench.contest import OURS, OURS_FLOAT
 from kernelpress.bench.tables import Cells, layer_cells, markdown, number_text
 from kernelpress.files import write_atomically
 from kernelpress.measure.units import ABSENT, ratio_text
@@ -120,6 +120,7 @@ def write_page(folder: Path = RESULTS) -> Path:
 
 _TITLES: Mapping[str, str] = {
     "models": "Whole models, float32",
+    "models_int8": "Whole models, int8",
     "growth": "Whole models by batch, image and threads, float32",
     "dense": "Dense kernels, float32",
     "depthwise": "Depthwise kernels, float32",
@@ -127,6 +128,7 @@ _TITLES: Mapping[str, str] = {
     "grouped": "Grouped convolutions and channel shuffles, float32",
     "ghost": "Ghost modules, float32",
     "squeeze_excite": "Squeeze-and-excitation, float32",
+    "int8": "int8 kernels",
     "blocks": "Blocks of networks, emitted and captured, float32",
     "overhead": "Overhead of a call on the CPU",
     "distill": "What losses of distillation gain",
@@ -200,7 +202,7 @@ def verdict_on(result: Mapping[str, Any]) -> str:
 
 
 def _share_of_best_peer(result: Mapping[str, Any]) -> tuple[str, float] | None:
-    best = _best_rounds(result)
+    best = {name: ms for name, ms in _best_rounds(result).items() if name != OURS_FLOAT}
     ours, peer = best.pop(OURS, None), min(best, key=best.__getitem__, default=None)
     return None if ours is None or peer is None else (peer, ours / best[peer])
 
@@ -244,6 +246,7 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "models": _model_tables,
+    "models_int8": _model_tables,
     "growth": _summary,
     "overhead": _overhead_table,
     "distill": _gain_table,

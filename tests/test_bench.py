@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernelpress import bench, ops
 from kernelpress.bench import Layer, Roofline, ours, peers
 from kernelpress.bench.blocks import Block, blocks, measure_block
-from kernelpress.bench.contest import OURS, UNFUSED, expected_of, relative_error
+from kernelpress.bench.contest import OURS, TOLERANCE, UNFUSED, expected_of, relative_error
+from kernelpress.bench.int8_peers import SATURATING, signed
 from kernelpress.bench.layers import (
     channel_shuffle,
     convolution,
@@ -24,6 +25,7 @@ from kernelpress.bench.layers import (
     ghost_conv2d,
     grouped_conv2d,
     int8_conv2d,
+    int8_linear,
     int8_matmul,
     inverted_residual,
     linear,
@@ -259,7 +261,11 @@ SMALL_LAYERS = {
     "int8_matmul": int8_matmul("test", 3, 20, 7),
     "int8_conv2d": int8_conv2d("test", 2, 5, 6, 7, 3),
     "int8_depthwise": int8_conv2d("test", 2, 5, 6, 6, 3, depthwise=True),
+    "int8_stem": int8_conv2d("test", 1, 9, 3, 8, 3, stride=2),
+    "int8_linear": int8_linear("test", 2, 21, 9),
+    "int8_end": int8_linear("test", 1, 21, 9, "identity"),
 }
+INT8_PEERS = [name for name in SMALL_LAYERS if name.startswith("int8_") and name != "int8_matmul"]
 
 
 @pytest.mark.parametrize("layer", SMALL_LAYERS.values(), ids=SMALL_LAYERS.keys())
@@ -309,6 +315,55 @@ def test_every_kind_of_layer_runs_on_backends_side_by_side(layer: bench.Layer) -
     assert row.unit == ("GFLOP/s" if layer.flops > 0 and "depthwise" not in layer.op else "GB/s")
 
 
+@pytest.mark.parametrize("name", INT8_PEERS)
+def test_int8_peers_compute_what_the_op_does(name: str) -> None:
+    layer = SMALL_LAYERS[name]
+    tensors, options = layer.make(CPU, torch.float32)
+    assert tensors[1] is not None
+    tensors[1] //= 4  # or products saturate without VNNI
+    calls = peers.peers(layer.op, tensors, options)
+    needed = {"oneDNN int8"} if torch.backends.mkldnn.is_available() else set()
+    if "fbgemm" in torch.backends.quantized.supported_engines and name != "int8_end":
+        needed.add(SATURATING if name == "int8_depthwise" else "FBGEMM")
+    assert calls.keys() == needed
+    expected = expected_of(layer.op, tensors, options)
+    for call in calls.values():
+        result = signed(call())
+        assert result.dtype == expected.dtype
+        assert relative_error(result, expected) < TOLERANCE[torch.int8]
+
+
+def test_an_int8_layer_is_measured_against_the_int8_peak_and_a_peer_that_saturates_keeps_its_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = SMALL_LAYERS["int8_conv2d"]
+
+    def with_a_wrong_one(*call: Any, **options: Any) -> dict[str, Any]:
+        expected = expected_of(*call)
+        return {"right": lambda: expected, "saturated": lambda: expected.clamp(max=-64)}
+
+    monkeypatch.setitem(measure_layer.__globals__, "peer_calls", with_a_wrong_one)
+    roofline = replace(ROOFLINE, int8_gops=400.0)
+    row = measure_layer(layer, roofline, peers=True, rounds=1, budget_seconds=0.005)
+    assert row.kind == "int8"
+    assert row.relative_error == 0
+    assert row.best_peer == "right"
+    assert {entry.name: entry.reason is None for entry in row.contestants} == {
+        OURS: True,
+        "right": True,
+        "saturated": False,
+    }
+    bound = max(layer.flops / 400e6, 1e-6 * layer.traffic_bytes(torch.int8) / roofline.l2_gbs)
+    assert row.ms is not None
+    assert row.roofline_fraction == pytest.approx(bound / row.ms)
+
+
+def test_a_roofline_of_an_older_file_has_no_int8_peak() -> None:
+    assert ROOFLINE.peak_gflops("int8") is None
+    assert "int8" not in ROOFLINE.told()
+    assert "FMA 100 GFLOP/s, int8 400 GOP/s" in replace(ROOFLINE, int8_gops=400.0).told()
+
+
 def test_on_a_cuda_device_backends_are_timed_by_its_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     from kernelpress.bench import backends
 
@@ -321,7 +376,7 @@ def test_on_a_cuda_device_backends_are_timed_by_its_clock(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"family": "int8"}, "family: expected one of dense, depthwise, .*squeeze_excite, got 'int8'"),
+        ({"family": "dens"}, "family: expected one of dense, depthwise, .*squeeze_excite, int8, got 'dens'"),
         ({"family": "dense", "device": "tpu"}, "device: expected one of cpu.*got 'tpu'"),
         ({"family": "dense", "batch": 0}, "batch: expected a positive integer, got 0"),
         ({"family": "dense", "threads": 0}, "threads: expected a positive integer"),
@@ -358,6 +413,7 @@ def test_the_measured_roofline_is_plausible() -> None:
     roofline = bench.measure_roofline(1)
     assert roofline.threads == 1
     assert (roofline.fma_gflops is None) == (roofline.fma_absent_because is not None)
+    assert (roofline.fma_gflops is None) == (roofline.int8_gops is None)
     assert all(gbs > 0 for gbs in (roofline.l2_gbs, roofline.llc_gbs, roofline.memory_gbs))
     assert roofline.l2_bytes <= roofline.llc_bytes
 

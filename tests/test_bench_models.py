@@ -137,6 +137,74 @@ def test_runtimes_answer_in_turn_agree_and_are_skipped_with_a_reason(monkeypatch
     assert len(said) == 4
 
 
+@pytest.mark.slow
+def test_int8_runtimes_quantize_for_themselves_and_absent_ones_say_what_installs_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("torchao", reason="needs torchao: pip install 'kernelpress[quantize]'")
+    from kernelpress.bench import model_contest as contest
+    from kernelpress.bench import processes
+
+    monkeypatch.setattr(processes, "SETTLE_SECONDS", 0.0)
+    runtimes = [it for it in contest.CONTESTS["int8"] if it.name != "Inductor"]  # which compiles for half a minute
+    result = contest.compare(
+        "resnet8",
+        runtimes=runtimes,
+        dtype="int8",
+        threads=1,
+        size=32,
+        rounds=1,
+        iterations=1,
+        report=lambda text: None,
+    )
+    assert result.dtype == "int8"
+    found = {runtime.runtime: runtime for runtime in result.runtimes}
+    for runtime in found.values():
+        if runtime.skipped is not None:
+            assert "pip install kernelpress[peers]" in runtime.skipped
+            continue
+        assert runtime.relative_error is not None
+        assert runtime.relative_error < 0.5
+    ours, exact = found["kernelpress"], found["kernelpress float32"]
+    assert ours.relative_error is not None
+    assert ours.relative_error > 1e-3, "it is rounded"
+    assert "places in int8" in ours.settings
+    assert exact.relative_error is not None
+    assert exact.relative_error < 1e-4
+
+
+def test_quantizers_calibrate_on_the_images_of_batchnorms_statistics(tmp_path: Path) -> None:
+    from kernelpress.bench.twins import CALIBRATION_IMAGES, prepare
+    from kernelpress.bench.worker import Job
+
+    for batch, batches in ((1, CALIBRATION_IMAGES), (3, CALIBRATION_IMAGES // 3), (10, 1)):
+        job = Job("resnet20", "eager", str(tmp_path), 1, batch, 1)
+        network = prepare(job, 16, seed=batch)
+        given = job.calibration_batches()
+        assert [images.shape for images in given] == [(batch, 3, 16, 16)] * batches
+        if batch == 10:
+            first = network.get_submodule("conv1")(torch.from_numpy(given[0]))
+            norm: Any = network.get_submodule("bn1")
+            assert torch.allclose(norm.running_mean, first.mean((0, 2, 3)), atol=1e-5)
+
+
+def test_a_graph_for_inductor_computes_about_the_same_on_rounded_values(tmp_path: Path) -> None:
+    pytest.importorskip("torchao", reason="needs torchao: pip install 'kernelpress[quantize]'")
+    from kernelpress.bench.quantizers import for_inductor
+    from kernelpress.bench.twins import prepare
+    from kernelpress.bench.worker import Job
+
+    job = Job("resnet8", "inductor", str(tmp_path), 1, 2, 1)
+    network = prepare(job, 16, seed=5)
+    graph, x = for_inductor(job)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert "quantize_per_channel" in graph.code
+    with torch.no_grad():
+        expected = network(x)
+        error = float((graph(x) - expected).norm() / expected.norm())
+    assert 1e-4 < error < 0.3
+
+
 class Answer:
     """Stands for a runtime's process that computed `logits`."""
 
@@ -158,7 +226,7 @@ def test_a_runtime_that_computes_something_else_leaves_the_contest() -> None:
     broken = Answer([float("nan"), 1.0])
     running["broken"] = broken
     results = {name: contest.RuntimeResult(name) for name in running}
-    contest._check_outputs(results, running)
+    contest._check_outputs(results, running, np.array([[1.0, -2.0]]), 1e-3)
     assert list(running) == ["eager", "close"]
     assert results["close"].relative_error == pytest.approx(5e-5)
     assert results["wrong"].skipped == "logits differ from eager's by 5.0e-02"
@@ -177,6 +245,15 @@ def test_ratios_are_between_best_rounds_of_ours_and_of_the_best_peer() -> None:
     assert verdict_on(told) == ""
 
 
+def test_ours_in_float32_is_no_peer_of_ours_in_int8() -> None:
+    from recording import model_cells, verdict_on
+
+    told = asdict(model_result(OpenVINO=(5.0, 4.0), **{"kernelpress float32": (3.0,), "kernelpress": (2.0,)}))
+    header, rows = model_cells(told)
+    assert [row[header.index("time ÷ ours")] for row in rows] == ["2.00×", "1.50×", "–"]
+    assert verdict_on(told) == "Best peer: OpenVINO; ours takes 0.50 of its time"
+
+
 def test_the_page_shows_what_was_saved_losses_and_skips_included(tmp_path: Path) -> None:
     import recording
 
@@ -187,8 +264,10 @@ def test_the_page_shows_what_was_saved_losses_and_skips_included(tmp_path: Path)
     assert saved["date"]
     row = measure_layer(convolution("test", 1, 5, 12, 7), ROOFLINE, peers=True, rounds=1, budget_seconds=0.005)
     recording.save("dense", [row], tmp_path, roofline=ROOFLINE)
+    recording.save("models_int8", [model_result(kernelpress=(1.5,))], tmp_path)
     page = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "Best peer: OpenVINO; ours takes 2.00 of its time." in page
+    assert page.index("Whole models, float32") < page.index("Whole models, int8") < page.index("| kernelpress | 1.50")
     assert "| OpenVINO | 4.00 | 4.50 | 5.00 | 0.50× |" in page
     assert "skipped: not installed" in page
     assert row.layer in page

@@ -25,6 +25,7 @@ __all__ = [
     "ghost_conv2d",
     "grouped_conv2d",
     "int8_conv2d",
+    "int8_linear",
     "int8_matmul",
     "inverted_residual",
     "layers",
@@ -231,14 +232,24 @@ def int8_matmul(network: str, rows: int, c_in: int, c_out: int) -> Layer:
     return Layer("int8_matmul", (rows, c_in), ((c_out, c_in),), options, **told)
 
 
+def int8_linear(network: str, rows: int, c_in: int, c_out: int, activation: str = "relu") -> Layer:
+    """A product of a network in int8: with relu to int8, else, at the network's end, to float32."""
+    options = {"activation": activation, "input_zero_point": -3, **(_INT8_OUTPUT if activation == "relu" else {})}
+    label = f"{rows}×{c_in}×{c_out}" + f" {activation}" * (activation == "relu")
+    told: _Told = {"family": "int8", "network": network, "label": label, "library": "cuBLAS bf16"}
+    return Layer("int8_matmul", (rows, c_in), ((c_out, c_in),), options, **told)
+
+
+_INT8_OUTPUT = {"output_scale": 0.02, "output_zero_point": -128}
+
+
 def int8_conv2d(
-    network: str, batch: int, size: int, c_in: int, c_out: int, kernel: int, depthwise: bool = False
+    network: str, batch: int, size: int, c_in: int, c_out: int, kernel: int, depthwise: bool = False, stride: int = 1
 ) -> Layer:
     """An int8 convolution with relu and an int8 output."""
     x, weight = (batch, c_in, size, size), (c_out, 1 if depthwise else c_in, kernel, kernel)
-    options = {"padding": [kernel // 2] * 2, "activation": "relu", "input_zero_point": -3}
-    options |= {"output_scale": 0.02, "output_zero_point": -128}
-    label = _label(size, (c_in, c_out), kernel, 1, "depthwise" * depthwise)
+    options = {**_window(kernel, stride), "activation": "relu", "input_zero_point": -3, **_INT8_OUTPUT}
+    label = _label(size, (c_in, c_out), kernel, stride, "depthwise" * depthwise)
     told: _Told = {"family": "int8", "network": network, "library": "cuDNN bf16"}
     op = "int8_depthwise_conv2d" if depthwise else "int8_conv2d"
     return Layer(op, x, (weight,), options, **told, label=label)
@@ -282,14 +293,18 @@ _LAYERS: Mapping[str, Sequence[tuple[Callable[..., Layer], str, Iterable[Sequenc
         (sparse_matmul, "AlexNet", [(*shape, BLOCK, SPARSITY) for shape in networks.ALEXNET_CLASSIFIER]),
     ),
     "int8": (
-        (int8_conv2d, "ResNet-50", networks.RESNET50),
-        *((int8_conv2d, name, [(s, c, c, k, True)]) for name, s, c, k, stride, _ in networks.DEPTHWISE if stride == 1),
-        (int8_matmul, "AlexNet", networks.ALEXNET_CLASSIFIER),
+        (int8_conv2d, "MobileNet V1", [(224, 3, 32, 3, False, 2)]),
+        (int8_conv2d, "ResNet-50", [(224, 3, 64, 7, False, 2), *networks.RESNET50]),
+        (int8_conv2d, "MobileNet V1", [(size // s, i, o, 1) for size, i, o, s in networks.MOBILENET_V1_PAIRS]),
+        (int8_conv2d, "MobileNet V1", [(size, c, c, 3, True, s) for size, c, _, s in networks.MOBILENET_V1_PAIRS]),
+        *((int8_conv2d, name, [(s, c, c, k, True, stride)]) for name, s, c, k, stride, _ in networks.DEPTHWISE),
+        (int8_linear, "AlexNet", networks.ALEXNET_CLASSIFIER),
+        *((int8_linear, network, [(c_in, 1000, "identity")]) for network, c_in in networks.HEADS),
     ),
 }
 """Family → what makes layers of a network, and their shapes behind the batch."""
 
 ALL_FAMILIES = tuple(_LAYERS)
 
-FAMILIES = ALL_FAMILIES[:6]
+FAMILIES = (*ALL_FAMILIES[:6], "int8")
 """Those with peers on the CPU."""

@@ -13,7 +13,7 @@ from kernelpress.runtime.host import processor_name, version_of
 
 __all__ = ["Machine", "describe_machine"]
 
-_PACKAGES = ("kernelpress", "torch", "onnx", "onnxruntime", "openvino")
+_PACKAGES = ("kernelpress", "torch", "onnx", "onnxruntime", "openvino", "nncf", "executorch", "torchao")
 
 
 @dataclass(frozen=True)

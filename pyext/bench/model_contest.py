@@ -10,15 +10,16 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from kernelpress.bench.contest import MODEL_TOLERANCE, OURS
+from kernelpress.bench.contest import KINDS, MODEL_TOLERANCE, OURS, OURS_FLOAT
 from kernelpress.bench.processes import Start, Worker, WorkerError, rounds_in_turn
 from kernelpress.bench.twins import build, export_onnx, prepare
 from kernelpress.bench.worker import Job
@@ -28,7 +29,7 @@ from kernelpress.measure.energy import energy_per_call
 from kernelpress.measure.memory import weight_bytes
 from kernelpress.runtime.clock import threads_set_to
 
-__all__ = ["RUNTIMES", "STOCK_AND_OURS", "ModelResult", "Runtime", "RuntimeResult", "compare"]
+__all__ = ["CONTESTS", "RUNTIMES", "STOCK_AND_OURS", "ModelResult", "Runtime", "RuntimeResult", "compare"]
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,18 @@ STOCK_AND_OURS = (
 )
 """What a user has without further packages."""
 
+INT8_RUNTIMES = (
+    Runtime("ONNX Runtime", "ort", ("int8",), needs_onnx=True),
+    Runtime("OpenVINO", "openvino", ("int8",), needs_onnx=True),
+    Runtime("ExecuTorch", "executorch", ("int8",)),
+    Runtime("Inductor", "inductor_int8"),
+    Runtime(OURS_FLOAT, "ours", ("captured",)),
+    Runtime(OURS, "ours_int8"),
+)
+
+CONTESTS: Mapping[str, Sequence[Runtime]] = {"fp32": RUNTIMES, "int8": INT8_RUNTIMES}
+"""Who meets, by the arithmetic."""
+
 
 @dataclass(frozen=True)
 class RuntimeResult:
@@ -75,7 +88,7 @@ class RuntimeResult:
     settings: str = ""
     rounds_ms: tuple[float, ...] = ()
     relative_error: float | None = None
-    """Largest difference of a logit from eager's ÷ the largest logit."""
+    """Largest difference of a logit from eager's in float32 ÷ the largest logit."""
     idle_cpu_share: float | None = None
     """Processor time that it took while others were timed ÷ that time; near 0 if it disturbed nobody."""
     skipped: str | None = None
@@ -108,6 +121,7 @@ class ModelResult:
     weight_bytes: int | None = None
     emission_s: float | None = None
     """How long emission took for the runtime that loads what it made."""
+    dtype: str = "fp32"
 
 
 def compare(
@@ -120,17 +134,20 @@ def compare(
     rounds: int = 6,
     iterations: int = 30,
     seed: int | None = None,
+    dtype: str = "fp32",
     report: Callable[[str], None] = print,
 ) -> ModelResult:
     """Times `model` (a name of `kernelpress.models`) in every runtime: `rounds` rounds of `iterations` calls each.
 
-    Weights and input are drawn from `seed`, a fresh one if `None`. A runtime whose logits differ from the first
-    runtime's by more than `MODEL_TOLERANCE` is reported as skipped, with the error.
+    Weights and input are drawn from `seed`, a fresh one if `None`. A runtime whose logits differ from eager's in
+    float32 by more than `MODEL_TOLERANCE` of `dtype` is reported as skipped, with the error.
     """
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     with tempfile.TemporaryDirectory(prefix="kernelpress-bench-") as folder:
         job = Job(model, "", folder, threads, batch, iterations)
         network = prepare(job, size, seed)
+        with threads_set_to(threads), torch.no_grad():
+            expected = network(torch.from_numpy(job.load_input())).double().numpy()
         facts: dict[str, Any] = {
             "flops": count_flops(network, torch.from_numpy(job.load_input())),
             "parameters": count_parameters(network),
@@ -155,7 +172,7 @@ def compare(
                 except WorkerError as error:
                     results[runtime.name] = RuntimeResult(runtime.name, skipped=str(error))
                 report(f"{model}: {runtime.name} {results[runtime.name].skipped or 'ready'}")
-            _check_outputs(results, running)
+            _check_outputs(results, running, expected, MODEL_TOLERANCE[KINDS[dtype]])
             for name, timed in rounds_in_turn(running, rounds).items():
                 energy = energy_per_call(running[name].round, device=torch.device("cpu"))
                 results[name] = replace(
@@ -169,7 +186,7 @@ def compare(
         finally:
             for worker in running.values():
                 worker.stop()
-    return ModelResult(model, batch, size, threads, seed, iterations, tuple(results.values()), **facts)
+    return ModelResult(model, batch, size, threads, seed, iterations, tuple(results.values()), **facts, dtype=dtype)
 
 
 def _worker(runtime: Runtime, job: Job) -> Worker:
@@ -201,14 +218,13 @@ def _try_export(network: torch.nn.Module, job: Job) -> str | None:
     return None
 
 
-def _check_outputs(results: dict[str, RuntimeResult], running: dict[str, Worker]) -> None:
-    """Notes each runtime's error against the first; those beyond the tolerance leave the contest."""
-    if not running:
-        return
-    expected = next(iter(running.values())).output()
+def _check_outputs(
+    results: dict[str, RuntimeResult], running: dict[str, Worker], expected: NDArray[np.float64], tolerance: float
+) -> None:
+    """Notes each runtime's error; those beyond the tolerance leave the contest."""
     for name in list(running):
         error = float(np.abs(running[name].output() - expected).max() / np.abs(expected).max())
         results[name] = replace(results[name], relative_error=error)
-        if not error <= MODEL_TOLERANCE[torch.float32]:
+        if not error <= tolerance:
             results[name] = replace(results[name], skipped=f"logits differ from eager's by {error:.1e}")
             running.pop(name).stop()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernelpress.bench.calls import Call
+from kernelpress.bench.int8_peers import int8_peers
 from kernelpress.ops import registry
 from kernelpress.ops.registry import Tensors
 from kernelpress.ops.sparse_blocks import BlockCsr, conv_weight
@@ -210,7 +211,9 @@ class _Chain(nn.Module):
 
 
 def peers(op: str, tensors: Tensors, options: Mapping[str, Any], *, with_inductor: bool = False) -> dict[str, Call]:
-    """Every peer by name, ready to be called."""
+    """Every peer by name, ready to be called. Inductor calls for an int8 layer what oneDNN's peer does."""
+    if tensors[0] is not None and tensors[0].dtype == torch.int8:
+        return int8_peers(op, tensors, options)
     contestants = {
         "eager": eager(op, contiguous(tensors), options),
         "eager channels_last": eager(op, tensors, options),

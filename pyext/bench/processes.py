@@ -68,6 +68,8 @@ class Worker:
                     "OMP_NUM_THREADS": str(job.threads),
                     # Emission times its candidates in this very run, not in some busier hour before.
                     "KERNELPRESS_CACHE": str(Path(job.folder) / "timings"),
+                    # Inductor folds weights; as an option of `torch.compile` that comes too late for quantized ones.
+                    "TORCHINDUCTOR_FREEZING": "1",
                     **environment,
                 },
             )

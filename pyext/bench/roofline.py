@@ -1,9 +1,10 @@
-"""What this machine can do at best, measured: fp32 multiply-adds from registers, copies from each level of memory."""
+"""What this machine can do at best, measured: fp32 and int8 products from registers, copies by level of memory."""
 
 from __future__ import annotations
 
 import abc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from kernelpress.runtime.clock import threads_set_to
 
 __all__ = ["Ceilings", "Roofline", "measure_roofline"]
 
-FMA_SECONDS = 0.3
-FMA_BURSTS = 6
+PEAK_SECONDS = 0.3
+PEAK_BURSTS = 6
 COPY_SECONDS = 0.15
 DEFAULT_L2_BYTES = 1 << 20
 DEFAULT_LLC_BYTES = 16 << 20
@@ -24,7 +25,7 @@ MEMORY_BYTES = 512 << 20
 MAX_LLC_COPY_BYTES = 16 << 20
 
 
-_MEASURED = ("fma_gflops", "l2_gbs", "llc_gbs", "memory_gbs")
+_MEASURED = ("fma_gflops", "int8_gops", "l2_gbs", "llc_gbs", "memory_gbs")
 
 
 class Ceilings(abc.ABC):
@@ -54,7 +55,8 @@ class Ceilings(abc.ABC):
 @dataclass(frozen=True)
 class Roofline(Ceilings):
     """Ceilings with `threads` threads: GFLOP/s of register-only FMAs, GB/s (read + written) of copies that stay in the
-    private caches, in the shared one, or pass through memory; a level holds working sets up to its `_bytes`."""
+    private caches, in the shared one, or pass through memory; a level holds working sets up to its `_bytes`;
+    `int8_gops`, of register-only products of bytes, None in files that had none."""
 
     threads: int
     fma_gflops: float | None
@@ -64,6 +66,7 @@ class Roofline(Ceilings):
     l2_bytes: int
     llc_bytes: int
     fma_absent_because: str | None = None
+    int8_gops: float | None = None
 
     def best_of(self, other: Roofline) -> Roofline:
         """The higher of each ceiling of two measurements with the same number of threads."""
@@ -74,13 +77,14 @@ class Roofline(Ceilings):
     def told(self) -> str:
         """In one sentence."""
         fma = "unknown" if self.fma_gflops is None else f"{self.fma_gflops:.0f} GFLOP/s"
+        fma += "" if self.int8_gops is None else f", int8 {self.int8_gops:.0f} GOP/s"
         return (
             f"{self.threads} threads. Measured peaks: FMA {fma}, copy {self.l2_gbs:.0f} GB/s in L2, "
             f"{self.llc_gbs:.0f} in the last-level cache, {self.memory_gbs:.0f} in memory (read + written)."
         )
 
     def peak_gflops(self, kind: str) -> float | None:
-        return self.fma_gflops if kind == "fp32" else None
+        return {"fp32": self.fma_gflops, "int8": self.int8_gops}.get(kind)
 
     def bandwidth(self, working_set_bytes: int) -> float:
         if working_set_bytes <= self.l2_bytes:
@@ -115,7 +119,8 @@ def _measure(threads: int) -> Roofline:
     module = native.cpu()
     return Roofline(
         threads=threads,
-        fma_gflops=None if module is None else _fma_gflops(module, threads),
+        fma_gflops=None if module is None else _peak(module.fma_peak, threads),
+        int8_gops=None if module is None else _peak(module.int8_peak, threads),
         l2_gbs=_copy_gbs(l2 // 2),
         llc_gbs=_copy_gbs(min(llc // 2, MAX_LLC_COPY_BYTES)),
         memory_gbs=_copy_gbs(max(MEMORY_BYTES, 4 * llc)),
@@ -125,9 +130,9 @@ def _measure(threads: int) -> Roofline:
     )
 
 
-def _fma_gflops(module: Any, threads: int) -> float:
-    """GFLOP/s of the best of several short bursts, as a busy neighbour may take part of any one."""
-    return max(float(module.fma_peak(FMA_SECONDS / FMA_BURSTS, threads)) for _ in range(FMA_BURSTS))
+def _peak(burst: Callable[[float, int], float], threads: int) -> float:
+    """10⁹ operations a second in the best of several short bursts, as a busy neighbour may take part of any one."""
+    return max(float(burst(PEAK_SECONDS / PEAK_BURSTS, threads)) for _ in range(PEAK_BURSTS))
 
 
 def _cache_bytes(level: int) -> int | None:

@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kernelpress.bench import ours
-from kernelpress.bench.contest import OURS, TOLERANCE, UNFUSED, Row, expected_of, hold, judged, refuse_any, row_of
+from kernelpress.bench.contest import (
+    OURS,
+    TOLERANCE,
+    UNFUSED,
+    Row,
+    expected_of,
+    hold,
+    judged,
+    kind_of,
+    refuse_any,
+    row_of,
+)
+from kernelpress.bench.int8_peers import SATURATING, signed
 from kernelpress.bench.layers import FAMILIES, Layer, layers
 from kernelpress.bench.peers import peers as peer_calls
 from kernelpress.bench.roofline import Roofline, measure_roofline
@@ -38,9 +50,9 @@ def run(
 ) -> list[Row]:
     """Benchmarks every layer of `family`, one of `FAMILIES` (or those of `only`), one row each.
 
-    `peers` times eager in both memory formats and oneDNN in turn with ours; `with_inductor` adds `torch.compile` to
-    them, which compiles for seconds a layer. `budget_seconds` is the measuring time of one contestant at one layer,
-    `threads` torch's number of threads (`None`: as it is).
+    `peers` times eager in both memory formats and oneDNN in turn with ours, of int8 layers oneDNN and FBGEMM;
+    `with_inductor` adds `torch.compile` to those in float32, which compiles for seconds a layer. `budget_seconds` is
+    the measuring time of one contestant at one layer, `threads` torch's number of threads (`None`: as it is).
 
     Raises `ValueError` for an unknown family or device and for counts that are not positive, `RuntimeError` where
     results disagree.
@@ -68,8 +80,10 @@ def measure_layer(
 ) -> Row:
     """Benchmarks one layer with as many threads as `roofline` was measured with, on fresh random inputs.
 
-    Raises `RuntimeError` where ours or a peer disagrees with the reference.
+    Raises `RuntimeError` where ours or a peer disagrees with the reference. An int8 peer that does is kept with the
+    reason: without VNNI, FBGEMM saturates at 16 bits everywhere.
     """
+    dtype = layer.dtype or torch.float32
     with threads_set_to(roofline.threads), torch.no_grad():
         call = (layer.op, *layer.make(torch.device("cpu"), torch.float32))
         backend = ours.backend_of(*call)
@@ -80,11 +94,14 @@ def measure_layer(
                 **(peer_calls(*call, with_inductor=with_inductor) if peers else {}),
             },
             expected_of(*call),
-            TOLERANCE[torch.float32],
+            TOLERANCE[dtype],
             lambda able: time_alternately(able, budget_seconds=budget_seconds, rounds=rounds),
+            unjudged=frozenset({SATURATING}),
+            read=signed,
         )
-    refuse_any(contestants, f"{layer.op} {layer.title}")
-    return row_of(layer, "fp32", backend, contestants, errors[OURS], roofline, threads=roofline.threads)
+    strict = [entry for entry in contestants if dtype != torch.int8 or entry.name == OURS]
+    refuse_any(strict, f"{layer.op} {layer.title}")
+    return row_of(layer, kind_of(dtype), backend, contestants, errors[OURS], roofline, threads=roofline.threads)
 
 
 def table(rows: Sequence[Row], roofline: Roofline | None = None) -> Table:
@@ -94,7 +111,7 @@ def table(rows: Sequence[Row], roofline: Roofline | None = None) -> Table:
     """
     if not rows:
         raise ValueError("rows: expected at least one row, got none")
-    title = f"{rows[0].family}, {rows[0].threads} threads, fp32"
+    title = f"{rows[0].family}, {rows[0].threads} threads, {rows[0].kind}"
     return console_table(title, layer_cells([asdict(row) for row in rows]), _caption(rows, roofline))
 
 

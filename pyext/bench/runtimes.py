@@ -1,4 +1,6 @@
-"""Runtimes of whole networks, each in a process: `python -m kernelpress.bench.runtimes JOB.json RUNTIME [SETTING]`."""
+"""Runtimes of whole networks, each in a process: `python -m kernelpress.bench.runtimes JOB.json RUNTIME [SETTING]`.
+
+The setting `int8` is the network after the runtime's own quantization (`bench.quantizers`)."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from kernelpress.bench import quantizers
 from kernelpress.bench.twins import build, build_plain_in
 from kernelpress.bench.worker import Contestant, Job, serve
 
@@ -37,10 +40,16 @@ def _eager(job: Job, memory_format: str) -> Contestant:
 
 
 def _inductor(job: Job, memory_format: str) -> Contestant:
-    """`torch.compile` with Inductor and frozen weights, in a memory format; the first call compiles."""
+    """`torch.compile` with Inductor and frozen weights, for which `bench.processes` asks, in a memory format; the first
+    call compiles."""
     network, x = build_plain_in(job, memory_format)
-    compiled = torch.compile(network, options={"freezing": True})
-    return _without_gradients(compiled, x, f"freezing, {memory_format} weights and input")
+    return _without_gradients(torch.compile(network), x, f"freezing, {memory_format} weights and input")
+
+
+def _inductor_int8(job: Job) -> Contestant:
+    """The same of the network that PT2E quantized."""
+    network, x = quantizers.for_inductor(job)
+    return _without_gradients(torch.compile(network), x, "PT2E, X86InductorQuantizer, freezing, channels_last")
 
 
 def _ours(job: Job, kind: str) -> Contestant:
@@ -54,6 +63,21 @@ def _ours(job: Job, kind: str) -> Contestant:
     return _without_gradients(model, x, f"{_KINDS[kind]}, contiguous input")
 
 
+def _ours_int8(job: Job) -> Contestant:
+    """Quantized, emitted and captured; it says how many places run in int8."""
+    import kernelpress as kp
+    from kernelpress import compress
+
+    x = torch.from_numpy(job.load_input())
+    images = [torch.from_numpy(batch) for batch in job.calibration_batches()]
+    quantized = compress.quantize(build(job, plain=False), x, data=images, progress=False)
+    emitted = kp.emit(quantized, (x,), progress=False)
+    record = emitted.record
+    in_int8 = 0 if record.kept_original else sum("int8" in place.choice for place in record.places)
+    told = f"{in_int8} of {len(record.places)} places in int8, {_KINDS['captured']}"
+    return _without_gradients(kp.capture(emitted, x), x, told)
+
+
 _KINDS = {
     "uncaptured": "emitted",
     "captured": "emitted and captured",
@@ -61,9 +85,12 @@ _KINDS = {
 }
 
 
-def _openvino(job: Job) -> Contestant:
-    """The ONNX file, compiled for latency at its exported shape; float32 is forced, as its default may be bfloat16."""
+def _openvino(job: Job, dtype: str = "fp32") -> Contestant:
+    """The ONNX file, compiled for latency at its exported shape; what is floating stays float32, as the default may be
+    bfloat16."""
     import openvino as ov
+
+    model = job.onnx_file if dtype == "fp32" else quantizers.nncf_model(job)
 
     settings = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -71,12 +98,13 @@ def _openvino(job: Job) -> Contestant:
         "INFERENCE_NUM_THREADS": job.threads,
         "NUM_STREAMS": 1,
     }
-    request = ov.Core().compile_model(job.onnx_file, "CPU", settings).create_infer_request()
+    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
     request.set_input_tensor(ov.Tensor(job.load_input()))
-    return Contestant(request.infer, lambda y: y[0], "latency hint, f32, 1 stream")
+    kind = "f32" if dtype == "fp32" else "NNCF's defaults"
+    return Contestant(request.infer, lambda y: y[0], f"latency hint, {kind}, 1 stream")
 
 
-def _ort(job: Job) -> Contestant:
+def _ort(job: Job, dtype: str = "fp32") -> Contestant:
     """The ONNX file in a session. Its threads spin between the calls of a burst, as it has them do by default."""
     import onnxruntime as ort
 
@@ -84,24 +112,27 @@ def _ort(job: Job) -> Contestant:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = job.threads
     options.inter_op_num_threads = 1
-    session = ort.InferenceSession(job.onnx_file, options, providers=["CPUExecutionProvider"])
+    file = job.onnx_file if dtype == "fp32" else quantizers.ort_file(job)
+    session = ort.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     feed = {session.get_inputs()[0].name: job.load_input()}
-    return Contestant(lambda: session.run(None, feed), lambda y: y[0], "all graph optimisations, default spinning")
+    told = "all graph optimisations, default spinning" + ", QDQ, u8 × s8 per channel" * (dtype == "int8")
+    return Contestant(lambda: session.run(None, feed), lambda y: y[0], told)
 
 
-def _executorch(job: Job) -> Contestant:
+def _executorch(job: Job, dtype: str = "fp32") -> Contestant:
     """ExecuTorch with all that XNNPACK takes; its pool has a thread a core, whatever is asked for."""
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
     from executorch.runtime import Runtime
 
-    network, x = build_plain_in(job, "contiguous")
+    network, x = build_plain_in(job, "contiguous") if dtype == "fp32" else quantizers.for_xnnpack(job)
     lowered = to_edge_transform_and_lower(torch.export.export(network, (x,)), partitioner=[XnnpackPartitioner()])
     file = Path(job.folder) / "model.pte"
     file.write_bytes(lowered.to_executorch().buffer)
     method = Runtime.get().load_program(file).load_method("forward")
     assert method is not None
-    return Contestant(lambda: method.execute((x,)), lambda y: y[0].numpy(), f"XNNPACK, {os.cpu_count()} threads")
+    told = f"XNNPACK, {os.cpu_count()} threads" + ", PT2E, XNNPACKQuantizer per channel" * (dtype == "int8")
+    return Contestant(lambda: method.execute((x,)), lambda y: y[0].numpy(), told)
 
 
 def _ncnn(job: Job) -> Contestant:
@@ -134,10 +165,12 @@ LOADERS: dict[str, Callable[..., Contestant]] = {
     "eager": _eager,
     "executorch": _executorch,
     "inductor": _inductor,
+    "inductor_int8": _inductor_int8,
     "ncnn": _ncnn,
     "openvino": _openvino,
     "ort": _ort,
     "ours": _ours,
+    "ours_int8": _ours_int8,
 }
 
 if __name__ == "__main__":

@@ -17,13 +17,15 @@ from kernelpress.bench.worker import Job
 
 __all__ = ["build", "build_plain_in", "export_onnx", "import_torchvision", "prepare"]
 
-CALIBRATION_BATCH = 4
+CALIBRATION_IMAGES = 8
+"""At least: a batch of the input where that is larger."""
 
 
 def prepare(job: Job, size: int, seed: int) -> nn.Module:
-    """Draws weights and an input from `seed`, writes both where `job` says, and returns the plain network.
+    """Draws weights and images to calibrate on from `seed`, the first of which are the input; writes all where `job`
+    says, and returns the plain network.
 
-    BatchNorm gets the statistics of random images, and scales and shifts off the identity: values keep their size from
+    BatchNorm gets the statistics of those images, and scales and shifts off the identity: values keep their size from
     layer to layer, and folding it is real work.
     """
     torch.manual_seed(seed)
@@ -33,10 +35,12 @@ def prepare(job: Job, size: int, seed: int) -> nn.Module:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
         nn.init.normal_(norm.bias, std=0.1)
         norm.momentum = None
+    images = torch.randn(max(CALIBRATION_IMAGES, job.batch), 3, size, size)
     with torch.no_grad():
-        network.train()(torch.randn(CALIBRATION_BATCH, 3, size, size))
+        network.train()(images)
     save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, job.weights_file)
-    np.save(job.input_file, torch.randn(job.batch, 3, size, size).numpy())
+    np.save(job.calibration_file, images.numpy())
+    np.save(job.input_file, images[: job.batch].numpy())
     return network.eval()
 
 
@@ -79,4 +83,5 @@ def export_onnx(network: nn.Module, x: Tensor, path: Path) -> None:
     """Writes `network` as ONNX, exported at the shape of `x`; needs onnx and onnxscript."""
     # It warns of each torchvision operator that it cannot register where torchvision is absent.
     logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
-    torch.onnx.export(network, (x,), path, dynamo=True, verbose=False)
+    # In one file: the quantizer of ONNX Runtime refuses weights beside it.
+    torch.onnx.export(network, (x,), path, dynamo=True, verbose=False, external_data=False)

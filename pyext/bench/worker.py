@@ -66,12 +66,21 @@ class Job:
         return Path(self.folder) / "input.npy"
 
     @property
+    def calibration_file(self) -> Path:
+        return Path(self.folder) / "calibration.npy"
+
+    @property
     def output_file(self) -> Path:
         return Path(self.folder) / f"output-{self.runtime}.npy"
 
     def load_input(self) -> Array:
         """The input, float32 [N, 3, H, W]."""
         return np.load(self.input_file, allow_pickle=False)
+
+    def calibration_batches(self) -> list[Array]:
+        """The images that quantizers calibrate on, in batches of the input's shape."""
+        images = np.load(self.calibration_file, allow_pickle=False)
+        return [images[i : i + self.batch] for i in range(0, len(images) - self.batch + 1, self.batch)]
 
     def save(self) -> Path:
         """Writes the job, begun now, beside its files, for a process to read."""
