@@ -382,8 +382,10 @@ class _Examiner:
         # They run through what a model computes under `no_grad` (docs/architecture.md).
         if self.dtype not in (torch.float32, torch.float64) or re.search("no_grad|inference_mode", self.program.source):
             return
+        # Emitted weights want no gradients, and PyTorch computes those of inputs otherwise then.
+        frozen = self.program.model().requires_grad_(False)
         wanted, truth, got = (gradients_of(m, call, d) for m, d in (
-            (self.original, self.dtype), (self.exact, torch.float64), (emitted, self.dtype)))  # fmt: skip
+            (frozen, self.dtype), (self.exact, torch.float64), (emitted, self.dtype)))  # fmt: skip
         if wanted is None or truth is None:
             return
         if got is None:
@@ -394,7 +396,8 @@ class _Examiner:
         for i, (a, b, t) in enumerate(zip(got, wanted, truth, strict=True)):
             error, own = relative_error(a, t), relative_error(b, t)
             is_off = own < CHAOTIC and error > max(10 * own, GRADIENT_ERROR) and float(t.norm()) > 1e-6
-            # PyTorch's own may be wrong: that of batch_norm in eval for a transposed gradient of one image is.
+            # PyTorch's own may be wrong: those of batch_norm in eval and instance_norm for a transposed gradient of one
+            # image are.
             if is_off and self._is_off_the_slope(i, a, call):
                 self._report(Fault("emitted: wrong gradients", f"input {i}: relative error {error:.1e}", call))
 
