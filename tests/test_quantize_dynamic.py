@@ -261,6 +261,8 @@ class TestEmission:
         prepared = prepare_pt2e(exported, quantizer)
         prepared(x)
         theirs = convert_pt2e(prepared)
+        if not any("choose_qparams" in str(node.target) for node in theirs.graph.nodes):
+            pytest.skip("this torchao quantizes nothing under this torch")
         emitted = emit_int8(theirs, x)
         assert our_ops(emitted).count("quantize_rows") == our_ops(emitted).count("int8_matmul") == 2
         for inputs in (x, torch.randn(7, *sizes[1:])):
