@@ -161,15 +161,17 @@ class _Examiner:
         return Outcome(None, None, self.made, self.refused)
 
     def _is_random(self, run: Callable[..., Any]) -> bool:
-        """Whether two calls that start from other random states differ. Elements get their random numbers in the order
+        """Whether calls that start from other random states differ. Elements get their random numbers in the order
         of memory, which is another one in another layout: of such models, only that is asked of an emitted one."""
         results = []
-        for seed in range(2):
+        for seed in range(TRIALS):
             positional, named = self.program.example.arguments()
             torch.manual_seed(seed)
             with torch.no_grad():
                 results.append(pytree.tree_leaves(result_of(run, positional, named)))
-        return not all(a.equal(b) for a, b in zip(*results, strict=True) if isinstance(a, Tensor))
+        first = results[0]
+        pairs = (pair for result in results[1:] for pair in zip(first, result, strict=True))
+        return not all(a.equal(b) for a, b in pairs if isinstance(a, Tensor))
 
     def _emit(self) -> Any:
         """The emitted model, or the reason of its refusal."""
