@@ -261,9 +261,15 @@ def sample(found: Sequence[Launch], target: Target) -> tuple[Launch, ...]:
     return tuple(chosen)
 
 
-def turns(found: Sequence[Launch], target: Target) -> tuple[Launch, ...]:
-    """Of the sample of all targets what this one's turn is."""
-    return sample(found, target)[TARGETS.index(target) :: len(TARGETS)]
+def turns(found: Mapping[str, Sequence[Launch]], target: Target) -> tuple[Launch, ...]:
+    """Of the samples of all targets each tile for one alone: those that have it take turns."""
+    samples = {it.name: sample(found[it.name], it) for it in TARGETS}
+    having: dict[tuple[Any, ...], dict[str, None]] = {}
+    for name, launched in samples.items():
+        for launch in launched:
+            having.setdefault(launch.shape, {})[name] = None
+    turn = {shape: list(names)[at % len(names)] for at, (shape, names) in enumerate(having.items())}
+    return tuple(launch for launch in samples[target.name] if turn[launch.shape] == target.name)
 
 
 @dataclass(frozen=True)
@@ -398,12 +404,12 @@ def _use_of_amdgcn(text: str) -> tuple[int, int]:
     return registers, scratch
 
 
-PARTS: Mapping[str, Callable[[Sequence[Launch], Target], Sequence[Launch]]] = {
-    "all": lambda launches, target: launches,
-    "sample": sample,
+PARTS: Mapping[str, Callable[[Mapping[str, Sequence[Launch]], Target], Sequence[Launch]]] = {
+    "all": lambda found, target: found[target.name],
+    "sample": lambda found, target: sample(found[target.name], target),
     "turns": turns,
 }
-"""Of a family's launches for a target."""
+"""Of a family's launches, by targets, those for one."""
 
 
 def build(
@@ -455,8 +461,7 @@ def _main() -> None:
     used: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for target in TARGETS:
-            found = launches(options.family)[target.name]
-            for launch in PARTS[options.part](found, target):
+            for launch in PARTS[options.part](launches(options.family), target):
                 try:
                     made = _compile(launch, target, Path(folder), known, used)
                 except Exception as error:  # whatever the compiler raises is a fault of this build alone

@@ -1,6 +1,7 @@
 """Sixty random models and some calls of each: right, or refused with a reason. `make fuzz` tries 2,000."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 import kernelpress as kp
 from kernelpress.emit import EmittedModel
+from kernelpress.runtime import native
 
 BUNDLES, MODELS = 6, 10
 
@@ -57,6 +59,13 @@ def test_what_is_changed_goes_on_through_vmap() -> None:
     with Changed(lambda value: value + 1):
         y = torch.vmap(lambda row: row * row.sum())(x) * 2
     assert torch.equal(y, torch.full((3, 4), 2 * 16.0 + 1))
+
+
+def test_the_script_that_shows_a_fault_runs(one_thread: None, capsys: pytest.CaptureFixture[str]) -> None:
+    module = native.cpu()
+    program = PROGRAM if module is None else replace(PROGRAM, kernels=module.variant())
+    exec(snippet(program, verdict.Fault("wrong", "numbers", PROGRAM.example)), {"__name__": "shown"})
+    assert capsys.readouterr().out.count("tensor(") == 4, "both outputs of the model and of what is emitted"
 
 
 def _other_weight(emitted: EmittedModel, model: nn.Module) -> None:

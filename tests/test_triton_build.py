@@ -77,13 +77,17 @@ def test_a_damaged_memory_of_builds_is_none(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_sample_has_every_tile_on_every_target_and_all_kinds_in_turn() -> None:
+def test_a_sample_has_every_tile_on_every_target_and_all_kinds_in_turn_and_turns_each_tile_once() -> None:
     found = {target.name: triton_builds.launches("dense")[target.name] for target in TARGETS}
     taken = {target.name: triton_builds.sample(found[target.name], target) for target in TARGETS}
     for name in found:
         assert {launch.shape for launch in taken[name]} == {launch.shape for launch in found[name]}
         assert len(taken[name]) < len(found[name])
     assert {launch.kind for name in found for launch in taken[name]} == {"bf16", "tf32", "fp32", "fp16"}
+    in_turn = {target.name: {launch.shape for launch in triton_builds.turns(found, target)} for target in TARGETS}
+    assert set().union(*in_turn.values()) == {launch.shape for name in found for launch in found[name]}
+    assert sum(map(len, in_turn.values())) == len(set().union(*in_turn.values()))
+    assert all(in_turn.values()), "every target has its turns"
 
 
 @pytest.mark.slow

@@ -163,14 +163,15 @@ class _Examiner:
     def _is_random(self, run: Callable[..., Any]) -> bool:
         """Whether calls that start from other random states differ. Elements get their random numbers in the order
         of memory, which is another one in another layout: of such models, only that is asked of an emitted one."""
-        results = []
-        for seed in range(TRIALS):
+
+        def results(seed: int) -> list[Any]:
             positional, named = self.program.example.arguments()
             torch.manual_seed(seed)
             with torch.no_grad():
-                results.append(pytree.tree_leaves(result_of(run, positional, named)))
-        first = results[0]
-        pairs = (pair for result in results[1:] for pair in zip(first, result, strict=True))
+                return pytree.tree_leaves(result_of(run, positional, named))
+
+        first = results(0)
+        pairs = (pair for seed in range(1, TRIALS) for pair in zip(first, results(seed), strict=True))
         return not all(a.equal(b) for a, b in pairs if isinstance(a, Tensor))
 
     def _emit(self) -> Any:
