@@ -425,6 +425,27 @@ def test_gradients_reach_the_inputs_of_an_emitted_model():
     torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tracked", [False, True], ids=["its own statistics", "running statistics"])
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_instance_norm_of_one_image_keeps_its_gradients_and_its_digits(tracked, mean):
+    """PyTorch's own gradient is wrong where what comes back lies in channels_last, as convolutions there give it."""
+    norm = nn.InstanceNorm2d(8, affine=True, track_running_stats=tracked)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), norm, nn.Conv2d(8, 4, 3)).eval()
+    nn.init.constant_(model[0].bias, mean)
+    x = torch.randn(1, 3, 12, 12)
+    emitted = kp.emit(model, x, cost=lambda candidate: 1.0 - 0.5 * candidate.is_original, progress=False)
+    weight = torch.randn_like(model(x))
+
+    def answer_and_slope(run, x):
+        x = x.requires_grad_()
+        y = run(x)
+        return y, *torch.autograd.grad((y * weight).sum(), x)
+
+    wanted = answer_and_slope(copy.deepcopy(model).double(), x.double())
+    for got, exact in zip(answer_and_slope(emitted, x.clone()), wanted, strict=True):
+        torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=2e-5)
+
+
 def test_gradients_stop_where_the_model_detaches():
     class Gated(nn.Module):
         def __init__(self):

@@ -23,6 +23,7 @@ from kernelpress.emit.evaluate import Conversions, Cost, Evaluation, evaluate, r
 from kernelpress.emit.examples import Example, example_values
 from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
+from kernelpress.emit.norms import settle_instance_norms
 from kernelpress.emit.plan import capture
 from kernelpress.emit.quantized import is_rounding, without_fake
 from kernelpress.emit.quantized_rows import quantized_rows
@@ -83,7 +84,7 @@ def emit(
     model = without_fake(model)
     with outside_modes(model), phases(progress) as phase:
         phase("exporting", 1)
-        traced = trace(model, inputs, dynamic_batch=dynamic_batch)
+        traced = settle_instance_norms(trace(model, inputs, dynamic_batch=dynamic_batch))
         flat = pytree.tree_leaves((inputs, {}))
         device = _device(traced, flat)
 

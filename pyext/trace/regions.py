@@ -172,8 +172,12 @@ def writes_undone(*modules: GraphModule) -> Iterator[None]:
 
 def reads_layout(node: Node) -> bool:
     """Whether the result of `node` may depend on the strides of its operands: views that are told strides, sub-graphs
-    with views in them, operations that are not PyTorch's."""
+    with views in them, operations that are not PyTorch's, GroupNorm of single channels (E[x²] − E[x]² in one pass where
+    they lie in channels_last)."""
     target = node.target
+    if target is aten.group_norm.default:
+        x: Any = node.args[0]
+        return isinstance(x.meta.get("val"), Tensor) and node.args[1] == x.meta["val"].shape[1]
     if isinstance(target, OpOverload):
         return target in _LAYOUT_READERS or target.namespace not in _LAYOUT_FREE_NAMESPACES
     return isinstance(target, HigherOrderOperator)
