@@ -121,5 +121,5 @@ $(ZOO): constraints.txt | $(INSTALLED)
 # ExecuTorch asks for tools of other platforms, which its CPU runtime never imports.
 $(PEERS): $(INSTALLED)
 	$(PIP) --no-build-isolation -e '.[peers]'
-	$(PIP) --no-deps executorch pytorch-tokenizers
+	$(PIP) --no-deps executorch pytorch-tokenizers 'deepsparse; python_version < "3.12"'
 	@touch $@

@@ -1,7 +1,8 @@
-"""Whole networks in other runtimes and ours, in float32 or int8: processes run in turn, round by round.
+"""Whole networks in other runtimes and ours, in float32, in int8, or with zeros: processes run in turn, round by round.
 
 python benchmarks/bench_models.py --models mobilenet_v1 mobilenet_v2 --threads 2 --batch 1 --rounds 6
 python benchmarks/bench_models.py --dtype int8 --models mobilenet_v1 resnet50
+python benchmarks/bench_models.py --sparsity 0.9 --block 4 --models mobilenet_v1 resnet50
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ NAMES = list(dict.fromkeys(runtime.name for contest in CONTESTS.values() for run
 def table(result: ModelResult) -> Table:
     """One network's runtimes as a rich table."""
     told = asdict(result)
-    return console_table(f"{result.model}, {title_of(told)}, {result.dtype}", model_cells(told), verdict_on(told))
+    return console_table(f"{result.model}, {title_of(told)}", model_cells(told), verdict_on(told))
 
 
 def contest_parser(description: str | None, *, rounds: int) -> argparse.ArgumentParser:
@@ -49,9 +50,9 @@ def add_runtimes(parser: argparse.ArgumentParser, default: list[str]) -> None:
     parser.add_argument("--runtimes", nargs="+", metavar="RUNTIME", choices=NAMES, default=default, help=told)
 
 
-def chosen_runtimes(options: argparse.Namespace, dtype: str = "fp32") -> list[Runtime]:
-    """Those that `add_runtimes` let choose, of the contest of that dtype."""
-    return [runtime for runtime in CONTESTS[dtype] if runtime.name in options.runtimes]
+def chosen_runtimes(options: argparse.Namespace, contest: str = "fp32") -> list[Runtime]:
+    """Those that `add_runtimes` let choose, of that contest."""
+    return [runtime for runtime in CONTESTS[contest] if runtime.name in options.runtimes]
 
 
 def run(
@@ -75,19 +76,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compares the networks asked for, prints a table each and, unless told not to, records it at once."""
     parser = contest_parser(__doc__, rounds=6)
     add_runtimes(parser, NAMES)
-    parser.add_argument("--dtype", choices=list(CONTESTS), default="fp32", help="int8: each after its own quantization")
+    parser.add_argument(
+        "--dtype", choices=["fp32", "int8"], default="fp32", help="int8: each after its own quantization"
+    )
+    parser.add_argument("--sparsity", type=float, default=0.0, help="share of weights that are zero, at random")
+    parser.add_argument("--block", type=positive, default=1, help="output channels that zeros span")
     parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--size", type=positive, default=224, help="rows and columns of the image")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args(arguments)
-    name = "models" if options.dtype == "fp32" else f"models_{options.dtype}"
+    if not 0 <= options.sparsity < 1 or (options.sparsity and options.dtype != "fp32"):
+        parser.error(f"--sparsity: expected a share from 0 to 1, in fp32, got {options.sparsity} in {options.dtype}")
+    contest = "sparse" if options.sparsity else options.dtype
+    name = "models" if contest == "fp32" else f"models_{contest}"
+    key = (*KEY, "sparsity", "block") if contest == "sparse" else KEY
 
     def record(result: ModelResult) -> str:
-        return f"recorded in {save(name, [result], options.results, key=KEY)}"
+        return f"recorded in {save(name, [result], options.results, key=key)}"
 
     tell = None if options.no_record else record
-    runtimes = chosen_runtimes(options, options.dtype)
-    run(options, runtimes, tell, batch=options.batch, size=options.size, dtype=options.dtype)
+    asked = {option: getattr(options, option) for option in ("batch", "size", "dtype", "sparsity", "block")}
+    run(options, chosen_runtimes(options, contest), tell, **asked)
 
 
 KEY = ("model", "batch", "size", "threads")

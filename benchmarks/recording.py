@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kernelpress.bench import Roofline, describe_machine
-from kernelpress.bench.contest import OURS, OURS_FLOAT
+from kernelpress.bench.contest import OURS, OURS_DENSE, OURS_FLOAT
 from kernelpress.bench.tables import Cells, layer_cells, markdown, number_text
 from kernelpress.files import write_atomically
 from kernelpress.measure.units import ABSENT, ratio_text
@@ -121,6 +121,7 @@ def write_page(folder: Path = RESULTS) -> Path:
 _TITLES: Mapping[str, str] = {
     "models": "Whole models, float32",
     "models_int8": "Whole models, int8",
+    "models_sparse": "Whole models with zeros, float32",
     "growth": "Whole models by batch, image and threads, float32",
     "dense": "Dense kernels, float32",
     "depthwise": "Depthwise kernels, float32",
@@ -153,7 +154,12 @@ def _summary(payload: Mapping[str, Any]) -> list[str]:
         best, flops, verdict = _best_rounds(result), result.get("flops"), _share_of_best_peer(result)
         rows.append(
             [
-                *(result["model"], str(result["batch"]), f"{result['size']}×{result['size']}", str(result["threads"])),
+                *(
+                    result["model"] + _zeros_of(result),
+                    str(result["batch"]),
+                    f"{result['size']}×{result['size']}",
+                    str(result["threads"]),
+                ),
                 *(number_text(best.get(name), ".2f") for name in names),
                 number_text(flops / best[OURS] * 1e-6 if flops and OURS in best else None, ".0f"),
                 number_text(verdict and verdict[1], ".2f"),
@@ -175,8 +181,14 @@ def title_of(result: Mapping[str, Any]) -> str:
     """What a model was timed at."""
     return (
         f"batch {result['batch']}, {result['size']}×{result['size']}, {result['threads']} threads, "
-        f"{result['iterations']} calls a round"
+        f"{result['iterations']} calls a round, {result.get('dtype', 'fp32')}{_zeros_of(result)}"
     )
+
+
+def _zeros_of(result: Mapping[str, Any]) -> str:
+    if not result.get("sparsity"):
+        return ""
+    return f", {result['sparsity']:.0%} zeros" + f" in {result['block']}×1 blocks" * (result["block"] > 1)
 
 
 def model_cells(result: Mapping[str, Any]) -> Cells:
@@ -202,7 +214,7 @@ def verdict_on(result: Mapping[str, Any]) -> str:
 
 
 def _share_of_best_peer(result: Mapping[str, Any]) -> tuple[str, float] | None:
-    best = {name: ms for name, ms in _best_rounds(result).items() if name != OURS_FLOAT}
+    best = {name: ms for name, ms in _best_rounds(result).items() if name not in (OURS_DENSE, OURS_FLOAT)}
     ours, peer = best.pop(OURS, None), min(best, key=best.__getitem__, default=None)
     return None if ours is None or peer is None else (peer, ours / best[peer])
 
@@ -247,6 +259,7 @@ def mean_and_spread(values: Sequence[float]) -> str:
 _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "models": _model_tables,
     "models_int8": _model_tables,
+    "models_sparse": _model_tables,
     "growth": _summary,
     "overhead": _overhead_table,
     "distill": _gain_table,

@@ -173,6 +173,28 @@ def test_int8_runtimes_quantize_for_themselves_and_absent_ones_say_what_installs
     assert exact.relative_error < 1e-4
 
 
+@pytest.mark.slow
+def test_sparse_runtimes_meet_on_one_network_with_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernelpress.bench import model_contest as contest
+    from kernelpress.bench import processes
+
+    monkeypatch.setattr(processes, "SETTLE_SECONDS", 0.0)
+    runtimes = [
+        it for it in contest.CONTESTS["sparse"] if it.name in ("DeepSparse", "kernelpress", "kernelpress dense")
+    ]
+    asked = {"threads": 1, "size": 32, "rounds": 1, "iterations": 1, "sparsity": 0.9, "block": 4}
+    result = contest.compare("resnet8", runtimes=runtimes, report=lambda text: None, **asked)
+    assert (result.sparsity, result.block) == (0.9, 4)
+    found = {runtime.runtime: runtime for runtime in result.runtimes}
+    for name, runtime in found.items():
+        if runtime.skipped is not None:
+            assert name == "DeepSparse"
+            assert "pip install kernelpress[peers]" in runtime.skipped
+            continue
+        assert runtime.relative_error is not None
+        assert runtime.relative_error < 1e-4
+
+
 def test_quantizers_calibrate_on_the_images_of_batchnorms_statistics(tmp_path: Path) -> None:
     from kernelpress.bench.twins import CALIBRATION_IMAGES, prepare
     from kernelpress.bench.worker import Job

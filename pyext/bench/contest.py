@@ -20,6 +20,7 @@ __all__ = [
     "KINDS",
     "MODEL_TOLERANCE",
     "OURS",
+    "OURS_DENSE",
     "OURS_FLOAT",
     "PARTIAL",
     "TF32_TOLERANCE",
@@ -40,8 +41,8 @@ __all__ = [
 
 OURS, UNFUSED, TRITON = "kernelpress", "kernelpress unfused", "kernelpress on Triton"
 
-OURS_FLOAT = "kernelpress float32"
-"""Of int8: no peer, but what it has to beat."""
+OURS_FLOAT, OURS_DENSE = "kernelpress float32", "kernelpress dense"
+"""Of int8, and of zeros left out: no peers, but what these have to beat."""
 
 PARTIAL = "_int_mm alone"
 """A peer that computes something less, and so is never the best."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kernelpress.bench.contest import KINDS, MODEL_TOLERANCE, OURS, OURS_FLOAT
+from kernelpress.bench.contest import KINDS, MODEL_TOLERANCE, OURS, OURS_DENSE, OURS_FLOAT
 from kernelpress.bench.processes import Start, Worker, WorkerError, rounds_in_turn
 from kernelpress.bench.twins import build, export_onnx, prepare
 from kernelpress.bench.worker import Job
@@ -76,7 +76,15 @@ INT8_RUNTIMES = (
     Runtime(OURS, "ours_int8"),
 )
 
-CONTESTS: Mapping[str, Sequence[Runtime]] = {"fp32": RUNTIMES, "int8": INT8_RUNTIMES}
+SPARSE_RUNTIMES = (
+    Runtime("ONNX Runtime", "ort", needs_onnx=True),
+    Runtime("OpenVINO", "openvino", needs_onnx=True),
+    Runtime("DeepSparse", "deepsparse"),
+    Runtime(OURS_DENSE, "ours", ("dense",)),
+    Runtime(OURS, "ours", ("captured",)),
+)
+
+CONTESTS: Mapping[str, Sequence[Runtime]] = {"fp32": RUNTIMES, "int8": INT8_RUNTIMES, "sparse": SPARSE_RUNTIMES}
 """Who meets, by the arithmetic."""
 
 
@@ -122,6 +130,8 @@ class ModelResult:
     emission_s: float | None = None
     """How long emission took for the runtime that loads what it made."""
     dtype: str = "fp32"
+    sparsity: float = 0.0
+    block: int = 1
 
 
 def compare(
@@ -135,16 +145,19 @@ def compare(
     iterations: int = 30,
     seed: int | None = None,
     dtype: str = "fp32",
+    sparsity: float = 0.0,
+    block: int = 1,
     report: Callable[[str], None] = print,
 ) -> ModelResult:
     """Times `model` (a name of `kernelpress.models`) in every runtime: `rounds` rounds of `iterations` calls each.
 
-    Weights and input are drawn from `seed`, a fresh one if `None`. A runtime whose logits differ from eager's in
+    Weights and input are drawn from `seed`, a fresh one if `None`; `sparsity` is the share of zeros among the weights of
+    convolutions (but the first and depthwise ones), which span `block` output channels. A runtime whose logits differ from eager's in
     float32 by more than `MODEL_TOLERANCE` of `dtype` is reported as skipped, with the error.
     """
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     with tempfile.TemporaryDirectory(prefix="kernelpress-bench-") as folder:
-        job = Job(model, "", folder, threads, batch, iterations)
+        job = Job(model, "", folder, threads, batch, iterations, sparsity=sparsity, block=block)
         network = prepare(job, size, seed)
         with threads_set_to(threads), torch.no_grad():
             expected = network(torch.from_numpy(job.load_input())).double().numpy()
@@ -186,7 +199,8 @@ def compare(
         finally:
             for worker in running.values():
                 worker.stop()
-    return ModelResult(model, batch, size, threads, seed, iterations, tuple(results.values()), **facts, dtype=dtype)
+    facts |= {"dtype": dtype, "sparsity": sparsity, "block": block}
+    return ModelResult(model, batch, size, threads, seed, iterations, tuple(results.values()), **facts)
 
 
 def _worker(runtime: Runtime, job: Job) -> Worker:

@@ -4,8 +4,10 @@ The setting `int8` is the network after the runtime's own quantization (`bench.q
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,8 @@ def _ours(job: Job, kind: str) -> Contestant:
     import kernelpress as kp
 
     x = torch.from_numpy(job.load_input())
-    emitted = kp.load(job.emitted_file) if kind == "loaded" else kp.emit(build(job, plain=False), (x,))
+    network = _without_zeros(build(job, plain=False)) if kind == "dense" else build(job, plain=False)
+    emitted = kp.load(job.emitted_file) if kind == "loaded" else kp.emit(network, (x,))
     model = emitted if kind == "uncaptured" else kp.capture(emitted, x)
     return _without_gradients(model, x, f"{_KINDS[kind]}, contiguous input")
 
@@ -78,9 +81,20 @@ def _ours_int8(job: Job) -> Contestant:
     return _without_gradients(kp.capture(emitted, x), x, told)
 
 
+def _without_zeros(network: torch.nn.Module) -> torch.nn.Module:
+    """The same function of the input, in which nobody finds a zero to leave out."""
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.masked_fill_(weight == 0, _NEXT_TO_NOTHING)
+    return network
+
+
+_NEXT_TO_NOTHING = 1e-12
+
 _KINDS = {
     "uncaptured": "emitted",
     "captured": "emitted and captured",
+    "dense": "emitted and captured, zeros multiplied like other weights",
     "loaded": "emitted before, loaded and captured",
 }
 
@@ -135,6 +149,36 @@ def _executorch(job: Job, dtype: str = "fp32") -> Contestant:
     return Contestant(lambda: method.execute((x,)), lambda y: y[0].numpy(), told)
 
 
+def _deepsparse(job: Job) -> Contestant:
+    """DeepSparse's engine on the ONNX file that it understands: an exporter's before this one, an opset of its time.
+
+    The engine is loaded without its package, which wants other packages of 2023; so are strides of its results, which
+    NumPy 2 reads as zeros, set right.
+    """
+    spec = importlib.util.find_spec("deepsparse")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("No module named 'deepsparse'")
+    kind = "avx512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "avx2"
+    library = Path(spec.submodule_search_locations[0]) / kind / "deepsparse_engine.so"
+    loading = importlib.util.spec_from_file_location(f"deepsparse.{kind}.deepsparse_engine", library)
+    assert loading is not None and loading.loader is not None
+    engine = importlib.util.module_from_spec(loading)
+    loading.loader.exec_module(engine)
+    network, x = build_plain_in(job, "contiguous")
+    file = str(Path(job.folder) / "deepsparse.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(network, (x,), file, dynamo=False, opset_version=13)
+    model = engine.deepsparse_engine(file, job.batch, job.threads, 1, "single_stream", None)
+    pixels = [job.load_input()]
+
+    def logits(results: Any) -> Any:
+        first = results[0]
+        return np.lib.stride_tricks.as_strided(first, first.shape, np.empty(first.shape, np.float32).strides)
+
+    return Contestant(lambda: model.execute_list_out(pixels), logits, f"engine 1.8, {kind}, single stream")
+
+
 def _ncnn(job: Job) -> Contestant:
     """ncnn, converted by pnnx, in float32 throughout."""
     import ncnn
@@ -162,6 +206,7 @@ def _ncnn(job: Job) -> Contestant:
 
 
 LOADERS: dict[str, Callable[..., Contestant]] = {
+    "deepsparse": _deepsparse,
     "eager": _eager,
     "executorch": _executorch,
     "inductor": _inductor,

@@ -30,6 +30,7 @@ def prepare(job: Job, size: int, seed: int) -> nn.Module:
     """
     torch.manual_seed(seed)
     network = to_plain(_made(job.model))
+    _set_zeros(network, job)
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         nn.init.uniform_(norm.weight, 0.5, 1.5)
@@ -42,6 +43,15 @@ def prepare(job: Job, size: int, seed: int) -> nn.Module:
     np.save(job.calibration_file, images.numpy())
     np.save(job.input_file, images[: job.batch].numpy())
     return network.eval()
+
+
+def _set_zeros(network: nn.Module, job: Job) -> None:
+    """At random, as many in each layer."""
+    layers = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups == 1 and m.in_channels > 3]
+    with torch.no_grad():
+        for weight in [layer.weight for layer in layers] if job.sparsity else []:
+            blocks = torch.rand(-(-len(weight) // job.block), *weight.shape[1:]) >= job.sparsity
+            weight *= blocks.repeat_interleave(job.block, dim=0)[: len(weight)]
 
 
 def import_torchvision() -> None:

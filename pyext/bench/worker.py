@@ -48,6 +48,10 @@ class Job:
     iterations: int
     begun: float = 0.0
     """When the process was started, in seconds of the system's clock."""
+    sparsity: float = 0.0
+    """Share of zeros in the weights of convolutions, but the first and depthwise ones."""
+    block: int = 1
+    """Output channels that zeros span."""
 
     @property
     def weights_file(self) -> Path:
