@@ -76,9 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Compares the networks asked for, prints a table each and, unless told not to, records it at once."""
     parser = contest_parser(__doc__, rounds=6)
     add_runtimes(parser, NAMES)
-    parser.add_argument(
-        "--dtype", choices=["fp32", "int8"], default="fp32", help="int8: each after its own quantization"
-    )
+    parser.add_argument("--dtype", choices=["fp32", "int8"], default="fp32", help="int8: as each quantizes for itself")
     parser.add_argument("--sparsity", type=float, default=0.0, help="share of weights that are zero, at random")
     parser.add_argument("--block", type=positive, default=1, help="output channels that zeros span")
     parser.add_argument("--batch", type=positive, default=1)

@@ -151,9 +151,9 @@ def compare(
 ) -> ModelResult:
     """Times `model` (a name of `kernelpress.models`) in every runtime: `rounds` rounds of `iterations` calls each.
 
-    Weights and input are drawn from `seed`, a fresh one if `None`; `sparsity` is the share of zeros among the weights of
-    convolutions (but the first and depthwise ones), which span `block` output channels. A runtime whose logits differ from eager's in
-    float32 by more than `MODEL_TOLERANCE` of `dtype` is reported as skipped, with the error.
+    Weights and input are drawn from `seed`, a fresh one if `None`; `sparsity` is the share of zeros among the weights
+    of convolutions (but the first and depthwise ones), which span `block` output channels. A runtime whose logits
+    differ from eager's in float32 by more than `MODEL_TOLERANCE` of `dtype` is reported as skipped, with the error.
     """
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     with tempfile.TemporaryDirectory(prefix="kernelpress-bench-") as folder:

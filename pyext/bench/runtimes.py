@@ -161,7 +161,8 @@ def _deepsparse(job: Job) -> Contestant:
     kind = "avx512" if torch.backends.cpu.get_cpu_capability() == "AVX512" else "avx2"
     library = Path(spec.submodule_search_locations[0]) / kind / "deepsparse_engine.so"
     loading = importlib.util.spec_from_file_location(f"deepsparse.{kind}.deepsparse_engine", library)
-    assert loading is not None and loading.loader is not None
+    assert loading is not None
+    assert loading.loader is not None
     engine = importlib.util.module_from_spec(loading)
     loading.loader.exec_module(engine)
     network, x = build_plain_in(job, "contiguous")
