@@ -1,4 +1,4 @@
-"""How long modules take as emission runs them: what passes that weigh layers by their time are handed."""
+"""What modules take as emission runs them, time or energy: for passes that weigh layers by it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ from torch import Tensor, nn
 
 from kernelpress.emit.pipeline import emit
 from kernelpress.emit.plan import capture
+from kernelpress.measure.energy import energy_per_call
 from kernelpress.measure.race import race
 
-__all__ = ["layer_times", "plan_latencies"]
+__all__ = ["layer_energies", "layer_times", "plan_latencies"]
+
+ENERGY_SECONDS = 0.1
+"""A layer runs for so long while its energy is counted."""
 
 
 def plan_latencies(modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
@@ -41,6 +45,22 @@ def layer_times(layers: Sequence[tuple[nn.Module, Tensor]], *, cache: bool = Tru
     left = {str(i): functools.partial(layers[i][0], layers[i][1]) for i, time in enumerate(times) if time == 0}
     measured = race(left, [{(name,)} for name in left])
     return [measured.get(str(index), time) for index, time in enumerate(times)]
+
+
+def layer_energies(layers: Sequence[tuple[nn.Module, Tensor]]) -> list[float]:
+    """Joules of each layer on what it reads, as a plan by itself; the package's idle share is in them.
+
+    Takes a tenth of a second and an emission a layer. Raises `ValueError` with the reason where the processor's energy
+    counters cannot be read.
+    """
+    joules = []
+    for layer, x in layers:
+        plan = capture(emit(layer, x, dynamic_batch=False, progress=False), x)
+        energy = energy_per_call(functools.partial(plan, x), device=x.device, seconds=ENERGY_SECONDS)
+        if energy.joules is None:
+            raise ValueError(f"energy: expected a device that counts it, got {x.device}: {energy.reason}")
+        joules.append(energy.joules)
+    return joules
 
 
 class _Apart(nn.Module):

@@ -19,7 +19,7 @@ from kernelpress.compress.prune_channels.choice import Chosen, greedily, in_one_
 from kernelpress.compress.prune_channels.criteria import CRITERIA
 from kernelpress.compress.prune_channels.cutting import cut, failure
 from kernelpress.compress.prune_channels.evidence import Batches, Evidence, Loss, batches_of
-from kernelpress.compress.prune_channels.latency import LayerTimes, by_knapsack, latency_left
+from kernelpress.compress.prune_channels.measured import LayerCosts, by_knapsack, measured_left
 from kernelpress.compress.prune_channels.reconstruction import restoring_scales
 from kernelpress.compress.record import PassRecord, SkippedLayers, add_record
 from kernelpress.compress.resize import named_tensors
@@ -31,7 +31,9 @@ __all__ = ["prune_channels"]
 
 _SCOPES = ("local", "global")
 _SCHEDULES = {"one-shot": in_one_shot, "greedy": greedily}
-_TARGETS = ("flops", "channels", "parameters", "latency")
+_MEASURED = ("latency", "energy")
+_TARGETS = ("flops", "channels", "parameters", *_MEASURED)
+_MEASURED_TOLD = "target='latency' and 'energy'"
 
 
 def prune_channels(
@@ -49,7 +51,7 @@ def prune_channels(
     ignore: Iterable[str] = (),
     data: Iterable[Any] | None = None,
     loss: Loss | None = None,
-    layer_times: LayerTimes | None = None,
+    layer_costs: LayerCosts | None = None,
 ) -> nn.Module:
     """Removes the least important channels of `model` and returns a smaller copy; `model` stays as it is.
 
@@ -70,9 +72,10 @@ def prune_channels(
 
     `example_inputs`: what `forward` takes, as for `trace`.
     `ratio`: the fraction, in [0, 1), of the FLOPs at these inputs (`target="flops"`), of the prunable channels
-        (`"channels"`), of the parameters (`"parameters"`) or of the time of its convolutions and linear layers
-        (`"latency"`) to remove; reached or exceeded by less than one step of `round_to` channels. For latency, a
-        knapsack chooses the sets of least importance together that save the time, whatever `scope` says.
+        (`"channels"`), of the parameters (`"parameters"`) or of the time or energy of its convolutions and linear
+        layers (`"latency"`, `"energy"`) to remove; reached or exceeded by less than one step of `round_to` channels.
+        For the last two a knapsack chooses the sets of least importance together that save as much, whatever `scope`
+        says.
     `criterion`: what the importance of a channel is; the functions behind `criteria.CRITERIA` state their equations.
         Of the weights: `"l1"`, `"l2"`, the norm of its filter; `"fpgm"`, its distance from the other filters;
         `"bn_scale"`, |γ| of the BatchNorm behind it; `"random"`.
@@ -82,7 +85,7 @@ def prune_channels(
         Of `data` and `loss`: `"taylor"`, the change of the loss to first order, squared; `"gradient_activation"`.
     `scope`: `"local"` prunes every group by the same fraction; `"global"` ranks all channels against each other.
     `schedule`: `"one-shot"`, or `"greedy"`: one step of one group at a time, all channels scored anew after each (for
-        any target but latency).
+        any target but latency and energy).
     `iterations`: prunes in so many rounds, each by the same factor, and calls `between(pruned)`, which trains in
         place, after each but the last.
     `round_to`: what every pruned layer keeps is a multiple of it (if all it depends on can be), at least one multiple;
@@ -90,8 +93,8 @@ def prune_channels(
     `ignore`: qualified names of layers, or of modules with all layers in them, that keep their output channels.
     `data`: batches, read once and held: what `forward` takes by position, alone or followed by a target.
     `loss`: (output, target) → scalar, a mean over the batch; by default the cross-entropy of class indices.
-    `layer_times`: for `target="latency"`, measures layers: (layer, what it reads) of each → milliseconds of each. With
-        `kernelpress.emit.layer_times` they are those of emission.
+    `layer_costs`: for `target="latency"` and `"energy"`, measures layers: (layer, what it reads) of each → milliseconds
+        or joules of each. With `kernelpress.emit.layer_times` and `layer_energies` they are those of emission.
 
     Raises `ValueError` for an argument outside these bounds, a model without prunable channels, a ratio that cannot
     be reached, weights, activations or gradients that are not finite (naming the layer), data that a criterion needs
@@ -101,8 +104,8 @@ def prune_channels(
     settings = _Settings(ratio, criterion, scope, schedule, iterations, round_to, target)
     if data is None and CRITERIA[criterion].needs != "weights":
         raise ValueError(f"data: expected batches, which the criterion {criterion!r} looks at, got None")
-    if (layer_times is None) == (target == "latency"):
-        raise ValueError(f"layer_times: expected a function for target='latency', and only there, got {layer_times!r}")
+    if (layer_costs is None) == (target in _MEASURED):
+        raise ValueError(f"layer_costs: expected a function for {_MEASURED_TOLD}, and only there, got {layer_costs!r}")
     if between is not None and iterations == 1:
         raise ValueError("between: expected iterations of at least 2 to train between, got 1")
     ignored = layers_in(model, ignore, "ignore")
@@ -116,7 +119,7 @@ def prune_channels(
             if CRITERIA[criterion].needs != "weights" and data is not None
             else None
         )
-        rounds = _Rounds(inputs, settings, ignored, held, layer_times)
+        rounds = _Rounds(inputs, settings, ignored, held, layer_costs)
         pruned = rounds.prune(model, 1)
         for index in range(2, iterations + 1):
             if between is not None:
@@ -162,8 +165,8 @@ class _Settings:
         ):
             if (value := getattr(self, name)) not in allowed:
                 raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
-        if self.target == "latency" and self.schedule != "one-shot":
-            raise ValueError(f"schedule: expected 'one-shot' for target='latency', got {self.schedule!r}")
+        if self.target in _MEASURED and self.schedule != "one-shot":
+            raise ValueError(f"schedule: expected 'one-shot' for target={self.target!r}, got {self.schedule!r}")
         for name in ("round_to", "iterations"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -179,10 +182,10 @@ class _Rounds:
         settings: _Settings,
         ignored: frozenset[str],
         data: Batches | None,
-        layer_times: LayerTimes | None,
+        layer_costs: LayerCosts | None,
     ) -> None:
         self._inputs, self._settings, self._ignored = inputs, settings, ignored
-        self._data, self._layer_times = data, layer_times
+        self._data, self._layer_costs = data, layer_costs
         self._cost_at_first: float | None = None
         self.skipped: tuple[SkippedLayers, ...] = ()
 
@@ -213,8 +216,8 @@ class _Rounds:
         return pruned
 
     def _cost(self, model: nn.Module, graph: GraphModule, dependencies: Dependencies) -> Cost:
-        if self._layer_times is not None:
-            return latency_left(graph, dependencies, self._settings.round_to, self._layer_times)
+        if self._layer_costs is not None:
+            return measured_left(graph, dependencies, self._settings.round_to, self._layer_costs)
         if self._settings.target == "channels":
             return channels_left(dependencies)
         if self._settings.target == "parameters":
@@ -232,7 +235,7 @@ class _Rounds:
         left = (1 - settings.ratio) ** (index / settings.iterations)
         goal = self._cost_at_first * left * (1 + 1e-9)
         score = partial(rank, model, dependencies, CRITERIA[settings.criterion], data, settings.round_to)
-        choose = by_knapsack if settings.target == "latency" else _SCHEDULES[settings.schedule]
+        choose = by_knapsack if settings.target in _MEASURED else _SCHEDULES[settings.schedule]
         chosen = choose(score, pools, cost, goal, settings.scope)
         # Of no channels at all, any share is none.
         if isinstance(chosen, Chosen) and (whole > 0 or settings.ratio == 0):

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from kernelpress import compress
-from kernelpress.emit import layer_times
+from kernelpress.emit import layer_energies, layer_times
 from kernelpress.press.registry import Pass, PassContext, register
 from kernelpress.press.sections import Section, TrainSection
 
@@ -28,6 +28,8 @@ Criterion = Literal[
     "gradient_activation",
 ]
 
+_METERS = {"latency": layer_times, "energy": layer_energies}
+
 
 class PruneChannels(Section):
     """`kernelpress.compress.prune_channels`."""
@@ -44,22 +46,23 @@ class PruneChannels(Section):
     finetune: Annotated[TrainSection | None, Field(description="training between the rounds")] = None
     round_to: Annotated[int, Field(ge=1, description="layers keep a multiple of so many channels")] = 8
     target: Annotated[
-        Literal["flops", "channels", "parameters", "latency"], Field(description="what there is to be less of")
+        Literal["flops", "channels", "parameters", "latency", "energy"],
+        Field(description="what there is to be less of"),
     ] = "flops"
     ignore: Annotated[tuple[str, ...], Field(description="layers and modules that keep their channels")] = ()
     batches: Annotated[int, Field(ge=1, description="of training data, for criteria that look at data")] = 8
 
     @property
     def chooses_by_time(self) -> bool:
-        """A latency budget times layers."""
-        return self.target == "latency"
+        """Budgets of latency and energy measure layers."""
+        return self.target in _METERS
 
     @model_validator(mode="after")
     def _is_possible(self) -> PruneChannels:
         if self.finetune is not None and self.iterations == 1:
             raise ValueError("finetune: expected iterations of at least 2 to train between, got 1")
-        if self.target == "latency" and self.schedule != "one-shot":
-            raise ValueError(f"schedule: expected one-shot for target: latency, got {self.schedule}")
+        if self.target in _METERS and self.schedule != "one-shot":
+            raise ValueError(f"schedule: expected one-shot for target: {self.target}, got {self.schedule}")
         return self
 
 
@@ -77,7 +80,7 @@ def _run(model: nn.Module, context: PassContext[PruneChannels]) -> nn.Module:
         **section.model_dump(exclude={"finetune", "batches"}),
         between=between,
         data=islice(context.train_loader, section.batches),
-        layer_times=layer_times if section.target == "latency" else None,
+        layer_costs=_METERS.get(section.target),
     )
 
 

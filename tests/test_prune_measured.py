@@ -1,10 +1,10 @@
-"""`prune_channels(target="latency")`: the table of layer times, the knapsack, and the times of emission."""
+"""`prune_channels` for latency or energy: the table of what layers cost, the knapsack, and what emission measures."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from kernelpress import compress
 from kernelpress.compress.dependency import Axis, Occurrence, Pool, find_dependencies
 from kernelpress.compress.prune_channels.groups import ranked
-from kernelpress.compress.prune_channels.latency import _knapsack, _losses, latency_left, smoothed
-from kernelpress.emit import layer_times
+from kernelpress.compress.prune_channels.measured import _knapsack, _losses, measured_left, smoothed
+from kernelpress.emit import latency, layer_energies, layer_times
 from kernelpress.measure import count_flops
+from kernelpress.measure.energy import Energy
 from kernelpress.runtime import native
 from kernelpress.trace import trace
 
@@ -58,9 +59,9 @@ def test_the_table_knows_every_layer_at_every_count() -> None:
     model = Net().double().eval()
     graph = trace(model, X, dynamic_batch=False)
     dependencies = find_dependencies(graph, model)
-    left = latency_left(graph, dependencies, 1, in_flops)
+    left = measured_left(graph, dependencies, 1, in_flops)
     assert left([0] * len(dependencies.pools)) == pytest.approx(count_flops(model, X) * 1e-6)
-    pruned = compress.prune_channels(model, X, ratio=0.6, target="latency", round_to=1, layer_times=in_flops)
+    pruned = compress.prune_channels(model, X, ratio=0.6, target="latency", round_to=1, layer_costs=in_flops)
     removed = compress.record_of(pruned)[0].flops_removed
     assert 0.6 <= removed < 0.7
 
@@ -96,7 +97,7 @@ def test_the_knapsack_loses_least_of_all_choices() -> None:
 def test_channels_that_cost_no_time_stay() -> None:
     """24 channels take as long as 32, 16 half as long: the time is saved there, and nothing is removed in between."""
     model = nn.Sequential(conv3x3(3, 32), nn.ReLU(), conv3x3(32, 32), nn.ReLU(), conv3x3(32, 4)).double()
-    pruned = compress.prune_channels(model, X, ratio=0.3, target="latency", layer_times=in_steps)
+    pruned = compress.prune_channels(model, X, ratio=0.3, target="latency", layer_costs=in_steps)
     counts = [pruned[0].out_channels, pruned[2].out_channels]
     assert set(counts) <= {16, 32}
     assert counts != [32, 32]
@@ -115,14 +116,14 @@ def test_importance_decides_between_layers_of_equal_time() -> None:
     model = nn.Sequential(conv3x3(3, 32), conv3x3(32, 32), conv3x3(32, 32), conv3x3(32, 4)).double()
     with torch.no_grad():
         model[1].weight[:16] *= 1e-3
-    pruned = compress.prune_channels(model, X, ratio=0.2, target="latency", layer_times=in_steps, criterion="l1")
+    pruned = compress.prune_channels(model, X, ratio=0.2, target="latency", layer_costs=in_steps, criterion="l1")
     assert [layer.out_channels for layer in pruned] == [32, 16, 32, 4]
 
 
 def test_a_latency_budget_may_be_reached_in_iterations() -> None:
     model = Net().double()
     pruned = compress.prune_channels(
-        model, X, ratio=0.5, target="latency", layer_times=in_flops, iterations=2, round_to=4
+        model, X, ratio=0.5, target="latency", layer_costs=in_flops, iterations=2, round_to=4
     )
     assert compress.record_of(pruned)[0].flops_removed >= 0.5
 
@@ -130,10 +131,16 @@ def test_a_latency_budget_may_be_reached_in_iterations() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layer_times": None}, "layer_times: expected a function for target='latency', and only there, got None"),
-        ({"target": "flops"}, "layer_times: expected a function for target='latency', and only there, got <function"),
-        ({"layer_times": lambda layers: [1.0]}, r"layer_times: expected \d+ times in ms above zero for a, got \[1.0\]"),
-        ({"layer_times": lambda layers: [0.0] * len(layers)}, "layer_times: expected .* above zero for a"),
+        (
+            {"layer_costs": None},
+            "layer_costs: expected a function for target='latency' and 'energy', and only there, got None",
+        ),
+        (
+            {"target": "flops"},
+            "layer_costs: expected a function for target='latency' and 'energy', and only there, got <function",
+        ),
+        ({"layer_costs": lambda layers: [1.0]}, r"layer_costs: expected \d+ numbers above zero for a, got \[1.0\]"),
+        ({"layer_costs": lambda layers: [0.0] * len(layers)}, "layer_costs: expected .* above zero for a"),
         ({"ratio": 0.99}, r"ratio: expected at most 0\.\d+.* of the latency of this model, got 0.99"),
         ({"schedule": "greedy"}, "schedule: expected 'one-shot' for target='latency', got 'greedy'"),
     ],
@@ -141,7 +148,7 @@ def test_a_latency_budget_may_be_reached_in_iterations() -> None:
 )
 def test_bad_times_and_budgets_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        compress.prune_channels(Net().double(), X, **{"target": "latency", "layer_times": in_flops, **arguments})
+        compress.prune_channels(Net().double(), X, **{"target": "latency", "layer_costs": in_flops, **arguments})
 
 
 @pytest.mark.skipif(native.cpu() is None, reason="no native kernels: build them with `make build`")
@@ -159,3 +166,25 @@ def test_times_of_emission_are_of_each_layer_and_remembered(tmp_path: Any, monke
     assert times[0] > 20 * times[1]
     assert layer_times(layers) == times[:3]
     assert layer_times([]) == []
+
+
+def test_energy_is_counted_layer_by_layer_and_buys_channels(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[Any] = []
+
+    def count(call: Callable[[], object], *, device: torch.device, seconds: float) -> Energy:
+        counted.append(call())
+        return Energy(float(counted[-1].shape[1]), "RAPL package-0", None)
+
+    monkeypatch.setattr(latency, "energy_per_call", count)
+    small, large = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 16, 1)
+    x = torch.randn(1, 8, 7, 7)
+    assert layer_energies([(small, x), (large, x)]) == [8.0, 16.0]
+    torch.testing.assert_close(counted[1], large(x), rtol=1e-4, atol=1e-5)
+    pruned = compress.prune_channels(Net(), X.float(), ratio=0.3, target="energy", layer_costs=in_flops)
+    assert compress.record_of(pruned)[0].arguments["target"] == "energy"
+
+
+def test_energy_that_cannot_be_read_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "energy_per_call", lambda *_, **__: Energy(None, None, "no RAPL counters"))
+    with pytest.raises(ValueError, match="energy: expected a device that counts it, got cpu: no RAPL counters"):
+        layer_energies([(nn.Conv2d(4, 4, 1), torch.randn(1, 4, 5, 5))])

@@ -1,12 +1,12 @@
-"""The time of a model's layers over their channel counts, and which channels are worth theirs.
+"""What layers cost by measurement, in time or energy, over their channel counts, and which channels are worth it.
 
-A table for each layer: its time at a few counts of channels in and out, between which it is interpolated. Times rise
-in steps (a kernel works on so many channels at once) and the clock is noisy, so the table is made monotone first:
+A table for each layer: its cost at a few counts of channels in and out, between which it is interpolated. Costs rise
+in steps (a kernel works on so many channels at once) and the meter is noisy, so the table is made monotone first:
 
     T'(i, o) = (max_{i'≤i, o'≤o} T(i', o') + min_{i'≥i, o'≥o} T(i', o')) / 2
 
 Which channels leave is a knapsack (Shen et al., HALP: Hardware-Aware Latency Pruning, 2021, arXiv:2110.10811, section
-3): least importance lost, time enough saved. What a step of one group saves depends on how many channels the layers
+3): least importance lost, enough saved. What a step of one group saves depends on how many channels the layers
 beside it have; so it is solved in rounds, each for a part of what is to be saved, from where the last one ended.
 """
 
@@ -29,37 +29,37 @@ from kernelpress.compress.prune_channels.budgets import Cost
 from kernelpress.compress.prune_channels.choice import Chosen, Rank, by_pool, roots_of
 from kernelpress.compress.prune_channels.groups import Group
 
-__all__ = ["LayerTimes", "by_knapsack", "latency_left", "smoothed"]
+__all__ = ["LayerCosts", "by_knapsack", "measured_left", "smoothed"]
 
-LayerTimes = Callable[[Sequence[tuple[nn.Module, Tensor]]], Sequence[float]]
-"""(layers, each with what it reads) → the milliseconds of each."""
+LayerCosts = Callable[[Sequence[tuple[nn.Module, Tensor]]], Sequence[float]]
+"""(layers, each with what it reads) → the milliseconds, or joules, of each."""
 
 COUNTS = 8
-"""At how many counts of channels a layer is timed, in and out each; all others lie between two of them."""
+"""At how many counts of channels a layer is measured, in and out each; all others lie between two of them."""
 ROUNDS = 6
 BINS = 1000
-"""Into how many parts the time to be saved is divided."""
+"""Into how many parts what is to be saved is divided."""
 
 
 @dataclass(frozen=True)
 class _Table:
-    """Milliseconds [counts in, counts out] of a layer; a depthwise one has as many in as out, and one column."""
+    """The cost [counts in, counts out] of a layer; a depthwise one has as many in as out, and one column."""
 
     call: LayerCall
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    milliseconds: Tensor
+    costs: Tensor
 
     def at(self, inputs: int, outputs: int) -> float:
         """Between the nearest counts, linearly."""
         rows = _between(self.inputs, inputs)
         columns = _between(self.outputs, outputs)
-        return sum(a * b * float(self.milliseconds[i, j]) for i, a in rows for j, b in columns)
+        return sum(a * b * float(self.costs[i, j]) for i, a in rows for j, b in columns)
 
 
-def latency_left(graph: GraphModule, dependencies: Dependencies, round_to: int, layer_times: LayerTimes) -> Cost:
-    """The time of all convolutions and linear layers, each by itself, by tables that `layer_times` measures."""
-    tables = _tables(graph, dependencies, round_to, layer_times)
+def measured_left(graph: GraphModule, dependencies: Dependencies, round_to: int, layer_costs: LayerCosts) -> Cost:
+    """The cost of all convolutions and linear layers, each by itself, by tables that `layer_costs` measures."""
+    tables = _tables(graph, dependencies, round_to, layer_costs)
     at = [(_sizes(dependencies, table.call.entering), _sizes(dependencies, table.call.leaving)) for table in tables]
 
     def left(gone: Sequence[int]) -> float:
@@ -71,7 +71,7 @@ def latency_left(graph: GraphModule, dependencies: Dependencies, round_to: int, 
 
 
 def by_knapsack(rank: Rank, pools: int, cost: Cost, goal: float, scope: str) -> Chosen | float:
-    """The sets of least importance together that bring the time down to `goal`; or the least time there is."""
+    """The sets of least importance together that bring the cost down to `goal`; or the least there is."""
     ranking = rank(frozenset())
     groups = ranking.groups
     all_gone = [group.removed(group.steps) for group in groups]
@@ -100,10 +100,10 @@ def by_knapsack(rank: Rank, pools: int, cost: Cost, goal: float, scope: str) -> 
     return Chosen(roots_of(groups, removed), ranking)
 
 
-def smoothed(milliseconds: Tensor) -> Tensor:
+def smoothed(costs: Tensor) -> Tensor:
     """A table [counts in, counts out] made monotone along both."""
-    rising = milliseconds.cummax(0).values.cummax(1).values
-    falling = milliseconds.flip(0, 1).cummin(0).values.cummin(1).values.flip(0, 1)
+    rising = costs.cummax(0).values.cummax(1).values
+    falling = costs.flip(0, 1).cummin(0).values.cummin(1).values.flip(0, 1)
     return (rising + falling) / 2
 
 
@@ -135,7 +135,7 @@ def _knapsack(savings: Sequence[Sequence[float]], losses: Sequence[Sequence[floa
     return taken[::-1]
 
 
-def _tables(graph: GraphModule, dependencies: Dependencies, round_to: int, layer_times: LayerTimes) -> list[_Table]:
+def _tables(graph: GraphModule, dependencies: Dependencies, round_to: int, layer_costs: LayerCosts) -> list[_Table]:
     """One for each layer; those of equal layers are measured once."""
     nodes = {node.name: node for node in graph.graph.nodes}
     known: dict[str, Tensor] = {}
@@ -147,22 +147,20 @@ def _tables(graph: GraphModule, dependencies: Dependencies, round_to: int, layer
         key = f"{layer} {inputs} {outputs}"
         if key not in known:
             points = [layer.made(i, o) for i in inputs for o in outputs]
-            known[key] = smoothed(_measured(points, layer_times, call).view(len(inputs), len(outputs)))
+            known[key] = smoothed(_measured(points, layer_costs, call).view(len(inputs), len(outputs)))
         tables.append(_Table(call, inputs, outputs, known[key]))
     return tables
 
 
-def _measured(points: Sequence[tuple[nn.Module, Tensor]], layer_times: LayerTimes, call: LayerCall) -> Tensor:
-    times = [float(time) for time in layer_times(points)]
-    if len(times) != len(points) or not all(0 < time < math.inf for time in times):
-        raise ValueError(
-            f"layer_times: expected {len(points)} times in ms above zero for {call.output.layer}, got {times}"
-        )
-    return torch.tensor(times, dtype=torch.float64)
+def _measured(points: Sequence[tuple[nn.Module, Tensor]], layer_costs: LayerCosts, call: LayerCall) -> Tensor:
+    costs = [float(cost) for cost in layer_costs(points)]
+    if len(costs) != len(points) or not all(0 < cost < math.inf for cost in costs):
+        raise ValueError(f"layer_costs: expected {len(points)} numbers above zero for {call.output.layer}, got {costs}")
+    return torch.tensor(costs, dtype=torch.float64)
 
 
 def _counts(labels: Tensor, round_to: int, groups: int) -> tuple[int, ...]:
-    """The counts at which a layer is timed: multiples of `round_to`, from what must stay to all."""
+    """The counts at which a layer is measured: multiples of `round_to`, from what must stay to all."""
     step, total = math.lcm(round_to, groups), len(labels)
     stays = int((labels == FIXED).sum())
     steps = list(range(max(step, math.ceil(stays / step) * step), total, step)) if stays < total else []
