@@ -6,7 +6,7 @@
 //   └────────┘            ▒▒ 0 1 2 3 … ▒▒   ──▶  acc₀ acc₁ acc₂ ──▶ y   sums roll along a row: the oldest is finished at every step
 //
 // Each input row of a block is staged once, in a ring, as `dot` reads it (simd_int8.h): borders, ragged channels and a channel multiplier
-// end there. With VNNI a 3×3 window is three products an output vector; rows that a window lacks meet weights of zero. Where no more than
+// end there. With AVX-512 masked loads read rows where they lie instead. With VNNI a 3×3 window is three products an output vector; rows that a window lacks meet weights of zero. Where no more than
 // half a block of channels is left, its other half computes the same channels of the next output row.
 //
 // Weights: [blocks][ceil(kernel_h / kGroup)][kernel_w][kGroup vectors][kLanes][kGroup rows], int8 with VNNI, else int16.
@@ -120,36 +120,112 @@ KP_INLINE void start(const Block& b, Ints (&sums)[kGroup]) {
   for (int j = 0; j < kGroup; ++j) sums[j] = load_ints(b.initial + j * kLanes);
 }
 
+KP_INLINE Ints weights_at(const Weight* weight, int j) { return load_ints(reinterpret_cast<const int32_t*>(weight + j * kLanes * kGroup)); }
+
 KP_INLINE void add_products(const Ints (&values)[kGroup], const Weight* weight, Ints (&sums)[kGroup]) {
 #pragma GCC unroll 4
-  for (int j = 0; j < kGroup; ++j) {
-    dot(sums[j], values[j], load_ints(reinterpret_cast<const int32_t*>(weight + j * kLanes * kGroup)));
-  }
+  for (int j = 0; j < kGroup; ++j) dot(sums[j], values[j], weights_at(weight, j));
 }
+
+template <int kKernel>
+constexpr int kGroupsOf = (kKernel + kGroup - 1) / kGroup;
+
+// The columns of kKernel staged rows, one after the other.
+template <int kKernel>
+struct StagedColumns {
+  const Staged* grouped[kGroupsOf<kKernel>][kGroup];
+  int64_t at = 0;
+
+  explicit StagedColumns(const Staged* const* rows) {
+    for (int g = 0; g < kGroupsOf<kKernel>; ++g) {
+      for (int r = 0; r < kGroup; ++r) grouped[g][r] = rows[minimum(g * kGroup + r, kKernel - 1)];
+    }
+  }
+  KP_INLINE void read(int g, Ints (&values)[kGroup]) const { interleave(grouped[g], at, values); }
+  KP_INLINE void next() { at += kBlock; }
+};
+
+#if defined(__AVX512F__) && defined(KP_VNNI)
+constexpr bool kReadsInPlace = true;
+
+// The columns of kKernel rows of an image; where it ends, and behind the channels, padding is read.
+template <int kKernel, bool kPaired>
+struct ColumnsInPlace {
+  static constexpr int kParts = kPaired ? 2 : 1;
+  const int8_t* rows[kParts][kKernel];
+  __mmask64 some[kParts][kKernel];
+  __m512i padding;
+  int64_t column, in_w, x_stride;
+
+  template <class RowAt>
+  ColumnsInPlace(const Int8DepthwiseConv2dArgs& a, const Block& b, int64_t top, const RowAt& row_at)
+      : padding(_mm512_set1_epi8(static_cast<char>(a.input_zero_point))), column(-a.window.pad_w), in_w(a.in_w), x_stride(a.x_stride) {
+    const __mmask64 channels = b.channels >= 64 ? ~__mmask64{0} : (__mmask64{1} << b.channels) - 1;
+    for (int part = 0; part < kParts; ++part) {
+      for (int r = 0; r < kKernel; ++r) {
+        const int8_t* row = row_at(top + part * a.window.stride_h + r * a.window.dilation_h);
+        rows[part][r] = (row ? row : a.x) + b.first;
+        some[part][r] = row ? channels : 0;
+      }
+    }
+  }
+  KP_INLINE __m512i pixel(int r) const {
+    if (r >= kKernel) return _mm512_setzero_si512();
+    const int64_t at = column * x_stride;
+    if constexpr (!kPaired) return _mm512_mask_loadu_epi8(padding, some[0][r], rows[0][r] + at);
+    const __m256i outside = _mm512_castsi512_si256(padding);
+    const __m256i above = _mm256_mask_loadu_epi8(outside, static_cast<__mmask32>(some[0][r]), rows[0][r] + at);
+    const __m256i below = _mm256_mask_loadu_epi8(outside, static_cast<__mmask32>(some[kParts - 1][r]), rows[kParts - 1][r] + at);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(above), below, 1);
+  }
+  KP_INLINE void read(int g, Ints (&values)[kGroup]) const {
+    const __m512i up = _mm512_set1_epi8(static_cast<char>(0x80));
+    if (__builtin_expect(column < 0 || column >= in_w, 0)) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kGroup; ++j) values[j].v = _mm512_xor_si512(padding, up);
+      return;
+    }
+    __m512i bytes[kGroup];
+#pragma GCC unroll 4
+    for (int r = 0; r < kGroup; ++r) bytes[r] = _mm512_xor_si512(pixel(g * kGroup + r), up);
+    interleave(bytes[0], bytes[1], bytes[2], bytes[3], values);
+  }
+  KP_INLINE void next() { ++column; }
+};
+#else
+constexpr bool kReadsInPlace = false;
+#endif
 
 // A row of `count` outputs under kKernel × kKernel windows. Step t adds columns t · kStride … to the windows that they are under,
 // sums[i] being that of output t − i.
-template <int kKernel, int kStride>
-__attribute__((noinline)) void roll_row(const Block& block, const Staged* const* rows, int64_t count, const Target& target) {
-  constexpr int kGroups = (kKernel + kGroup - 1) / kGroup, kLive = (kKernel + kStride - 1) / kStride;
-  const Staged* grouped[kGroups][kGroup];
-  for (int g = 0; g < kGroups; ++g) {
-    for (int r = 0; r < kGroup; ++r) grouped[g][r] = rows[minimum(g * kGroup + r, kKernel - 1)];
+template <int kKernel, int kStride, class Columns>
+__attribute__((noinline)) void roll_row(const Block& block, Columns columns, int64_t count, const Target& target) {
+  constexpr int kGroups = kGroupsOf<kKernel>, kLive = (kKernel + kStride - 1) / kStride;
+  constexpr bool kHoldsWeights = kKernel * kGroups <= 3;
+  Ints sums[kLive][kGroup], held[kHoldsWeights ? kKernel : 1][kGroup];
+#pragma GCC unroll 4
+  for (int s = 0; s < (kHoldsWeights ? kKernel : 0); ++s) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kGroup; ++j) held[s][j] = weights_at(block.weight + s * kWeightBlock, j);
   }
-  Ints sums[kLive][kGroup];
 #pragma GCC unroll 8
   for (int i = 0; i < kLive; ++i) start(block, sums[i]);
   for (int64_t t = 0; t < count + kLive - 1; ++t) {
 #pragma GCC unroll 2
-    for (int e = 0; e < kStride; ++e) {
+    for (int e = 0; e < kStride; ++e, columns.next()) {
 #pragma GCC unroll 4
       for (int g = 0; g < kGroups; ++g) {
         Ints values[kGroup];
-        interleave(grouped[g], (t * kStride + e) * kBlock, values);
+        columns.read(g, values);
 #pragma GCC unroll 8
         for (int i = 0; i < kLive; ++i) {
           const int s = i * kStride + e;
-          if (s < kKernel) add_products(values, block.weight + (g * kKernel + s) * kWeightBlock, sums[i]);
+          if (s >= kKernel) continue;
+#pragma GCC unroll 4
+          for (int j = 0; j < kGroup; ++j) {
+            if constexpr (kHoldsWeights) dot(sums[i][j], values[j], held[s][j]);
+            else dot(sums[i][j], values[j], weights_at(block.weight + (g * kKernel + s) * kWeightBlock, j));
+          }
         }
       }
     }
@@ -182,11 +258,14 @@ void row_of_any_window(const Window& window, const Block& block, const Staged* c
 }
 
 template <int kKernel>
-bool roll(const Window& w, const Block& block, const Staged* const* rows, int64_t count, const Target& target) {
-  if (w.kernel_h != kKernel || w.kernel_w != kKernel || w.dilation_w != 1 || w.stride_w > 2) return false;
-  if (w.stride_w == 1) roll_row<kKernel, 1>(block, rows, count, target);
-  else roll_row<kKernel, 2>(block, rows, count, target);
-  return true;
+bool rolls(const Window& w) {
+  return w.kernel_h == kKernel && w.kernel_w == kKernel && w.dilation_w == 1 && w.stride_w <= 2;
+}
+
+template <int kKernel, class Columns>
+void roll(const Window& w, const Block& block, const Columns& columns, int64_t count, const Target& target) {
+  if (w.stride_w == 1) roll_row<kKernel, 1>(block, columns, count, target);
+  else roll_row<kKernel, 2>(block, columns, count, target);
 }
 
 // Staged columns of a row, those included that a rolling row reads ahead.
@@ -195,43 +274,67 @@ int64_t staged_columns(const Int8DepthwiseConv2dArgs& a) {
 }
 
 // Output rows [begin, end) of one block of one image.
-void rows_of_block(const Int8DepthwiseConv2dArgs& a, const Int8Epilogue& epilogue, int64_t image, int64_t index, int64_t begin, int64_t end) {
-  const Window& window = a.window;
-  const Block block = block_of(a, epilogue, index);
-  const int64_t columns = staged_columns(a), reach = window.reach_h(), step = block.is_paired ? 2 : 1;
-  const int64_t row_size = (columns + 1) * kBlock;  // `stage` writes behind the last column
-  const int64_t pointers = ceil_div(window.kernel_h * static_cast<int64_t>(sizeof(const Staged*)), sizeof(float));
-  float* scratch = thread_scratch(round_up(pointers, 16) + ceil_div((reach + 1) * row_size * static_cast<int64_t>(sizeof(Staged)), sizeof(float)));
-  const Staged** rows = reinterpret_cast<const Staged**>(scratch);
-  Staged* ring = reinterpret_cast<Staged*>(scratch + round_up(pointers, 16));
-  Staged* outside = ring + reach * row_size;
-  std::fill(outside, outside + row_size, padding_of(a));
-  const int8_t* x = a.x + image * a.in_h * a.in_w * a.x_stride;
-  const auto row_at = [&](int64_t h) { return h >= 0 && h < a.in_h ? x + h * a.in_w * a.x_stride : nullptr; };
-  const auto staged_at = [&](int64_t h) {
-    const bool is_there = row_at(h) || (block.is_paired && row_at(h + window.stride_h));
-    return is_there ? ring + (h + window.pad_h) % reach * row_size : nullptr;
-  };
-  Target target{epilogue, block, 0, 0};
-  for (int64_t p = begin, made = -window.pad_h; p < end; p += step) {
-    const int64_t top = p * window.stride_h - window.pad_h;
-    for (int64_t h = maximum(made, top); h < top + reach; ++h) {
-      Staged* to = staged_at(h);
-      if (!to) continue;
-      stage_row(a, block, {row_at(h), row_at(h + window.stride_h)}, columns, to);
-    }
-    made = maximum(made, top + reach);
-    for (int64_t r = 0; r < window.kernel_h; ++r) {
-      const Staged* found = staged_at(top + r * window.dilation_h);
-      rows[r] = found ? found : outside;
-    }
-    target.pixel = (image * a.out_h + p) * a.out_w;
-    target.below = block.is_paired && p + 1 < end ? a.out_w : 0;
-    const bool rolled = roll<3>(window, block, rows, a.out_w, target) || roll<5>(window, block, rows, a.out_w, target) ||
-                        roll<7>(window, block, rows, a.out_w, target);
-    if (!rolled) row_of_any_window(window, block, rows, a.out_w, target);
+struct Rows {
+  const Int8DepthwiseConv2dArgs& a;
+  const Int8Epilogue& epilogue;
+  const Block block;
+  const int8_t* x;
+  int64_t image, begin, end;
+
+  const int8_t* row_at(int64_t h) const { return h >= 0 && h < a.in_h ? x + h * a.in_w * a.x_stride : nullptr; }
+  int64_t step() const { return block.is_paired ? 2 : 1; }
+  int64_t top_of(int64_t p) const { return p * a.window.stride_h - a.window.pad_h; }
+  Target target_of(int64_t p) const {
+    return {epilogue, block, (image * a.out_h + p) * a.out_w, block.is_paired && p + 1 < end ? a.out_w : 0};
   }
-}
+
+  template <int kKernel>
+  bool in_place() const {
+    if (!kReadsInPlace || a.multiplier != 1 || !rolls<kKernel>(a.window)) return false;
+#if defined(__AVX512F__) && defined(KP_VNNI)
+    const auto found = [this](int64_t h) { return row_at(h); };
+    for (int64_t p = begin; p < end; p += step()) {
+      if (block.is_paired) roll<kKernel>(a.window, block, ColumnsInPlace<kKernel, true>(a, block, top_of(p), found), a.out_w, target_of(p));
+      else roll<kKernel>(a.window, block, ColumnsInPlace<kKernel, false>(a, block, top_of(p), found), a.out_w, target_of(p));
+    }
+#endif
+    return true;
+  }
+
+  void staged() const {
+    const Window& window = a.window;
+    const int64_t columns = staged_columns(a), reach = window.reach_h();
+    const int64_t row_size = (columns + 1) * kBlock;  // `stage` writes behind the last column
+    const int64_t pointers = ceil_div(window.kernel_h * static_cast<int64_t>(sizeof(const Staged*)), sizeof(float));
+    float* scratch = thread_scratch(round_up(pointers, 16) + ceil_div((reach + 1) * row_size * static_cast<int64_t>(sizeof(Staged)), sizeof(float)));
+    const Staged** rows = reinterpret_cast<const Staged**>(scratch);
+    Staged* ring = reinterpret_cast<Staged*>(scratch + round_up(pointers, 16));
+    Staged* outside = ring + reach * row_size;
+    std::fill(outside, outside + row_size, padding_of(a));
+    const auto staged_at = [&](int64_t h) {
+      const bool is_there = row_at(h) || (block.is_paired && row_at(h + window.stride_h));
+      return is_there ? ring + (h + window.pad_h) % reach * row_size : nullptr;
+    };
+    for (int64_t p = begin, made = -window.pad_h; p < end; p += step()) {
+      const int64_t top = top_of(p);
+      for (int64_t h = maximum(made, top); h < top + reach; ++h) {
+        Staged* to = staged_at(h);
+        if (!to) continue;
+        stage_row(a, block, {row_at(h), row_at(h + window.stride_h)}, columns, to);
+      }
+      made = maximum(made, top + reach);
+      for (int64_t r = 0; r < window.kernel_h; ++r) {
+        const Staged* found = staged_at(top + r * window.dilation_h);
+        rows[r] = found ? found : outside;
+      }
+      const Target target = target_of(p);
+      if (rolls<3>(window)) roll<3>(window, block, StagedColumns<3>(rows), a.out_w, target);
+      else if (rolls<5>(window)) roll<5>(window, block, StagedColumns<5>(rows), a.out_w, target);
+      else if (rolls<7>(window)) roll<7>(window, block, StagedColumns<7>(rows), a.out_w, target);
+      else row_of_any_window(window, block, rows, a.out_w, target);
+    }
+  }
+};
 
 }  // namespace
 
@@ -242,7 +345,9 @@ void int8_depthwise_conv2d(const Int8DepthwiseConv2dArgs& a) {
   parallel(planes * cuts, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t plane = task / cuts, cut = task % cuts;
-      rows_of_block(a, epilogue, plane / blocks, plane % blocks, a.out_h * cut / cuts, a.out_h * (cut + 1) / cuts);
+      const int64_t image = plane / blocks, begin = a.out_h * cut / cuts, end = a.out_h * (cut + 1) / cuts;
+      const Rows rows{a, epilogue, block_of(a, epilogue, plane % blocks), a.x + image * a.in_h * a.in_w * a.x_stride, image, begin, end};
+      if (!rows.in_place<3>() && !rows.in_place<5>() && !rows.in_place<7>()) rows.staged();
     }
   });
 }

@@ -29,13 +29,15 @@ KP_INLINE void in_order(const Ints (&sums)[kGroup], int32_t* to) {
 
 #if defined(__AVX512F__) && defined(KP_VNNI)
 
-KP_INLINE void interleave(const Staged* const (&rows)[kGroup], int64_t at, Ints (&v)[kGroup]) {
-  const __m512i a = _mm512_loadu_si512(rows[0] + at), b = _mm512_loadu_si512(rows[1] + at);
-  const __m512i c = _mm512_loadu_si512(rows[2] + at), d = _mm512_loadu_si512(rows[3] + at);
+KP_INLINE void interleave(__m512i a, __m512i b, __m512i c, __m512i d, Ints (&v)[kGroup]) {
   const __m512i ab_low = _mm512_unpacklo_epi8(a, b), ab_high = _mm512_unpackhi_epi8(a, b);
   const __m512i cd_low = _mm512_unpacklo_epi8(c, d), cd_high = _mm512_unpackhi_epi8(c, d);
   v[0].v = _mm512_unpacklo_epi16(ab_low, cd_low), v[1].v = _mm512_unpackhi_epi16(ab_low, cd_low);
   v[2].v = _mm512_unpacklo_epi16(ab_high, cd_high), v[3].v = _mm512_unpackhi_epi16(ab_high, cd_high);
+}
+KP_INLINE void interleave(const Staged* const (&rows)[kGroup], int64_t at, Ints (&v)[kGroup]) {
+  interleave(_mm512_loadu_si512(rows[0] + at), _mm512_loadu_si512(rows[1] + at), _mm512_loadu_si512(rows[2] + at),
+             _mm512_loadu_si512(rows[3] + at), v);
 }
 KP_INLINE __m512i bytes_of(const Ints (&v)[kGroup], const ByteRange& range) {
   const __m512i low = _mm512_adds_epi16(_mm512_packs_epi32(v[0].v, v[1].v), range.zero_point.v);
