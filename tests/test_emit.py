@@ -163,6 +163,14 @@ def test_pooled_and_flattened_images_are_one_operation(backend):
     assert_as_exact_as(emitted, model, torch.randn(5, 6, 9, 9))
 
 
+@pytest.mark.parametrize(("size", "op"), [(9, "max_pool2d"), (8, "aten.max_pool2d")], ids=["whole", "cut off"])
+def test_windows_that_ceil_mode_adds_are_pooled_as_they_came(size, op):
+    model = nn.Sequential(nn.MaxPool2d(3, 2, ceil_mode=True), nn.Conv2d(6, 4, 1)).eval()
+    emitted = emit_fused(model, torch.randn(2, 6, size, size), FUSED_BACKENDS[-1])
+    assert ops_of(emitted) == [op, "pointwise_conv2d"]
+    assert_as_exact_as(emitted, model, torch.randn(5, 6, size, size))
+
+
 def test_a_pooled_image_reshaped_by_its_own_sizes_is_one_operation():
     model = Apply(lambda x, pool: pool(x).view(x.size(0), x.size(1)), nn.AdaptiveAvgPool2d(1)).eval()
     emitted = emit_fused(model, torch.randn(2, 6, 9, 9), FUSED_BACKENDS[-1])

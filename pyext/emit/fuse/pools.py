@@ -42,11 +42,18 @@ def max_window(node: Node) -> dict[str, Any] | None:
     """The options of `max_pool2d` if it can stand for `node`, else None."""
     if node.target is not aten.max_pool2d.default:
         return None
-    given = arguments(node)
-    if given["ceil_mode"] or pair(given["dilation"]) != [1, 1] or len(shape(node) or ()) != 4:
+    given, sizes = arguments(node), shape(node)
+    if pair(given["dilation"]) != [1, 1] or sizes is None or len(sizes) != 4:
         return None
     kernel = pair(given["kernel_size"])
-    return {"kernel_size": kernel, "stride": pair(given["stride"] or kernel), "padding": pair(given["padding"])}
+    window = {"kernel_size": kernel, "stride": pair(given["stride"] or kernel), "padding": pair(given["padding"])}
+    return None if given["ceil_mode"] and _sizes_rounded_down(node.args[0], **window) != [*sizes[2:]] else window
+
+
+def _sizes_rounded_down(x: Any, kernel_size: list[int], stride: list[int], padding: list[int]) -> list[Any]:
+    """Rows and columns of the pooled image, where a last window that is not whole gives none."""
+    each = zip((shape(x) or ())[2:], kernel_size, stride, padding, strict=True)
+    return [(size + 2 * p - k) // s + 1 for size, k, s, p in each]
 
 
 def averaged_image(node: Node) -> Node | None:
