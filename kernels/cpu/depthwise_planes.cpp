@@ -4,6 +4,9 @@
 //   walk of sparse.h. Outputs are numbered through padded rows, so vectors need not end where a narrow image's rows do.
 //   bound: loads from the first-level cache; bandwidth beyond the caches
 //
+//   Windows of 3×3 and 5×5 by 1 or 2 roll down a plane where it lies instead, one vector of columns at a time: each input row is read
+//   once, for all outputs that it is under, sums[i] being that of output row t − i at step t.
+//
 // One task: a run of planes over all images.
 #include "runtime.h"
 #include "sparse.h"
@@ -42,9 +45,91 @@ struct Band {
   }
 };
 
+// Which lanes of the columns from `begin` on stand in a row of so many.
+Some lanes_in(int64_t begin, int64_t columns) {
+  const auto lane = [](int64_t at) { return static_cast<int>(minimum(maximum(at, 0), kLanes)); };
+  return between(lane(-begin), lane(columns - begin));
+}
+
+// Under one vector of output columns, for each tap of a row: where it begins in a row of x, and which lanes stand in the image.
+template <int kKernel, int kStride>
+struct Columns {
+  int64_t begin[kKernel];
+  Some some[kKernel][kStride];
+
+  Columns(const DepthwisePlanesArgs& a, int64_t q) {
+    for (int s = 0; s < kKernel; ++s) {
+      begin[s] = q * kStride + s - a.window.pad_w;
+      for (int v = 0; v < kStride; ++v) some[s][v] = lanes_in(begin[s] + v * kLanes, a.in_w);
+    }
+  }
+  KP_INLINE Vec read(const float* row, int s) const {
+    const float* from = row + begin[s];
+    if constexpr (kStride == 1) return load_some(from, some[s][0]);
+    return evens(load_some(from, some[s][0]), load_some(from + kLanes, some[s][kStride - 1]));
+  }
+};
+
+// Output rows [0, out_h) of one vector of columns of a plane.
+template <int kKernel, int kStride, class Store>
+KP_INLINE void roll_down(const DepthwisePlanesArgs& a, const float* x, const Columns<kKernel, kStride>& columns, const float* weight, Vec bias,
+                         const Store& store_row) {
+  constexpr int kLive = (kKernel + kStride - 1) / kStride;
+  Vec sums[kLive];
+#pragma GCC unroll 8
+  for (int i = 0; i < kLive; ++i) sums[i] = bias;
+  int64_t h = -a.window.pad_h;
+  for (int64_t t = 0; t < a.out_h + kLive - 1; ++t) {
+#pragma GCC unroll 2
+    for (int e = 0; e < kStride; ++e, ++h) {
+      if (h < 0 || h >= a.in_h) continue;
+      Vec values[kKernel];
+#pragma GCC unroll 8
+      for (int s = 0; s < kKernel; ++s) values[s] = columns.read(x + h * a.in_w, s);
+#pragma GCC unroll 8
+      for (int i = 0; i < kLive; ++i) {
+        const int r = i * kStride + e;
+        if (r >= kKernel) continue;
+        Vec sum = values[0] * broadcast(weight[r * kKernel]);
+#pragma GCC unroll 8
+        for (int s = 1; s < kKernel; ++s) sum = fma(values[s], broadcast(weight[r * kKernel + s]), sum);
+        sums[i] = sums[i] + sum;
+      }
+    }
+    if (t >= kLive - 1) store_row(sums[kLive - 1], t - (kLive - 1));
+#pragma GCC unroll 8
+    for (int i = kLive - 1; i > 0; --i) sums[i] = sums[i - 1];
+    sums[0] = bias;
+  }
+}
+
+template <int kKernel, int kStride>
+bool roll_planes(const DepthwisePlanesArgs& a) {
+  const Window& w = a.window;
+  const bool is_plain = a.multiplier == 1 && w.dilation_h == 1 && w.dilation_w == 1;
+  if (!is_plain || w.kernel_h != kKernel || w.kernel_w != kKernel || w.stride_h != kStride || w.stride_w != kStride) return false;
+  const ActivationFunction activation(a.activation);
+  parallel(a.batch * a.channels, [&](int64_t begin, int64_t end) {
+    for (int64_t q = 0; q < a.out_w; q += kLanes) {
+      const Columns<kKernel, kStride> columns(a, q);
+      const Some some = lanes_in(q, a.out_w);
+      for (int64_t plane = begin; plane < end; ++plane) {
+        const int64_t channel = plane % a.channels, to = plane * a.out_h * a.out_w + q;
+        const Vec bias = a.bias ? broadcast(a.bias[channel]) : zero();
+        roll_down(a, a.x + plane * a.in_h * a.in_w, columns, a.weight + channel * kKernel * kKernel, bias, [&](Vec sum, int64_t row) {
+          if (a.residual) sum = sum + load_some(a.residual + to + row * a.out_w, some);
+          store_some(a.y + to + row * a.out_w, activation(sum), some);
+        });
+      }
+    }
+  });
+  return true;
+}
+
 }  // namespace
 
 void depthwise_planes(const DepthwisePlanesArgs& a) {
+  if (roll_planes<3, 1>(a) || roll_planes<3, 2>(a) || roll_planes<5, 1>(a) || roll_planes<5, 2>(a)) return;
   const Band band(a);
   const int64_t taps = a.window.kernel_h * a.window.kernel_w, outputs = a.out_h * band.form.width, pixels = a.out_h * a.out_w;
   const ActivationFunction activation(a.activation), identity(Activation::identity);

@@ -30,6 +30,10 @@ KP_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 KP_INLINE __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
 KP_INLINE Vec load_first(const float* p, int n) { return {_mm512_maskz_loadu_ps(first(n), p)}; }
 KP_INLINE void store_first(float* p, Vec a, int n) { _mm512_mask_storeu_ps(p, first(n), a.v); }
+using Some = __mmask16;
+KP_INLINE Some between(int from, int to) { return static_cast<Some>(first(to) & ~first(from)); }
+KP_INLINE Vec load_some(const float* p, Some some) { return {_mm512_maskz_loadu_ps(some, p)}; }
+KP_INLINE void store_some(float* p, Vec a, Some some) { _mm512_mask_storeu_ps(p, some, a.v); }
 KP_INLINE Vec broadcast(float x) { return {_mm512_set1_ps(x)}; }
 KP_INLINE Vec operator+(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
 KP_INLINE Vec operator-(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
@@ -64,6 +68,10 @@ KP_INLINE Vec interleaved_high(Vec a, Vec b) {
   const __m512i from = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
   return {_mm512_permutex2var_ps(a.v, from, b.v)};
 }
+KP_INLINE Vec evens(Vec a, Vec b) {
+  const __m512i at = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  return {_mm512_permutex2var_ps(a.v, at, b.v)};
+}
 
 #elif defined(__AVX2__)
 
@@ -80,6 +88,10 @@ KP_INLINE Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
 KP_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 KP_INLINE Vec load_first(const float* p, int n) { return {_mm256_maskload_ps(p, first(n))}; }
 KP_INLINE void store_first(float* p, Vec a, int n) { _mm256_maskstore_ps(p, first(n), a.v); }
+using Some = __m256i;
+KP_INLINE Some between(int from, int to) { return _mm256_andnot_si256(first(from), first(to)); }
+KP_INLINE Vec load_some(const float* p, Some some) { return {_mm256_maskload_ps(p, some)}; }
+KP_INLINE void store_some(float* p, Vec a, Some some) { _mm256_maskstore_ps(p, some, a.v); }
 KP_INLINE Vec broadcast(float x) { return {_mm256_set1_ps(x)}; }
 KP_INLINE Vec operator+(Vec a, Vec b) { return {_mm256_add_ps(a.v, b.v)}; }
 KP_INLINE Vec operator-(Vec a, Vec b) { return {_mm256_sub_ps(a.v, b.v)}; }
@@ -115,6 +127,10 @@ KP_INLINE Vec interleaved_low(Vec a, Vec b) {
 KP_INLINE Vec interleaved_high(Vec a, Vec b) {
   return {_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x31)};
 }
+KP_INLINE Vec evens(Vec a, Vec b) {
+  const __m256d pairs = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0x88));
+  return {_mm256_castpd_ps(_mm256_permute4x64_pd(pairs, 0xd8))};
+}
 
 #else  // portable: GCC and Clang vectors, which SSE2 and NEON both serve
 
@@ -139,6 +155,18 @@ KP_INLINE Vec load_first(const float* p, int n) {
 }
 KP_INLINE void store_first(float* p, Vec a, int n) {
   for (int i = 0; i < n; ++i) p[i] = a.v[i];
+}
+struct Some {
+  int from, to;
+};
+KP_INLINE Some between(int from, int to) { return {from, to}; }
+KP_INLINE Vec load_some(const float* p, Some some) {
+  Vec a{};
+  for (int i = some.from; i < some.to; ++i) a.v[i] = p[i];
+  return a;
+}
+KP_INLINE void store_some(float* p, Vec a, Some some) {
+  for (int i = some.from; i < some.to; ++i) p[i] = a.v[i];
 }
 KP_INLINE Vec broadcast(float x) { return {Float4{x, x, x, x}}; }
 KP_INLINE Vec operator+(Vec a, Vec b) { return {a.v + b.v}; }
@@ -185,9 +213,12 @@ KP_INLINE Vec permute(Vec a, Ints from) {
 KP_INLINE Vec choose(LaneMask where, Vec a, Vec b) { return select(where.v, a, b); }
 KP_INLINE Vec interleaved_low(Vec a, Vec b) { return {Float4{a.v[0], b.v[0], a.v[1], b.v[1]}}; }
 KP_INLINE Vec interleaved_high(Vec a, Vec b) { return {Float4{a.v[2], b.v[2], a.v[3], b.v[3]}}; }
+KP_INLINE Vec evens(Vec a, Vec b) { return {__builtin_shufflevector(a.v, b.v, 0, 2, 4, 6)}; }
 
 #endif
 
+// between: the lanes from … to − 1, 0 ≤ from, to ≤ kLanes, for load_some, which reads 0 elsewhere, and store_some. evens: every second of a,
+// then of b.
 // permute: lane l of the result is lane from[l] of a; choose: a where the mask holds, elsewhere b; mask_of holds where a lane is not 0.
 
 // The larger of two vectors; a NaN on either side wins, as in PyTorch's pooling.
