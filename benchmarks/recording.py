@@ -23,6 +23,7 @@ __all__ = [
     "mean_and_spread",
     "model_cells",
     "save",
+    "sparsity_cells",
     "title_of",
     "verdict_on",
     "when",
@@ -131,6 +132,7 @@ _TITLES: Mapping[str, str] = {
     "squeeze_excite": "Squeeze-and-excitation, float32",
     "int8": "int8 kernels",
     "blocks": "Blocks of networks, emitted and captured, float32",
+    "sparsity": "Layers by the share of zeros, float32",
     "overhead": "Overhead of a call on the CPU",
     "distill": "What losses of distillation gain",
 }
@@ -235,6 +237,21 @@ def _overhead_table(payload: Mapping[str, Any]) -> list[str]:
     return markdown((["path", "best µs", "median µs", "over the kernel"], rows))
 
 
+def sparsity_cells(results: Sequence[Mapping[str, Any]]) -> Cells:
+    """Milliseconds of layers, a column for each share of zeros, and from which share on they are faster than dense."""
+    header = ["layer", "kernel", *(f"{share:.0%}" for share in results[0]["shares"]), "faster from"]
+    rows = [
+        [
+            row["layer"],
+            row["kernel"],
+            *(f"{ms:.3f}" for ms in row["milliseconds"]),
+            number_text(row["break_even"], ".0%"),
+        ]
+        for row in results
+    ]
+    return header, rows
+
+
 def _gain_table(payload: Mapping[str, Any]) -> list[str]:
     epochs = " and ".join(f"{count} of {name}" for name, count in payload["epochs"].items())
     told = (
@@ -262,6 +279,7 @@ _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "models_sparse": _model_tables,
     "growth": _summary,
     "overhead": _overhead_table,
+    "sparsity": lambda payload: markdown(sparsity_cells(payload["results"])),
     "distill": _gain_table,
 }
 
