@@ -202,6 +202,8 @@ def _int8_cases() -> list[OpCase]:
     for label, output in (("int8 out", {"output_scale": 0.3}), ("float32 out", {})):
         options = {"input_scale": 0.2, **output}
         found.append(case("int8_global_avg_pool2d", label, lambda: [bytes_of(2, 24, 7, 5)], options))
+        scales = {"input_scale": 0.2, "gate_scale": 0.02, **output}
+        found.append(case("int8_gate", label, lambda: [bytes_of(2, 24, 7, 5), bytes_of(2, 24, 1, 1)], scales))
     found.append(case("dequantize", "an image", lambda: [bytes_of(2, 24, 7, 5)], {"scale": 0.1, "zero_point": 5}))
     for shape in ((2, 24, 7, 5), (33, 17)):
         make_x = floating(lambda s=shape: [image(*s) if len(s) == 4 else torch.randn(s)])

@@ -32,7 +32,7 @@ quantized = torch.ops.quantized_decomposed
 
 
 INT8 = (
-    *("int8_conv2d", "int8_depthwise_conv2d", "int8_matmul", "int8_add", "quantize", "dequantize"),
+    *("int8_conv2d", "int8_depthwise_conv2d", "int8_matmul", "int8_add", "quantize", "dequantize", "int8_gate"),
     *("int8_global_avg_pool2d", "max_pool2d", "channel_shuffle", "shuffle_concat"),
 )
 
@@ -252,6 +252,28 @@ def test_pools_of_int8(tmp_path):
         *("quantize", "int8_conv2d", "max_pool2d", "int8_conv2d", "int8_global_avg_pool2d"),
         *("aten.flatten.using_ints", "int8_matmul"),
     ]
+    assert_as_rounded(emitted, model, torch.randn(3, 6, 9, 8))
+    assert_saving_and_capture_keep(emitted, tmp_path, x)
+
+
+class Gated(nn.Module):
+    """Squeeze-and-excitation with a quantization wherever a quantizer leaves one."""
+
+    def __init__(self):
+        super().__init__()
+        self.image, self.gate, self.product = Quantized(0.03, 11, torch.uint8), Quantized(0.004, -128), Quantized(0.02)
+        self.conv = int8_conv(6, 6)
+
+    def forward(self, x):
+        y = self.image(x)
+        factors = self.gate(nn.functional.hardsigmoid(self.conv(self.image(y.mean((2, 3), keepdim=True)))))
+        return self.product(y * factors)
+
+
+def test_gates_of_int8(tmp_path):
+    model, x = Gated().eval(), torch.randn(2, 6, 9, 8)
+    emitted = emit_int8(model, x)
+    assert ops_of(emitted) == ["quantize", "int8_global_avg_pool2d", "int8_conv2d", "int8_gate", "dequantize"]
     assert_as_rounded(emitted, model, torch.randn(3, 6, 9, 8))
     assert_saving_and_capture_keep(emitted, tmp_path, x)
 

@@ -208,6 +208,7 @@ CASES: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {
     "quantize_rows": (OPS.quantize_rows, (torch.randn(2, 3, 8),), {"symmetric": True}),
     "dequantize": (OPS.dequantize, (X,), {"scale": 0.1, "output_dtype": torch.float16}),
     "add": (OPS.int8_add, (X, X.clone()), {"input_scale": 0.1, "other_scale": 2.0, "output_scale": 1.5}),
+    "gate": (OPS.int8_gate, (X, X[..., :1, :1]), {"input_scale": 0.1, "gate_scale": 0.02, "output_scale": 0.05}),
     "mean": (OPS.int8_global_avg_pool2d, (X,), {"input_scale": 0.1, "keepdim": True, "output_scale": 0.03}),
     "maximum": (OPS.max_pool2d, (X,), {"kernel_size": [2, 2], "stride": [1, 1]}),
     "shuffle": (OPS.channel_shuffle, (X,), {"groups": 3}),

@@ -88,6 +88,23 @@ def test_sums(shape: tuple[int, ...], activation: str) -> None:
         assert_same("int8_add", (x, other), given, run_native("int8_add", (x, other), **given))
 
 
+@pytest.mark.parametrize("activation", ["identity", "relu", "hardswish"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 3, 5, 7), (3, 70, 7, 7), (1, 128, 29, 31), (0, 4, 3, 3)])
+def test_gates(shape: tuple[int, ...], activation: str, int8_cpu_variant: str) -> None:
+    x, gate = int8_image(*shape), int8_image(*shape[:2], 1, 1)
+    options = {"input_scale": 0.07, "input_zero_point": 5, "gate_scale": 0.004, "gate_zero_point": -128}
+    for output in ({"output_scale": 0.13, "output_zero_point": -9}, {}):
+        given = options | output | {"activation": activation}
+        for image, factors in ((x, gate), (slice_of_wider(x, 9), slice_of_wider(gate, 5)), (x, gate.contiguous())):
+            assert_same("int8_gate", (image, factors), given, ops.int8_gate(image, factors, **given, backend="cpu"))
+        assert_same("int8_gate", (x, gate), given, run_native("int8_gate", (x, gate), **given))
+
+
+def test_a_gate_is_one_value_a_channel() -> None:
+    with pytest.raises(ValueError, match=r"gate: expected 2×3×1×1|gate: expected \[2, 3, 1, 1\], one value"):
+        ops.int8_gate(int8(2, 3, 5, 5), int8(2, 4, 1, 1), input_scale=1.0, gate_scale=1.0)
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 3, 33), (70, 300)])
 def test_quantize_rows_is_exact(shape: tuple[int, ...], symmetric: bool) -> None:

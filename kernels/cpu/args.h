@@ -294,6 +294,16 @@ struct Int8AddArgs {
   double scale, zero_point, other_scale, other_zero_point, output_scale, output_zero_point;
 };
 
+// gate [batch, channels], `gate_stride` apart.
+struct Int8GateArgs {
+  static constexpr int kAddresses = 3;
+  const int8_t *x, *gate;
+  void* y;
+  int64_t batch, pixels, channels, x_stride, gate_stride, y_stride, y_is_int8;
+  Activation activation;
+  double scale, zero_point, gate_scale, gate_zero_point, output_scale, output_zero_point;
+};
+
 // y [rows, channels]; scale and zero_point [rows].
 struct QuantizeRowsArgs {
   static constexpr int kAddresses = 4;
@@ -383,6 +393,7 @@ struct Int8CopyArgs {
   KERNEL(quantize, QuantizeArgs)                          \
   KERNEL(dequantize, DequantizeArgs)                      \
   KERNEL(int8_add, Int8AddArgs)                           \
+  KERNEL(int8_gate, Int8GateArgs)                         \
   KERNEL(quantize_rows, QuantizeRowsArgs)                 \
   KERNEL(int8_global_avg_pool2d, Int8GlobalAvgPool2dArgs) \
   KERNEL(int8_max_pool2d, Int8MaxPool2dArgs)              \

@@ -3,13 +3,15 @@
 //   any tensor of up to kMostDims dimensions, each operand with strides of its own: 0 repeats it along a dimension, so that
 //   [N, C, 1, 1] · [N, C, H, W], a sum of two images, a normalisation, a concatenation's part, a border of padding, an image made larger
 //   by whole numbers, and a copy into another memory format are all one loop. Dimensions come with y's largest stride first, and
-//   merged where every operand runs on: most images are one dimension or two.
+//   merged where every operand runs on: most images are one dimension or two. A copy whose elements are neighbours along the other
+//   dimension than y's is turned in registers (transpose.h).
 //   bound: bandwidth
 //
 // One task: rows of the last dimension, whole ones where there are enough for all threads, else a part of each.
 #include "args.h"
 #include "epilogue.h"
 #include "runtime.h"
+#include "transpose.h"
 
 namespace kernelpress::KERNELPRESS_ISA {
 namespace {
@@ -99,11 +101,20 @@ ComputeRows rows_function(const ElementwiseArgs& args) {
   return args.c ? rows_function<false, true>(is_dense) : rows_function<false, false>(is_dense);
 }
 
+// Whether it is a copy of squares that stand the other way.
+bool turns(const ElementwiseArgs& args) {
+  constexpr int kLast = ElementwiseArgs::kMostDims - 1;
+  const bool is_copy = args.a && !args.b && !args.c && args.activation == Activation::identity && !Formula(args).is_scaled;
+  const bool is_square = args.sizes[kLast] >= kLanes && args.sizes[kLast - 1] >= kLanes;
+  return is_copy && is_square && args.a_strides[kLast - 1] == 1 && args.a_strides[kLast] > 1 && args.y_strides[kLast] == 1;
+}
+
 // Rows [begin, end) of the last dimension, of each its elements [from, to).
 void compute_block(const ElementwiseArgs& args, int64_t begin, int64_t end, int64_t from, int64_t to) {
   constexpr int kLast = ElementwiseArgs::kMostDims - 1, kRows = kLast - 1;
   const Formula formula(args);
   const ComputeRows compute = rows_function(args);
+  const bool is_turned = turns(args);
   int64_t index[kLast];
   for (int64_t d = kRows, rest = begin; d >= 0; --d) index[d] = rest % args.sizes[d], rest /= args.sizes[d];
   while (begin < end) {
@@ -116,8 +127,13 @@ void compute_block(const ElementwiseArgs& args, int64_t begin, int64_t end, int6
     const auto block = [&](const float* base, const int64_t* strides) {
       return base ? Block{base + offset(strides), strides[kRows], strides[kLast]} : Block{&kOne, 0, 0};
     };
-    compute(formula, block(args.a, args.a_strides), block(args.b, args.b_strides), block(args.c, args.c_strides),
-            args.y + offset(args.y_strides), args.y_strides[kRows], args.y_strides[kLast], rows, to - from);
+    float* y = args.y + offset(args.y_strides);
+    if (is_turned) {
+      transpose_copy(y, args.y_strides[kRows], args.a + offset(args.a_strides), args.a_strides[kLast], to - from, rows);
+    } else {
+      compute(formula, block(args.a, args.a_strides), block(args.b, args.b_strides), block(args.c, args.c_strides), y, args.y_strides[kRows],
+              args.y_strides[kLast], rows, to - from);
+    }
     begin += rows;
     index[kRows] += rows - 1;
     for (int d = kRows; d >= 0 && ++index[d] == args.sizes[d]; --d) index[d] = 0;

@@ -1,5 +1,6 @@
 // Between float32 and int8.     quantize: y = clamp(round(x / scale) + zero_point)     dequantize: y = (x − zero_point) · scale
 //                               int8_add: y = act((x − zero_point) · scale + (other − other_zero_point) · other_scale), then quantized
+//                               int8_gate: y = act((x − zero_point) · scale · (gate − gate_zero_point) · gate_scale), then quantized
 //                               quantize_rows: as quantize, each row by the range that it has
 //
 //   Each number is rounded where kernels/reference/int8_quantize.py says, so the integers are its integers. Rows that run on into
@@ -152,6 +153,18 @@ void int8_add(const Int8AddArgs& a) {
       const int64_t lanes = first + count - c;
       const Vec value = augend(load_int8_up_to(x + c, lanes)), steps = addend.shifted(load_int8_up_to(other + c, lanes));
       output.write(fma_rounded_once(steps, addend.scale, value), row, c, lanes);
+    }
+  });
+}
+
+void int8_gate(const Int8GateArgs& a) {
+  const Dequantizer value(a.scale, a.zero_point), factor(a.gate_scale, a.gate_zero_point);
+  const Int8Output output(a);
+  over_rows(a.batch * a.pixels, a.channels, false, [&](int64_t row, int64_t, int64_t) {
+    const int8_t *x = a.x + row * a.x_stride, *gate = a.gate + row / a.pixels * a.gate_stride;
+    for (int64_t c = 0; c < a.channels; c += kLanes) {
+      const int64_t lanes = a.channels - c;
+      output.write(value(load_int8_up_to(x + c, lanes)) * factor(load_int8_up_to(gate + c, lanes)), row, c, lanes);
     }
   });
 }

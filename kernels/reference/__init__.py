@@ -12,7 +12,14 @@ from kernelpress.kernels.reference.ghost import ghost_conv2d
 from kernelpress.kernels.reference.grouped import channel_shuffle, grouped_conv2d, shuffle_concat
 from kernelpress.kernels.reference.int8 import int8_conv2d, int8_depthwise_conv2d, int8_matmul
 from kernelpress.kernels.reference.int8_pool import int8_global_avg_pool2d
-from kernelpress.kernels.reference.int8_quantize import dequantize, int8_add, int8_epilogue, quantize, quantize_rows
+from kernelpress.kernels.reference.int8_quantize import (
+    dequantize,
+    int8_add,
+    int8_epilogue,
+    int8_gate,
+    quantize,
+    quantize_rows,
+)
 from kernelpress.kernels.reference.separable import (
     depthwise_conv2d,
     inverted_residual,
@@ -38,6 +45,7 @@ __all__ = [
     "int8_conv2d",
     "int8_depthwise_conv2d",
     "int8_epilogue",
+    "int8_gate",
     "int8_global_avg_pool2d",
     "int8_matmul",
     "inverted_residual",

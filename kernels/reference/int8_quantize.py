@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernelpress.kernels.reference.activation import activate
 
-__all__ = ["dequantize", "int8_add", "int8_epilogue", "int8_output", "quantize", "quantize_rows"]
+__all__ = ["dequantize", "int8_add", "int8_epilogue", "int8_gate", "int8_output", "quantize", "quantize_rows"]
 
 _SMALLEST_SCALE = 2.0**-126
 """The smallest normal float32: its inverse is finite."""
@@ -98,6 +98,27 @@ def int8_epilogue(
         value = _fused_multiply_add(residual.float() - residual_zero_point, residual_scale, value)
     elif residual is not None:
         value = value + residual.float()
+    return int8_output(activate(value, activation), output_scale, output_zero_point, output_dtype)
+
+
+def int8_gate(
+    x: Tensor,
+    gate: Tensor,
+    *,
+    input_scale: float,
+    input_zero_point: int = 0,
+    gate_scale: float,
+    gate_zero_point: int = 0,
+    activation: str = "identity",
+    output_scale: float | None = None,
+    output_zero_point: int = 0,
+    output_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`activation(x · gate)` of int8 `x: [N, C, H, W]` and `gate: [N, C, 1, 1]`, both dequantized in float32, then the
+    last step of `int8_epilogue`.
+    """
+    value = dequantize(x, scale=input_scale, zero_point=input_zero_point)
+    value = value * dequantize(gate, scale=gate_scale, zero_point=gate_zero_point)
     return int8_output(activate(value, activation), output_scale, output_zero_point, output_dtype)
 
 

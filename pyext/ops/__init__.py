@@ -7,7 +7,7 @@ from kernelpress.ops.ghost import ghost_conv2d
 from kernelpress.ops.grouped import channel_shuffle, grouped_conv2d, shuffle_concat
 from kernelpress.ops.int8 import int8_conv2d, int8_depthwise_conv2d, int8_matmul
 from kernelpress.ops.int8_pool import int8_global_avg_pool2d
-from kernelpress.ops.int8_quantize import dequantize, int8_add, quantize, quantize_rows
+from kernelpress.ops.int8_quantize import dequantize, int8_add, int8_gate, quantize, quantize_rows
 from kernelpress.ops.pool import global_avg_pool2d, max_pool2d
 from kernelpress.ops.registry import BACKENDS, allocate, availability, use_backend, why_not
 from kernelpress.ops.separable import inverted_residual, separable_conv2d, separable_stem
@@ -33,6 +33,7 @@ __all__ = [
     "int8_add",
     "int8_conv2d",
     "int8_depthwise_conv2d",
+    "int8_gate",
     "int8_global_avg_pool2d",
     "int8_matmul",
     "inverted_residual",

@@ -1,4 +1,5 @@
-"""Between floating and int8 tensors: `quantize`, `dequantize`, `quantize_rows`, `int8_add`."""
+"""Between floating and int8 tensors: `quantize`, `dequantize`, `quantize_rows`; int8 ones combined: `int8_add`,
+`int8_gate`."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from kernelpress.ops.backends.cuda import cuda_implementation, data_type
 from kernelpress.ops.backends.kernel import Kernel
 from kernelpress.ops.backends.triton import triton_implementation
 from kernelpress.ops.calls.dispatch import op
-from kernelpress.ops.checks import TensorSpec, check_activation, check_dtype, describe
+from kernelpress.ops.checks import TensorSpec, check_activation, check_dtype, check_image, describe
 from kernelpress.ops.int8_checks import (
     FLOATS,
     check_output,
@@ -29,7 +30,7 @@ from kernelpress.ops.int8_checks import (
 from kernelpress.ops.layout import IMAGES_ANYHOW_OR_ROWS, IMAGES_OR_ROWS, ROWS
 from kernelpress.ops.registry import Problem
 
-__all__ = ["dequantize", "int8_add", "quantize", "quantize_rows"]
+__all__ = ["dequantize", "int8_add", "int8_gate", "quantize", "quantize_rows"]
 
 _INT8 = (torch.int8,)
 
@@ -217,6 +218,69 @@ def int8_add(
 
     With an `output_scale` the result is int8 again, else `output_dtype` (float32 where None). Layout as of `quantize`,
     errors as of `int8_matmul`.
+    """
+
+
+def _gate_shape(options: Any, x: TensorSpec, gate: TensorSpec) -> tuple[int, ...]:
+    check_image(x)
+    check_activation("activation", options.activation)
+    for name in ("input", "gate"):
+        check_scale(f"{name}_scale", getattr(options, f"{name}_scale"))
+        check_zero_point(f"{name}_zero_point", getattr(options, f"{name}_zero_point"))
+    check_output(options)
+    wanted = (*x.shape[:2], 1, 1)
+    if len(gate.shape) != 4 or any(a != b for a, b in zip(gate.shape, wanted, strict=True)):
+        raise ValueError(f"gate: expected {describe(wanted)}, one value per channel of x, got {describe(gate.shape)}")
+    return tuple(x.shape)
+
+
+def _gate_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]:
+    batch, channels, height, width = problem.shape
+    spacings = (spacing["x"], spacing["gate"], spacing["y"])
+    return (batch, height * width, channels, *spacings, int(problem.dtype == torch.int8))
+
+
+def _gate_scalars(problem: Problem) -> tuple[float, ...]:
+    options = problem.options
+    return (
+        *(float(options.input_scale), float(options.input_zero_point)),
+        *(float(options.gate_scale), float(options.gate_zero_point)),
+        *output_scalars(problem),
+    )
+
+
+_GATE_CPU = Kernel("int8_gate", _as_they_come, _gate_sizes, dtypes=_INT8, scalars=_gate_scalars, supports=half_reason)
+
+
+@op(
+    out=IMAGES_OR_ROWS,
+    shape=_gate_shape,
+    reference=reference.int8_gate,
+    dtypes=_add_dtypes,
+    implementations=(cpu_implementation(_GATE_CPU),),
+)
+def int8_gate(
+    x: Tensor,
+    gate: Tensor,
+    *,
+    input_scale: float,
+    gate_scale: float,
+    input_zero_point: int = 0,
+    gate_zero_point: int = 0,
+    activation: str = "identity",
+    output_scale: float | None = None,
+    output_zero_point: int = 0,
+    output_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Product of an int8 image with one int8 value a channel, each of its own scale and zero point, and an activation:
+    the last step of squeeze-and-excitation.
+
+    Args:
+        x: `[N, C, H, W]`; channels_last, or a channel slice of it, is read without a copy.
+        gate: `[N, C, 1, 1]`.
+
+    Results and errors as of `int8_add`.
     """
 
 

@@ -7,7 +7,7 @@ from torch.fx import GraphModule
 from kernelpress.emit.fuse.chains import chains
 from kernelpress.emit.fuse.ghost import ghosts
 from kernelpress.emit.fuse.grouped import grouped_stages, shuffles
-from kernelpress.emit.fuse.int8 import int8_layers, int8_pools, int8_sums, quantizers
+from kernelpress.emit.fuse.int8 import int8_gates, int8_layers, int8_pools, int8_sums, quantizers
 from kernelpress.emit.fuse.match import Match
 from kernelpress.emit.fuse.pools import pools
 from kernelpress.emit.fuse.sparse import sparse_layers
@@ -32,5 +32,6 @@ def find_matches(graph_module: GraphModule) -> list[Match]:
     matches += sparse_layers(graph_module, stages)
     matches += int8_layers(graph_module, stages)
     for node in nodes:
-        matches += [*pools(node), *shuffles(node), *quantizers(node), *int8_sums(node), *int8_pools(node)]
+        matches += [*pools(node), *shuffles(node), *quantizers(node), *int8_sums(node)]
+        matches += [*int8_gates(node), *int8_pools(node)]
     return matches

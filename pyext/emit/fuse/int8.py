@@ -19,7 +19,7 @@ from kernelpress.emit.quantized import Affine, affine_of, dequantized, is_dequan
 from kernelpress.emit.quantized_rows import quantized_rows
 from kernelpress.ops.int8_checks import FLOATS
 
-__all__ = ["int8_layers", "int8_pools", "int8_sums", "quantizers"]
+__all__ = ["int8_gates", "int8_layers", "int8_pools", "int8_sums", "quantizers"]
 
 aten = torch.ops.aten
 
@@ -78,6 +78,26 @@ def int8_sums(node: Node) -> Iterator[Match]:
         "activation": activation or "identity",
     }
     yield Match("int8_add", summed.nodes, summed.output, given | summed.arguments)
+
+
+def int8_gates(node: Node) -> Iterator[Match]:
+    """The product of a dequantized image with a dequantized value a channel that `node` is."""
+    if node.target is not aten.mul.Tensor or value(node).dtype not in FLOATS:
+        return
+    image, gate = sorted(node.args[:2], key=lambda a: (shape(a) or ())[2:] == (1, 1))
+    sizes, x, factor = shape(image) or (), _dequantized(image), _dequantized(gate)
+    if x is None or factor is None or len(sizes) != 4 or shape(gate) != (*sizes[:2], 1, 1) or image is gate:
+        return
+    end = _end(frozenset({node, *node.all_input_nodes}), node)
+    given = {
+        "x": x[0],
+        "input_scale": x[1].scale,
+        "input_zero_point": x[1].zero_point,
+        "gate": factor[0],
+        "gate_scale": factor[1].scale,
+        "gate_zero_point": factor[1].zero_point,
+    }
+    yield Match("int8_gate", end.nodes, end.output, given | end.arguments)
 
 
 def int8_pools(node: Node) -> Iterator[Match]:
