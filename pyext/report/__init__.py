@@ -15,9 +15,10 @@ from kernelpress.report.record import (
     layer_realisations,
     now,
 )
-from kernelpress.report.sweeps import Limits, Reached, SweepReport, Trial, render_sweep
+from kernelpress.report.sweeps import TRIAL_HEADER, Limits, Reached, SweepReport, Trial, render_sweep
 
 __all__ = [
+    "TRIAL_HEADER",
     "Accuracy",
     "Curve",
     "Curves",

@@ -13,7 +13,11 @@ from kernelpress.report.figures import Point, scatter
 from kernelpress.report.html import rendered
 from kernelpress.report.record import Report
 
-__all__ = ["Limits", "Reached", "SweepReport", "Trial", "render_sweep"]
+__all__ = ["TRIAL_HEADER", "Limits", "Reached", "SweepReport", "Trial", "render_sweep"]
+
+TRIAL_HEADER = (
+    "trial", "accuracy", "lost", "latency", "measured", "theoretical", "realisation", "FLOPs", "parameters", "remark",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,24 @@ class Trial:
     reached: Reached | None = None
     failure: str = ""
     """Why it reached nothing, or what it does not reach of what its recipe requires."""
+
+    def cells(self) -> list[str]:
+        """What stands under `TRIAL_HEADER`."""
+        reached, remark = self.reached, " ".join(self.failure.split())
+        if reached is None:
+            return [self.name, *[ABSENT] * (len(TRIAL_HEADER) - 2), remark]
+        return [
+            self.name,
+            f"{reached.accuracy:.2%}",
+            f"{100 * (reached.dense_accuracy - reached.accuracy):.2f}",
+            latency_text(reached.latency_ms),
+            ratio_text(reached.measured),
+            ratio_text(reached.theoretical),
+            ABSENT if reached.realisation is None else f"{reached.realisation:.2f}",
+            count_text(reached.flops),
+            count_text(reached.parameters),
+            remark,
+        ]
 
 
 @dataclass(frozen=True)
@@ -131,29 +153,7 @@ class SweepReport:
 
     def cells(self) -> tuple[list[str], list[list[str]]]:
         """The header and the rows of the table, as text."""
-        header = ["trial", "accuracy", "lost", "latency", "measured", "theoretical", "realisation", "FLOPs"]
-        header += ["parameters", "remark"]
-        rows = []
-        for trial in self.trials:
-            reached = trial.reached
-            if reached is None:
-                rows.append([trial.name, *[ABSENT] * 8, trial.failure])
-                continue
-            rows.append(
-                [
-                    trial.name,
-                    f"{reached.accuracy:.2%}",
-                    f"{100 * (reached.dense_accuracy - reached.accuracy):.2f}",
-                    latency_text(reached.latency_ms),
-                    ratio_text(reached.measured),
-                    ratio_text(reached.theoretical),
-                    ABSENT if reached.realisation is None else f"{reached.realisation:.2f}",
-                    count_text(reached.flops),
-                    count_text(reached.parameters),
-                    trial.failure,
-                ]
-            )
-        return header, rows
+        return list(TRIAL_HEADER), [trial.cells() for trial in self.trials]
 
     def notes(self) -> list[str]:
         """What a reader of the table must know."""
