@@ -14,14 +14,13 @@ import pytest
 pytest.importorskip("pydantic", reason="recipes take pydantic: pip install 'kernelpress[all]'")
 pytest.importorskip("sklearn", reason="the digits are part of scikit-learn: pip install 'kernelpress[all]'")
 
-import kernelpress
 from kernelpress import cli
 from kernelpress.bench import describe_machine
-from kernelpress.press import RecipeError, SweepError, known_passes, load_recipe, press, search, sweep
+from kernelpress.press import RecipeError, SweepError, known_passes, load_recipe, press, search, sweep, sweeps
 from kernelpress.press.options import with_options
 from kernelpress.press.reading import read_recipe
 from kernelpress.press.sections import SweepSection
-from kernelpress.press.sweep import SWEEP_HTML, SWEEP_JSON, Planned, planned
+from kernelpress.press.sweeps import SWEEP_HTML, SWEEP_JSON, Planned, planned
 from kernelpress.report import Limits, Reached, SweepReport, Trial, render_sweep
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -237,7 +236,7 @@ def quick_press(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return SimpleNamespace(comparison=Comparison(), pressed="pressed", points=points)
 
-    monkeypatch.setattr("kernelpress.press.sweep.press", run)
+    monkeypatch.setattr(sweeps, "press", run)
     return done
 
 
@@ -306,11 +305,14 @@ class TestSweep:
 class TestSearch:
     def test_all_cases_are_tried_alike(self, quick_press: list[str], monkeypatch: Any, tmp_path: Path) -> None:
         seen: list[Any] = []
-        run = kernelpress.press.sweep.press  # type: ignore[attr-defined]
-        monkeypatch.setattr(
-            "kernelpress.press.sweep.press", lambda recipe, **kept: (seen.append(recipe), run(recipe, **kept))[1]
-        )
-        monkeypatch.setattr("kernelpress.press.search.shutil.copyfile", lambda *_: None)
+        run = sweeps.press
+
+        def watched(recipe: Any, **options: Any) -> Any:
+            seen.append(recipe)
+            return run(recipe, **options)
+
+        monkeypatch.setattr(sweeps, "press", watched)
+        monkeypatch.setattr("kernelpress.press.searches.shutil.copyfile", lambda *_: None)
         files = [RECIPES / f"{name}.yaml" for name in ("methods", "sparse")]
         made = search("mobilenet_v1", latency_ms=2, recipes=files, epochs=4, threads=1, output=tmp_path)
         names = [trial.name for trial in made.trials]
@@ -328,7 +330,7 @@ class TestSearch:
             assert recipe.require.min_accuracy is None
 
     def test_weights_take_the_place_of_training(self, quick_press: list[str], tmp_path: Path, monkeypatch: Any) -> None:
-        monkeypatch.setattr("kernelpress.press.search.shutil.copyfile", lambda *_: None)
+        monkeypatch.setattr("kernelpress.press.searches.shutil.copyfile", lambda *_: None)
         made = search(
             "resnet20", latency_ms=2, recipes=[RECIPES / "sparse.yaml"], weights=tmp_path / "w.safetensors",
             output=tmp_path / "out", tell=lambda _: None,
@@ -360,7 +362,7 @@ class TestSearch:
         assert "expected a time such as 2ms" in capsys.readouterr().err
 
     def test_recipes_ship(self) -> None:
-        from kernelpress.press.search import shipped_recipes
+        from kernelpress.press.searches import shipped_recipes
 
         try:
             files = shipped_recipes()

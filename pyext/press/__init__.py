@@ -4,9 +4,9 @@ from kernelpress.press.reading import load_recipe
 from kernelpress.press.recipe import Recipe, RecipeError
 from kernelpress.press.registry import Pass, PassContext, known_passes, register
 from kernelpress.press.run import REPORT_HTML, REPORT_JSON, RequirementError, press
-from kernelpress.press.search import search
+from kernelpress.press.searches import search
 from kernelpress.press.sections import Section
-from kernelpress.press.sweep import SweepError, sweep
+from kernelpress.press.sweeps import SweepError, sweep
 
 __all__ = [
     "REPORT_HTML",

@@ -12,7 +12,7 @@ from kernelpress.press.reading import RecipeFile, read_recipe
 from kernelpress.press.recipe import Recipe, RecipeError
 from kernelpress.press.sections import SweepSection
 from kernelpress.press.steps import file_of
-from kernelpress.press.sweep import Planned, planned, report_on, run_trials
+from kernelpress.press.sweeps import Planned, planned, report_on, run_trials
 from kernelpress.report import Limits, SweepReport
 
 __all__ = ["BEST", "search", "shipped_recipes"]
