@@ -225,7 +225,7 @@ def quick_press(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             raise MemoryError("thirteen")
         points = [SimpleNamespace(accuracy=0.95, flops=100, parameters=10)] * 2
         speedup = SimpleNamespace(measured=2.0, theoretical=4.0, realisation=0.5)
-        profile = SimpleNamespace(latency=SimpleNamespace(median=float(recipe.seed)))
+        profile = SimpleNamespace(latency=SimpleNamespace(median=float(max(recipe.seed, 1))))
 
         class Comparison:
             def speedup(self, name: str) -> Any:
@@ -374,6 +374,7 @@ class TestSearch:
 LEAST: dict[str, Any] = {
     "epochs": 2,
     "rounds": 1,
+    "rewind_epoch": 1,
     "seeds": 1,
     "budget_seconds": 0.01,
     "samples": 32,

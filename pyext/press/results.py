@@ -85,12 +85,14 @@ def _model_steps(run: Run) -> list[str]:
 
 def _gains(run: Run, points: tuple[StepPoint, ...], comparison: Comparison) -> tuple[Gain, ...]:
     """Emission of the dense model first, where that was measured; else it counts to the first step that is."""
-    emitted = next((p.latency.median for p in comparison.profiles if p.name == dense_name("emitted")), None)
+    emissions = run.recipe.emissions_before(run.recipe.last_emission())
+    known = {dense_name("emitted"), *(emitted_name(step) for step in emissions if step.before == run.dense)}
+    emitted = min((p.latency.median for p in comparison.profiles if p.name in known), default=None)
     names = ["emission", *_model_steps(run)[1:]]
-    course = [points[0], replace(points[0], latency_ms=emitted), *points[1:]]
-    gains, since, timed = [], list[str](), points[0].latency_ms
     # Without a step since, the pressed model is the dense one as it was emitted.
-    for name, (before, after) in zip(names, pairwise(course), strict=False):
+    course = [points[0], *([replace(points[0], latency_ms=emitted)] if len(names) > 1 else ()), *points[1:]]
+    gains, since, timed = [], list[str](), points[0].latency_ms
+    for name, (before, after) in zip(names, pairwise(course), strict=True):
         since.append(name)
         theoretical = before.promised_flops / after.promised_flops if after.promised_flops else None
         if timed is None or after.latency_ms is None:

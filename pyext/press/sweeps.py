@@ -44,7 +44,7 @@ class Planned:
     def folder(self) -> str:
         """The name of its folder, which depends on nothing but itself."""
         readable = re.sub(r"[^\w.=-]+", "-", self.name).strip("-")[:60]
-        return f"{readable}-{step_key(self.name, self.options)[:8]}"
+        return f"{readable}-{step_key(self.name, repr(self.options))[:8]}"
 
 
 def sweep(

@@ -168,7 +168,7 @@ class SweepReport:
         best = self.best()
         fronts = {name: [trial.name for trial in self.front(cost)] for name, cost, *_ in _COSTS}
         told = {**asdict(self), "best": best and best.name, "fronts": fronts}
-        return json.dumps(told, indent=1, ensure_ascii=False)
+        return json.dumps(told, indent=1, ensure_ascii=False, default=str)
 
 
 _COSTS: tuple[tuple[str, Callable[[Reached], float], float, str], ...] = (
