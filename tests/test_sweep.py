@@ -329,6 +329,18 @@ class TestSearch:
             assert recipe.last_emission().section.threads == 1
             assert recipe.require.min_accuracy is None
 
+    @pytest.mark.parametrize(("latency", "status"), [("2ms", 0), ("0.5ms", 1)])
+    def test_command_keeps_the_best_or_says_that_there_is_none(
+        self, latency: str, status: int, quick_press: list[str], monkeypatch: Any, tmp_path: Path, capsys: Any
+    ) -> None:
+        kept: list[Path] = []
+        monkeypatch.setattr("kernelpress.press.searches.shutil.copyfile", lambda *paths: kept.extend(paths))
+        command = ["search", "resnet20", "--latency", latency, "--recipes", str(RECIPES / "digits.yaml")]
+        assert cli.main([*command, "--output", str(tmp_path)]) == status
+        assert [path.name for path in kept] == ["emit-2.pt2", "best.pt2"][: 2 * (not status)]
+        out = capsys.readouterr().out
+        assert ("best with at most 2.00 ms, at most 1.00% of accuracy lost: digits" in out) == (not status)
+
     def test_weights_take_the_place_of_training(self, quick_press: list[str], tmp_path: Path, monkeypatch: Any) -> None:
         monkeypatch.setattr("kernelpress.press.searches.shutil.copyfile", lambda *_: None)
         made = search(

@@ -102,7 +102,7 @@ class Limits:
         told = [
             f"at most {latency_text(self.max_ms)}" if self.max_ms is not None else "",
             f"accuracy of at least {self.min_accuracy:.2%}" if self.min_accuracy is not None else "",
-            f"at most {100 * self.max_drop:g} points lost" if self.max_drop is not None else "",
+            f"at most {self.max_drop:.2%} of accuracy lost" if self.max_drop is not None else "",
         ]
         return ", ".join(filter(None, told)) or "no limits"
 
