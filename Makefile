@@ -20,10 +20,11 @@ TORCH_INSTALLED := $(TORCH_VENV)/.installed
 # Of zoo: beside .venv, where transformers would find a torchvision whose operations do not load.
 ZOO := build/zoo/.installed
 
-.PHONY: help demo test test-torch test-torch-all lint build resources bench gpu fuzz zoo wheel clean distclean
+.PHONY: help demo methods test test-torch test-torch-all lint build resources bench gpu fuzz zoo wheel clean distclean
 
 help:
 	@echo 'make demo       train, prune, quantize, emit and measure a small CNN on scanned digits; writes results/digits/'
+	@echo 'make methods    every method of compression on two networks; goes on where it was stopped; writes docs/methods.md'
 	@echo 'make test       the tests'
 	@echo 'make test-torch TORCH=2.11.0   the tests that need no GPU, under that torch; test-torch-all: under each that is promised'
 	@echo 'make lint       ruff and mypy'
@@ -38,6 +39,9 @@ help:
 
 demo: build
 	$(BIN)/kernelpress press recipes/digits.yaml --output results/digits
+
+methods: build
+	$(BIN)/python benchmarks/methods.py
 
 # The workers' threads share the cores, so they sleep where they would spin.
 test: build

@@ -1,4 +1,4 @@
-"""Maps the folders to `kernelpress` and `kernelpress.kernels`; `build_native` compiles the native modules."""
+"""Maps the folders to `kernelpress` and packages in it; `build_native` compiles the native modules."""
 
 import sys
 from pathlib import Path
@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT))
 
 from build_native import BuildNative, native_modules  # noqa: E402
 
-FOLDERS = {"kernelpress": "pyext", "kernelpress.kernels": "kernels"}
+FOLDERS = {"kernelpress": "pyext", "kernelpress.kernels": "kernels", "kernelpress.recipes": "recipes"}
 
 setup(
     package_dir=FOLDERS,

@@ -6,7 +6,7 @@ import json
 import statistics
 import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,16 @@ from kernelpress.bench import Roofline, describe_machine
 from kernelpress.bench.contest import OURS, OURS_DENSE, OURS_FLOAT
 from kernelpress.bench.tables import Cells, layer_cells, markdown, number_text
 from kernelpress.files import write_atomically
+from kernelpress.files.plain import from_plain
 from kernelpress.measure.units import ABSENT, ratio_text
+from kernelpress.report import TRIAL_HEADER, Trial
 
 __all__ = [
     "RESULTS",
+    "Method",
     "load_all",
     "mean_and_spread",
+    "method_cells",
     "model_cells",
     "save",
     "sparsity_cells",
@@ -135,6 +139,7 @@ _TITLES: Mapping[str, str] = {
     "sparsity": "Layers by the share of zeros, float32",
     "overhead": "Overhead of a call on the CPU",
     "distill": "What losses of distillation gain",
+    "methods": "Methods of compression, each alone and combined",
 }
 
 
@@ -267,6 +272,20 @@ def _gain_table(payload: Mapping[str, Any]) -> list[str]:
     return [told, "", *markdown((["losses", "seeds", "accuracy, %", "gain, points"], rows))]
 
 
+@dataclass(frozen=True)
+class Method:
+    """What a method of compression reached on a network."""
+
+    network: str
+    trial: Trial
+
+
+def method_cells(results: Sequence[Mapping[str, Any]]) -> Cells:
+    """A row for each network and method, as result files have them."""
+    methods = [from_plain(Method, result, "methods") for result in results]
+    return ["network", *TRIAL_HEADER], [[method.network, *method.trial.cells()] for method in methods]
+
+
 def mean_and_spread(values: Sequence[float]) -> str:
     """Mean ± standard deviation of the values."""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
@@ -281,6 +300,7 @@ _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "overhead": _overhead_table,
     "sparsity": lambda payload: markdown(sparsity_cells(payload["results"])),
     "distill": _gain_table,
+    "methods": lambda payload: markdown(method_cells(payload["results"])),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `press`, `profile`, `compare`, `bench`, `doctor`.
+"""The command line: `press`, `sweep`, `search`, `profile`, `compare`, `bench`, `doctor`.
 
 Exit status: 0 done, 1 the result is not what the recipe requires, 2 the user's mistake (one line, no traceback; set
 `KERNELPRESS_TRACEBACK=1` to see where it rose), 130 interrupted.
@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
+_RESUMED = ("press", "sweep", "search")
 _GPU_BACKENDS = ("cuda", "triton", "cudnn")
 
 
@@ -30,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status: int = options.run(options)
     except KeyboardInterrupt:
-        again = "; the same command goes on from the last finished step" if options.command == "press" else ""
+        again = "; the same command goes on from the last finished step" if options.command in _RESUMED else ""
         print(f"\nkernelpress: interrupted{again}", file=sys.stderr)
         return 130
     except BrokenPipeError:
@@ -54,9 +55,43 @@ def _parser() -> argparse.ArgumentParser:
 
     press = commands.add_parser("press", help="compress, emit, measure, write the report")
     press.add_argument("recipe", type=Path, help="a YAML file; see recipes/")
-    press.add_argument("--output", type=Path, metavar="DIR", help="where to write, instead of the recipe's own folder")
-    press.add_argument("--fresh", action="store_true", help="do every step again, whatever the folder holds")
+    sweep = commands.add_parser("sweep", help="press a recipe with every combination of values that it lists")
+    sweep.add_argument("recipe", type=Path, help="a YAML file with a section sweep; see docs/sweep.md")
+    for command in (press, sweep):
+        command.add_argument(
+            "--output", type=Path, metavar="DIR", help="where to write, instead of the recipe's own folder"
+        )
+        command.add_argument("--fresh", action="store_true", help="do every step again, whatever the folder holds")
+        command.add_argument(
+            "--set",
+            type=_option,
+            action="append",
+            default=[],
+            metavar="PATH=VALUE",
+            help="another value of an option of the recipe, such as steps.0.train.epochs=3",
+        )
     press.set_defaults(run=_press)
+    sweep.add_argument(
+        "--max-ms", type=float, metavar="MS", help="name the most accurate trial of at most this latency"
+    )
+    sweep.add_argument("--min-accuracy", type=float, metavar="SHARE", help="name the fastest of at least this accuracy")
+    sweep.set_defaults(run=_sweep)
+
+    search = commands.add_parser("search", help="press a model by every recipe that ships, keep the fastest")
+    search.add_argument("model", metavar="MODEL", help="a name as recipes have it, such as resnet20 or timm:…")
+    search.add_argument("--latency", type=_milliseconds, required=True, metavar="TIME", help="2ms, 350us: at most")
+    search.add_argument("--max-drop", type=float, default=0.01, help="accuracy that may be lost (default %(default)s)")
+    search.add_argument("--data", default="digits", help="digits, or a folder of images by class (default digits)")
+    search.add_argument("--size", type=_positive, default=32, help="height and width of the images (default 32)")
+    search.add_argument("--weights", type=Path, help="a safetensors file to start from, instead of training")
+    search.add_argument("--epochs", type=_positive, default=10, help="of training without weights (default 10)")
+    search.add_argument("--batch", type=_positive, default=1, help="images per inference (default 1)")
+    search.add_argument("--threads", type=_positive, help="torch's number of threads (default: as it is)")
+    search.add_argument("--recipes", type=Path, nargs="+", metavar="FILE", help="instead of those that ship")
+    search.add_argument(
+        "--output", type=Path, default=Path("results/search"), metavar="DIR", help="default %(default)s"
+    )
+    search.set_defaults(run=_search)
 
     profile = commands.add_parser("profile", help="what a model costs, in real and proxy metrics")
     profile.add_argument(
@@ -117,6 +152,33 @@ def _positive(text: str) -> int:
     return value
 
 
+def _milliseconds(text: str) -> float:
+    number, unit = text.rstrip("µmsu "), text[len(text.rstrip("µmsu ")) :].strip()
+    factor = {"": 1.0, "ms": 1.0, "us": 1e-3, "µs": 1e-3, "s": 1e3}.get(unit)
+    try:
+        value = float(number) * (factor or 0.0)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a time such as 2ms or 350us, got {text!r}")
+    return value
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """A path and its value, as YAML has it."""
+    path, equals, value = text.partition("=")
+    if not path or not equals:
+        raise argparse.ArgumentTypeError(f"expected PATH=VALUE, got {text!r}")
+    try:
+        import yaml
+    except ImportError as error:
+        raise argparse.ArgumentTypeError("takes PyYAML: pip install 'kernelpress[cli]'") from error
+    try:
+        return path, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"expected a value in YAML, got {value!r}") from error
+
+
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
 
@@ -131,12 +193,16 @@ def _console() -> Console:
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
-def _press(options: argparse.Namespace) -> int:
-    console = _console()
+def _press_module() -> Any:
     try:
-        from kernelpress.press import RequirementError, press
+        from kernelpress import press
     except ImportError as error:
         raise ImportError(f"press takes {error.name}: pip install 'kernelpress[all]'") from error
+    return press
+
+
+def _teller(console: Console) -> Callable[[str], None]:
+    """Prints a line with what stands before its colon in bold."""
 
     def tell(line: str) -> None:
         step, colon, rest = line.partition(": ")
@@ -144,12 +210,22 @@ def _press(options: argparse.Namespace) -> int:
         if colon:
             console.print(rest, markup=False, soft_wrap=True)
 
-    failure: RequirementError | None = None
+    return tell
+
+
+def _press(options: argparse.Namespace) -> int:
+    console = _console()
+    module = _press_module()
+    failure = None
     try:
-        report = press(
-            options.recipe, output=options.output, fresh=options.fresh, tell=tell, progress=console.is_terminal
+        report = module.press(
+            module.load_recipe(options.recipe, dict(options.set)),
+            output=options.output,
+            fresh=options.fresh,
+            tell=_teller(console),
+            progress=console.is_terminal,
         )
-    except RequirementError as error:
+    except module.RequirementError as error:
         failure, report = error, error.report
     _print_comparison(console, report.comparison, report.pressed)
     console.print(f"\n[bold]{report.headline()}[/bold] (against {report.comparison.baseline})")
@@ -157,6 +233,55 @@ def _press(options: argparse.Namespace) -> int:
         print(f"kernelpress: the recipe's requirements are not met: {failure}", file=sys.stderr)
         return 1
     return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    console = _console()
+    module = _press_module()
+    from kernelpress.report import Limits
+
+    report = module.sweep(
+        options.recipe,
+        options=dict(options.set),
+        limits=Limits(max_ms=options.max_ms, min_accuracy=options.min_accuracy),
+        output=options.output,
+        fresh=options.fresh,
+        tell=_teller(console),
+        progress=console.is_terminal,
+    )
+    return _print_trials(console, report)
+
+
+def _search(options: argparse.Namespace) -> int:
+    console = _console()
+    report = _press_module().search(
+        options.model,
+        latency_ms=options.latency,
+        max_drop=options.max_drop,
+        data=options.data,
+        image_size=options.size,
+        weights=options.weights,
+        epochs=options.epochs,
+        batch=options.batch,
+        threads=options.threads,
+        recipes=options.recipes,
+        output=options.output,
+        tell=_teller(console),
+        progress=console.is_terminal,
+    )
+    return _print_trials(console, report)
+
+
+def _print_trials(console: Console, report: Any) -> int:
+    """The table of a sweep or search, and its best trial; 1 where none keeps to the limits."""
+    header, rows = report.cells()
+    best = report.best()
+    _print_table(console, header, rows, [trial is best for trial in report.trials])
+    for note in report.notes():
+        console.print(note, style="dim", markup=False)
+    if report.verdict():
+        console.print(f"\n{report.verdict()}", style="bold", markup=False)
+    return 1 if report.verdict() and best is None else 0
 
 
 def _print_comparison(console: Console, comparison: Any, ours: str | None = None) -> None:

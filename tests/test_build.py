@@ -365,7 +365,8 @@ def test_a_wheel_builds_from_the_source_archive_without_torch(tmp_path: Path):
     with zipfile.ZipFile(wheel) as file:
         names = file.namelist()
         file.extractall(unpacked)
-    for expected in ("kernelpress/__init__.py", "kernelpress/py.typed", "kernelpress/kernels/__init__.py"):
+    packages = ("kernelpress/__init__.py", "kernelpress/py.typed", "kernelpress/kernels/__init__.py")
+    for expected in (*packages, "kernelpress/recipes/methods.yaml"):
         assert expected in names
     assert not [name for name in names if name.endswith((".cpp", ".h", ".cu", ".cuh"))]
     check = "import kernelpress; print(kernelpress.__file__)"

@@ -92,14 +92,28 @@ class TestPress:
         pytest.importorskip("pydantic", reason="recipes take pydantic: pip install 'kernelpress[all]'")
         assert "nowhere.yaml: the recipe cannot be read" in refusal(capsys, "press", str(tmp_path / "nowhere.yaml"))
 
-    def test_interruption_tells_how_to_go_on(self, capsys, monkeypatch):
+    def test_options_are_set(self, monkeypatch, request):
+        press = pytest.importorskip("kernelpress.press", reason="press takes kernelpress[all]")
+        seen = []
+
+        def stopped(recipe, **_):
+            seen.append(recipe)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(press, "press", stopped)
+        command = ["press", str(request.config.rootpath / "recipes" / "sparse.yaml"), "--set", "data.image_size=16"]
+        assert cli.main([*command, "--set", "steps.1.prune_weights.sparsity=0.5"]) == 130
+        (recipe,) = seen
+        assert (recipe.data.image_size, recipe.steps[1].section.sparsity) == (16, 0.5)
+
+    def test_interruption_tells_how_to_go_on(self, capsys, monkeypatch, request):
         press = pytest.importorskip("kernelpress.press", reason="press takes kernelpress[all]")
 
         def interrupted(*_, **__):
             raise KeyboardInterrupt
 
         monkeypatch.setattr(press, "press", interrupted)
-        assert cli.main(["press", "recipe.yaml"]) == 130
+        assert cli.main(["press", str(request.config.rootpath / "recipes" / "sparse.yaml")]) == 130
         assert "the same command goes on from the last finished step" in capsys.readouterr().err
 
 

@@ -24,7 +24,8 @@ from kernelpress.measure import Comparison
 from kernelpress.press import RecipeError, RequirementError, load_recipe, press, registry
 from kernelpress.press.folder import RunFolder, step_key
 from kernelpress.press.steps import depends_on
-from kernelpress.report import layer_realisations, render_html
+from kernelpress.report import Gain, layer_realisations, render_html
+from kernelpress.report.bars import waterfall_bars
 
 RECIPE = """
 title: tiny
@@ -427,9 +428,21 @@ class TestReport:
         # Emission may have kept this small model as it was: then there is no place to compare.
         assert page.count("data:image/svg+xml;base64,") == 2
         layers = [layer for layer in finished_run[1].layers if layer.theoretical]
-        assert page.count('<div class="bar ') == len(finished_run[1].comparison.profiles) + len(layers)
+        gains = waterfall_bars(finished_run[1].gains).bars
+        assert page.count('<div class="bar ') == len(finished_run[1].comparison.profiles) + len(layers) + len(gains)
         assert not re.search(r'(?:src|href)="(?!data:)', page)
         assert finished_run[1].headline().split(",")[0] in page
+
+    def test_gains_of_the_steps_come_to_the_whole_speed_up(self, finished_run):
+        report = finished_run[1]
+        speedup = report.comparison.speedup("pressed")
+        emission, pruning, training = report.gains
+        assert (emission.step, pruning.step, training.step) == ("emission", "prune_channels", "finetune")
+        assert emission.theoretical == training.theoretical == 1.0
+        assert pruning.theoretical == pytest.approx(speedup.theoretical, rel=1e-3)
+        assert pruning.measured is None
+        assert training.since == ("prune_channels", "finetune")
+        assert emission.measured * training.measured == pytest.approx(speedup.measured)
 
     def test_json_says_the_same(self, finished_run):
         folder, report = finished_run
@@ -450,6 +463,24 @@ class TestReport:
         )
         ratio = report.comparison.speedup("dense eager").measured
         assert ("slower" in report.headline()) == (ratio < 1)
+
+    def test_bars_of_a_waterfall_begin_where_those_before_ended(self):
+        gains = (
+            Gain("emission", 1.0, 2.0, ("emission",)),
+            Gain("prune", 4.0, None, ()),
+            Gain("finetune", 1.0, 0.5, ("prune", "finetune")),
+            Gain("quantize", 2.0, 4.0, ("quantize",)),
+        )
+        scale = waterfall_bars(gains)
+        bars = {bar.name: (round(bar.start, 2), round(bar.length, 2), bar.label, bar.tone) for bar in scale.bars}
+        step = round(100 / 4, 2)  # from ½ to 8
+        assert bars == {
+            "emission, measured": (step, step, "2.00×", "ours"),
+            "prune, in theory": (step, 2 * step, "4.00×", ""),
+            "prune + finetune, measured": (step, step, "0.50×", "loss"),
+            "quantize, in theory": (3 * step, step, "2.00×", ""),
+            "quantize, measured": (step, 2 * step, "4.00×", "ours"),
+        }
 
     def place(self, modules, flops, milliseconds, original_ms):
         candidates = (CandidateRecord("aten[contiguous]", original_ms, 0.0), CandidateRecord("x", 0.1, 0.0))

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["Cells", "console_table", "layer_cells", "markdown", "number_text"]
 
 _TEXT = frozenset({"all peers, ms", "backend", "best peer", "layer", "model", "network", "path", "recorded"})
-_TEXT |= {"family", "instructions", "kernel", "of", "runtime", "settings"}
+_TEXT |= {"family", "instructions", "kernel", "of", "remark", "runtime", "settings", "trial"}
 """Columns that are aligned to the left."""
 
 _WRAPPED = frozenset({"best peer", "network", "settings"})

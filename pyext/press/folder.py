@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,6 +64,15 @@ class RunFolder:
         record = StepRecord(key, dict(results), digests, seconds)
         self.write(f"steps/{step}.json", seal(_KIND, _FORMAT, asdict(record)))
         return record
+
+    def take(self, step: str, key: str, other: RunFolder) -> StepRecord | None:
+        """A step that the run of another folder has finished under the same key, here too; None where it has not."""
+        record = other.finished(step, key)
+        if not isinstance(record, StepRecord):
+            return None
+        for name in record.files:
+            shutil.copyfile(other.path / name, self.path / name)
+        return self.finish(step, key, record.results, tuple(record.files), record.seconds)
 
     def forget(self, step: str) -> None:
         """Drop the record of a step, so that it is run again."""

@@ -1,9 +1,10 @@
-"""`load_recipe`: a YAML file becomes a checked recipe, or an error that names file, line and key."""
+"""A YAML file becomes a checked recipe, or an error that names file, line and key."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,20 +12,44 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from kernelpress.files.plain import did_you_mean
+from kernelpress.press.options import with_options
 from kernelpress.press.recipe import Recipe, RecipeError, recipe_class
 
-__all__ = ["load_recipe"]
+__all__ = ["RecipeFile", "load_recipe", "read_recipe"]
 
 LARGEST = 1 << 18
 """Bytes of a recipe file."""
 MOST_VALUES, LONGEST_VALUE = 10_000, 4_000
 
 
-def load_recipe(path: str | os.PathLike[str]) -> Recipe:
-    """Read and check a recipe.
+@dataclass(frozen=True)
+class RecipeFile:
+    """What a recipe's file says, and on which line each key stands."""
 
-    Raises `RecipeError` for a file that is missing or is no YAML, an unknown or duplicate key, a value not allowed.
+    path: Path
+    raw: Mapping[str, Any]
+    lines: Mapping[tuple[str | int, ...], int] = field(repr=False)
+
+    def checked(self, raw: Mapping[str, Any] | None = None) -> Recipe:
+        """The recipe, or that of `raw`, which began as this one. Raises `RecipeError` as `load_recipe` does."""
+        try:
+            return recipe_class().model_validate(self.raw if raw is None else raw)
+        except ValidationError as error:
+            told = "\n".join(_explain(detail, self.lines, self.path) for detail in error.errors())
+            raise RecipeError(told) from error
+
+
+def load_recipe(path: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> Recipe:
+    """Read and check a recipe, in which `options` by their dotted paths, such as `steps.0.train.epochs`, are changed.
+
+    Raises `RecipeError` for a file that is missing or is no YAML, an unknown or duplicate key, a value not allowed, a
+    path that leads nowhere.
     """
+    return read_recipe(path, options).checked()
+
+
+def read_recipe(path: str | os.PathLike[str], options: Mapping[str, Any] | None = None) -> RecipeFile:
+    """As `load_recipe`, before its keys and values are checked."""
     file = Path(path)
     try:
         with file.open("rb") as stream:
@@ -54,11 +79,7 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         raise RecipeError(
             f"{file}: expected a mapping with the keys {', '.join(recipe_class().model_fields)}, got {kind}"
         )
-    lines = _lines(node, file)
-    try:
-        return recipe_class().model_validate(raw)
-    except ValidationError as error:
-        raise RecipeError("\n".join(_explain(detail, lines, file) for detail in error.errors())) from error
+    return RecipeFile(file, with_options(raw, options or {}), _lines(node, file))
 
 
 def _check_size(node: yaml.Node | None, file: Path) -> None:

@@ -21,10 +21,14 @@ from kernelpress.press.sections import (
     ModelSection,
     RequireSection,
     Section,
+    SweepSection,
     TrainSection,
 )
 
-__all__ = ["Recipe", "RecipeError", "RunStep", "Step", "recipe_class"]
+__all__ = ["SHORT_FORMS", "Recipe", "RecipeError", "RunStep", "Step", "recipe_class"]
+
+SHORT_FORMS = {"data": "source", "model": "name"}
+"""`data: digits` and `model: resnet20` stand for mappings with these keys."""
 
 
 class RecipeError(ValueError):
@@ -94,16 +98,15 @@ class Recipe(Section):
     emit: EmitSection = EmitSection()
     measure: MeasureSection = MeasureSection()
     require: RequireSection = RequireSection()
+    sweep: SweepSection | None = None
     output: Path = Path("results/press")
 
     @model_validator(mode="before")
     @classmethod
     def _short_forms(cls, raw: Any) -> Any:
-        """`data: digits` and `model: resnet20` stand for their mappings."""
         if not isinstance(raw, dict):
             return raw
-        forms = {"data": "source", "model": "name"}
-        return {**raw, **{key: {forms[key]: raw[key]} for key in forms if isinstance(raw.get(key), str)}}
+        return {**raw, **{key: {form: raw[key]} for key, form in SHORT_FORMS.items() if isinstance(raw.get(key), str)}}
 
     @model_validator(mode="after")
     def _is_a_run(self) -> Recipe:
@@ -165,7 +168,7 @@ class Recipe(Section):
 
     def plain(self) -> dict[str, Any]:
         """The recipe as plain values, its steps as a list."""
-        values = self.model_dump(mode="json", exclude_none=True, exclude={"steps", "compress", *OWN_STEPS})
+        values = self.model_dump(mode="json", exclude_none=True, exclude={"steps", "compress", "sweep", *OWN_STEPS})
         steps = [{s.name: s.section.model_dump(mode="json", exclude_none=True)} for s in self.run_steps()[1:]]
         return {**values, "steps": steps}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ from kernelpress.files.plain import from_plain
 from kernelpress.measure import Comparison
 from kernelpress.press.recipe import Recipe
 from kernelpress.press.registry import known_passes
-from kernelpress.press.steps import PRODUCT, Run, emitted_name
+from kernelpress.press.steps import PRODUCT, Run, dense_name, emitted_name
 from kernelpress.report import (
+    Gain,
     LayerRealisation,
     Reading,
     Report,
@@ -49,6 +52,7 @@ def report_of(run: Run) -> Report:
         comparison=comparison,
         pressed=PRODUCT,
         points=points,
+        gains=_gains(run, points, comparison),
         passes=_readings(run, results),
         layers=_layers(results[run.dense]["layers"], results[last.before]["passes"], measured, emission),
         emission=emission,
@@ -62,16 +66,41 @@ def _points(
     run: Run, results: Mapping[str, dict[str, Any]], comparison: Comparison, accuracy: float
 ) -> tuple[StepPoint, ...]:
     """The dense model, the model after each pass and each training since, of which the last as it runs."""
-    ids = [step.id for step in run.steps if step.changes_model]
     base, product = comparison[comparison.baseline].latency.median, comparison[PRODUCT].latency.median
     earlier = run.recipe.emissions_before(run.recipe.last_emission())
     times = {step.before: comparison[emitted_name(step)].latency.median for step in earlier}
-    dense, *later = ids[ids.index(run.dense) :]
+    dense, *later = _model_steps(run)
     return (
         _point("dense", results[dense], base),
         *(_point(id, results[id], times.get(id)) for id in later[:-1]),
-        _point(PRODUCT, {**results[ids[-1]], "accuracy": accuracy}, product),
+        _point(PRODUCT, {**results[later[-1] if later else dense], "accuracy": accuracy}, product),
     )
+
+
+def _model_steps(run: Run) -> list[str]:
+    """The step that left the dense model, and all since that left another."""
+    ids = [step.id for step in run.steps if step.changes_model]
+    return ids[ids.index(run.dense) :]
+
+
+def _gains(run: Run, points: tuple[StepPoint, ...], comparison: Comparison) -> tuple[Gain, ...]:
+    """Emission of the dense model first, where that was measured; else it counts to the first step that is."""
+    emissions = run.recipe.emissions_before(run.recipe.last_emission())
+    known = {dense_name("emitted"), *(emitted_name(step) for step in emissions if step.before == run.dense)}
+    emitted = min((p.latency.median for p in comparison.profiles if p.name in known), default=None)
+    names = ["emission", *_model_steps(run)[1:]]
+    # Without a step since, the pressed model is the dense one as it was emitted.
+    course = [points[0], *([replace(points[0], latency_ms=emitted)] if len(names) > 1 else ()), *points[1:]]
+    gains, since, timed = [], list[str](), points[0].latency_ms
+    for name, (before, after) in zip(names, pairwise(course), strict=True):
+        since.append(name)
+        theoretical = before.promised_flops / after.promised_flops if after.promised_flops else None
+        if timed is None or after.latency_ms is None:
+            gains.append(Gain(name, theoretical, None, ()))
+            continue
+        gains.append(Gain(name, theoretical, timed / after.latency_ms, tuple(since)))
+        since, timed = [], after.latency_ms
+    return tuple(gains)
 
 
 def _point(name: str, result: dict[str, Any], latency_ms: float | None) -> StepPoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import kernelpress
@@ -33,13 +33,15 @@ def press(
     *,
     output: str | Path | None = None,
     fresh: bool = False,
+    shared: Iterable[str | Path] = (),
     tell: Callable[[str], None] = print,
     progress: bool = True,
 ) -> Report:
     """Run the steps of a recipe and write the report of its last measurement, into `output` (by default the recipe's).
 
     Every step is kept in that folder under a key of all it depends on: a later run goes on where this one stopped and
-    tells what it skipped. `fresh` forgets what is there. `tell` gets a line per event, `progress` allows bars.
+    tells what it skipped. `fresh` forgets what is there. Steps that the runs of the folders `shared` finished alike
+    are taken from there. `tell` gets a line per event, `progress` allows bars.
 
     Raises `RecipeError` for a bad recipe, `ValueError`, `OSError` and `ImportError` for bad data, models or folders,
     and `RequirementError`, once the report is written, where the result is not what the recipe requires.
@@ -48,12 +50,13 @@ def press(
     folder = RunFolder(Path(recipe.output if output is None else output))
     folder.create()
     run = Run(recipe, folder, tell, progress)
+    others = tuple(RunFolder(Path(other)) for other in shared)
     key = step_key(kernelpress.__version__)
     for step in run.steps:
         if fresh:
             folder.forget(step.id)
         key = step_key(key, depends_on(step, recipe))
-        run.records[step.id] = _finished(run, step, key)
+        run.records[step.id] = _finished(run, step, key, others)
         # What later steps read are the files, not the settings that led to them.
         key = step_key(key, run.records[step.id].files)
     try:
@@ -72,12 +75,16 @@ def press(
     return report
 
 
-def _finished(run: Run, step: RunStep, key: str) -> StepRecord:
-    """Take the step from the folder where what lies there is still valid, else do its work and keep it there."""
+def _finished(run: Run, step: RunStep, key: str, others: tuple[RunFolder, ...]) -> StepRecord:
+    """Take the step from the folder, or from others, where what lies there is valid, else do its work and keep it."""
     record = run.folder.finished(step.id, key)
     if isinstance(record, StepRecord):
         run.tell(f"{step.id}: skipped, finished before ({record.seconds:.1f} s)")
         return record
+    for other in others:
+        if taken := run.folder.take(step.id, key, other):
+            run.tell(f"{step.id}: skipped, finished in {other.path} ({taken.seconds:.1f} s)")
+            return taken
     run.tell(f"{step.id}: again, because {record}" if record else f"{step.id}: started")
     start = time.perf_counter()
     results, file = do(run, step, key), file_of(step)

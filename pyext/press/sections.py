@@ -15,8 +15,10 @@ __all__ = [
     "EmitSection",
     "MeasureSection",
     "ModelSection",
+    "RangeSection",
     "RequireSection",
     "Section",
+    "SweepSection",
     "TrainSection",
 ]
 
@@ -113,6 +115,44 @@ class RequireSection(Section):
     """Lower latency than the dense model's fastest way in PyTorch; a number asks for at least that speed-up."""
     faster_than_emitted: Annotated[float, Field(gt=0)] | None = None
     """At least this speed-up over what the emit step before the last one emitted, of the model as it was then."""
+
+
+class RangeSection(Section):
+    """Numbers to draw from: integers where both ends are."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    """Whether each factor is as likely as any other, not each difference."""
+
+    @model_validator(mode="after")
+    def _is_range(self) -> RangeSection:
+        if not self.low < self.high or (self.log and self.low <= 0):
+            wanted = "0 < low < high" if self.log else "low < high"
+            raise ValueError(f"expected {wanted}, got {self.low} and {self.high}")
+        return self
+
+
+class SweepSection(Section):
+    """What `kernelpress sweep` changes of the recipe: options by their dotted paths."""
+
+    cases: dict[str, dict[str, Any]] = {}
+    """Sets of options that change together, by name."""
+    options: dict[str, tuple[Any, ...] | RangeSection] = {}
+    """Values of each option; every combination is tried, in every case."""
+    trials: Annotated[int, Field(ge=1)] | None = None
+    """So many combinations, drawn by the recipe's seed, instead of all."""
+
+    @model_validator(mode="after")
+    def _has_trials(self) -> SweepSection:
+        if not self.cases and not self.options:
+            raise ValueError("expected cases or options, got neither")
+        if empty := [path for path, values in self.options.items() if values == ()]:
+            raise ValueError(f"options: expected at least one value of {', '.join(empty)}, got none")
+        ranges = [path for path, values in self.options.items() if isinstance(values, RangeSection)]
+        if ranges and self.trials is None:
+            raise ValueError(f"trials: expected how many to draw from the range of {', '.join(ranges)}, got none")
+        return self
 
 
 START = "start"

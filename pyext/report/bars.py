@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kernelpress.measure import Comparison
 from kernelpress.measure.units import latency_text, ratio_text
-from kernelpress.report.record import LayerRealisation
+from kernelpress.report.record import Gain, LayerRealisation
 
-__all__ = ["Bar", "Scale", "latency_bars", "realisation_bars"]
+__all__ = ["Bar", "Scale", "latency_bars", "realisation_bars", "waterfall_bars"]
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,7 @@ def latency_bars(comparison: Comparison, pressed: str) -> Scale:
 def realisation_bars(layers: Sequence[LayerRealisation]) -> Scale:
     """A bar per layer from 1 to the measured speed-up, with the theoretical one as its mark, on a logarithmic track."""
     shown = [(layer, theory) for layer in layers if (theory := layer.theoretical) is not None]
-    logs = [math.log2(value) for layer, theory in shown for value in (layer.measured, theory)]
-    low, high = math.floor(min([-0.5, *logs])), math.ceil(max([0.5, *logs]))
-
-    def place(ratio: float) -> float:
-        return 100 * (math.log2(ratio) - low) / (high - low)
-
+    place, ticks = _ratio_track([value for layer, theory in shown for value in (layer.measured, theory)])
     return Scale(
         tuple(
             Bar(
@@ -77,6 +72,42 @@ def realisation_bars(layers: Sequence[LayerRealisation]) -> Scale:
             )
             for layer, theory in shown
         ),
-        tuple((f"{2.0**power:g}×", place(2.0**power)) for power in range(low, high + 1)),
+        ticks,
         place(1.0),
     )
+
+
+def waterfall_bars(gains: Sequence[Gain]) -> Scale:
+    """A bar for what each step promises and one for what was measured of it, from what the steps before came to on, on
+    a logarithmic track; steps that do neither have none."""
+    rows, promised, reached = list[tuple[str, float, float, str]](), 1.0, 1.0
+    for gain in gains:
+        theory = gain.theoretical
+        if theory is not None and not math.isclose(theory, 1.0, rel_tol=1e-3):
+            rows.append((f"{gain.step}, in theory", promised, promised * theory, ""))
+            promised *= theory
+        if gain.measured is not None:
+            tone = "ours" if gain.measured >= 1 else "loss"
+            rows.append((f"{' + '.join(gain.since)}, measured", reached, reached * gain.measured, tone))
+            reached *= gain.measured
+    place, ticks = _ratio_track([value for _, before, after, _ in rows for value in (before, after)])
+    return Scale(
+        tuple(
+            Bar(name, ratio_text(after / before), place(min(before, after)), abs(place(after) - place(before)), None,
+                tone=tone)
+            for name, before, after, tone in rows
+        ),
+        ticks,
+        place(1.0),
+    )  # fmt: skip
+
+
+def _ratio_track(ratios: Sequence[float]) -> tuple[Callable[[float], float], tuple[tuple[str, float], ...]]:
+    """Where a ratio stands on a logarithmic track that holds all of these and 1, and its ticks at powers of two."""
+    logs = [math.log2(ratio) for ratio in ratios]
+    low, high = math.floor(min([-0.5, *logs])), math.ceil(max([0.5, *logs]))
+
+    def place(ratio: float) -> float:
+        return 100 * (math.log2(ratio) - low) / (high - low)
+
+    return place, tuple((f"{2.0**power:g}×", place(2.0**power)) for power in range(low, high + 1))

@@ -94,8 +94,8 @@ def curves_figure(figure: Curves) -> str:
         return _as_uri(drawn)
 
 
-def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
-    """Labelled points."""
+def scatter(points: Sequence[Point], x_label: str, y_label: str, *, is_joined: bool = False) -> str:
+    """Labelled points; `is_joined` draws a line through ours."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -108,6 +108,9 @@ def scatter(points: Sequence[Point], x_label: str, y_label: str) -> str:
             axes.annotate(
                 point.label, (point.x, point.y), xytext=(7, 0), textcoords="offset points", fontsize=11, va="center"
             )
+        if is_joined:
+            front = sorted((point.x, point.y) for point in points if point.is_ours)
+            axes.plot(*zip(*front, strict=True), color=ACCENT, linewidth=1)
         axes.margins(y=0.3)
         axes.set_xlim(0, 1.35 * max(point.x for point in points))
         axes.set_xlabel(x_label)

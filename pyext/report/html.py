@@ -7,7 +7,7 @@ from importlib import resources
 from typing import Any
 
 from kernelpress.measure.units import ABSENT, count_text, latency_text, memory_text, ratio_text
-from kernelpress.report.bars import latency_bars, realisation_bars
+from kernelpress.report.bars import latency_bars, realisation_bars, waterfall_bars
 from kernelpress.report.figures import accuracy_figure, curves_figure
 from kernelpress.report.record import Report
 
@@ -40,6 +40,7 @@ def render_html(report: Report) -> str:
         header=[header[column] for column in columns],
         rows=[[(row[column], row[column + 1] if column in _ASIDES else "") for column in columns] for row in rows],
         latencies=latency_bars(comparison, report.pressed),
+        gains=waterfall_bars(report.gains),
         realisations=realisation_bars(report.layers),
         figures={against: accuracy_figure(report.points, against=against) for against in ("latency", "flops")},
         pictures={

@@ -18,6 +18,7 @@ from kernelpress.measure.theory import nearest_layer
 __all__ = [
     "Curve",
     "Curves",
+    "Gain",
     "LayerRealisation",
     "Reading",
     "Report",
@@ -41,6 +42,17 @@ class StepPoint:
     """What of `flops` is left in theory, as `kernelpress.measure.promised_flops` counts."""
     parameters: int
     latency_ms: float | None
+
+
+@dataclass(frozen=True)
+class Gain:
+    """By what a step of the run multiplied the speed-up, in theory and by the clock; None where that is not known."""
+
+    step: str
+    theoretical: float | None
+    measured: float | None
+    since: tuple[str, ...]
+    """The steps that `measured` is about: this one, and those before it behind which nothing was timed."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +140,8 @@ class Report:
     """Which contestant is the product."""
     points: tuple[StepPoint, ...]
     """From the dense model to the pressed one as it runs."""
+    gains: tuple[Gain, ...]
+    """What led from the dense model in PyTorch to the pressed one: emission, and each step since."""
     passes: Mapping[str, Reading]
     """What each pass did, by the id of its step."""
     layers: tuple[LayerRealisation, ...]
@@ -155,6 +169,7 @@ class Report:
             "comparison": self.comparison.to_dict(),
             "pressed": self.pressed,
             "points": [asdict(point) for point in self.points],
+            "gains": [asdict(gain) for gain in self.gains],
             "passes": {step: asdict(reading) for step, reading in self.passes.items()},
             "layers": [
                 {

@@ -1,0 +1,1 @@
+"""Recipes, which ship with the package: `kernelpress search` tries them."""
