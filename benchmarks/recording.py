@@ -130,6 +130,7 @@ _TITLES: Mapping[str, str] = {
     "squeeze_excite": "Squeeze-and-excitation, float32",
     "int8": "int8 kernels",
     "blocks": "Blocks of networks, emitted and captured, float32",
+    "low_rank": "Chains of low rank, emitted and captured, float32",
     "overhead": "Overhead of a call on the CPU",
     "distill": "What losses of distillation gain",
 }

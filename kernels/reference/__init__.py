@@ -13,6 +13,7 @@ from kernelpress.kernels.reference.grouped import channel_shuffle, grouped_conv2
 from kernelpress.kernels.reference.int8 import int8_conv2d, int8_depthwise_conv2d, int8_matmul
 from kernelpress.kernels.reference.int8_pool import int8_global_avg_pool2d
 from kernelpress.kernels.reference.int8_quantize import dequantize, int8_add, int8_epilogue, quantize, quantize_rows
+from kernelpress.kernels.reference.lowrank import lowrank_conv2d, lowrank_linear
 from kernelpress.kernels.reference.separable import (
     depthwise_conv2d,
     inverted_residual,
@@ -42,6 +43,8 @@ __all__ = [
     "int8_matmul",
     "inverted_residual",
     "linear",
+    "lowrank_conv2d",
+    "lowrank_linear",
     "max_pool2d",
     "pointwise_conv2d",
     "quantize",

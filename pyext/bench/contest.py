@@ -20,6 +20,7 @@ __all__ = [
     "KINDS",
     "MODEL_TOLERANCE",
     "OURS",
+    "OURS_DENSE",
     "OURS_FLOAT",
     "PARTIAL",
     "TF32_TOLERANCE",
@@ -39,6 +40,9 @@ __all__ = [
 ]
 
 OURS, UNFUSED, TRITON = "kernelpress", "kernelpress unfused", "kernelpress on Triton"
+
+OURS_DENSE = "kernelpress dense"
+"""The layer whose place a chain of low rank took: no peer, but what realisation is counted from."""
 
 OURS_FLOAT = "kernelpress float32"
 """Of int8: no peer, but what it has to beat."""
@@ -115,6 +119,10 @@ class Row:
     unfused_ratio: float | None = None
     """Time of our own stages one by one ÷ ours; for fused ops."""
     triton_ratio: float | None = None
+    dense_flops: int | None = None
+    """Of the layer whose place a chain of low rank took."""
+    realisation: float | None = None
+    """That layer's time in our own emission ÷ ours, beside the ratio of FLOPs."""
 
 
 def hold(
@@ -189,7 +197,8 @@ def judged(row: Row, ceilings: Ceilings) -> Row:
     if OURS not in times:
         return row
     mine = times.pop(OURS)
-    own = {name: times.pop(name) / mine if name in times else None for name in (UNFUSED, TRITON)}
+    own = {name: times.pop(name) / mine if name in times else None for name in (UNFUSED, TRITON, OURS_DENSE)}
+    gained = own[OURS_DENSE]
     peers = {name: ms for name, ms in times.items() if name != PARTIAL}
     best = min(peers, key=peers.__getitem__, default=None)
     bound = ceilings.bound_ms(row.flops, row.traffic_bytes, row.kind)
@@ -204,6 +213,7 @@ def judged(row: Row, ceilings: Ceilings) -> Row:
         ratio=None if best is None else peers[best] / mine,
         unfused_ratio=own[UNFUSED],
         triton_ratio=own[TRITON],
+        realisation=gained * row.flops / row.dense_flops if gained and row.dense_flops else None,
     )
 
 
