@@ -84,17 +84,13 @@ __global__ void __launch_bounds__(Plan::Core::kThreads)
   }
 }
 
-template <class T>
-bool copies_vectors(const void* address, int64_t stride) {
-  return is_aligned(address) && is_aligned<T>(stride);
-}
-
 // What both launchers come to: `x` are rows or windows.
 template <class T, class Source>
 struct CoreAndLast {
   const Source& x;
   Rows<T> core, last;
   Epilogue<T> epilogue;
+  int64_t channels;  // of a row of x, or of a tap of a window
   const Device& device;
   void* stream;
 
@@ -108,9 +104,10 @@ struct CoreAndLast {
     return launch(lowrank_fused<Plan, Source>, grid, x, core, last, epilogue);
   }
 
-  Status run(int64_t configuration, bool vectors) const {
+  Status run(int64_t configuration) const {
     const bool wide = core.count > kLowrankTiles[0].rank || configuration == 1;
-    const bool aligned = vectors && copies_vectors<T>(core.base, core.depth) && copies_vectors<T>(last.base, last.depth);
+    const bool aligned = is_aligned(x.base) && is_aligned<T>(x.stride) && is_aligned(core.base) && is_aligned<T>(core.depth) &&
+                         is_aligned(last.base) && is_aligned<T>(last.depth) && is_aligned<T>(channels);
     Status status{0, "lowrank_fused", kLowrankTiles[wide].name};
     if (wide) status.code = aligned ? run<128, 16>() : run<128, sizeof(T)>();
     else status.code = aligned ? run<64, 16>() : run<64, sizeof(T)>();
@@ -126,9 +123,10 @@ Status run_linear(const LowrankLinearArgs& a, const Device& device, void* stream
       {static_cast<const T*>(a.first_weight), a.c_in, a.rank, a.c_in},
       {static_cast<const T*>(a.last_weight), a.rank, a.c_out, a.rank},
       make_epilogue<T>(nullptr, a.bias, a.residual, a.y, a.residual_stride, a.y_stride, a.c_out, a.activation),
+      a.c_in,
       device,
       stream};
-  return products.run(a.configuration, copies_vectors<T>(a.x, a.x_stride));
+  return products.run(a.configuration);
 }
 
 Status run_first(const LowrankConv2dArgs& a, const Device& device, void* stream) {
@@ -165,9 +163,10 @@ Status run_conv2d(const LowrankConv2dArgs& a, const Device& device, void* stream
       {static_cast<const T*>(a.core_weight), depth, a.rank_out, depth},
       {static_cast<const T*>(a.last_weight), a.rank_out, a.c_out, a.rank_out},
       make_epilogue<T>(nullptr, a.bias, a.residual, a.y, a.residual_stride, a.y_stride, a.c_out, a.activation),
+      a.rank_in,
       device,
       stream};
-  return products.run(a.configuration, copies_vectors<T>(a.workspace, a.rank_in));
+  return products.run(a.configuration);
 }
 
 }  // namespace

@@ -266,7 +266,7 @@ def _configurations(
         tile_pixels, tile_channels, *_ = configuration.tile
         channel_tiles = cdiv(c_out, tile_channels)
         waves = cdiv(cdiv(pixels, tile_pixels) * channel_tiles, device.multiprocessors)
-        return waves * tile_pixels * (c_in * rank + rank * tile_channels)
+        return waves * (tile_pixels + 32) * (c_in + tile_channels + 32)
 
     return tuple(sorted(found, key=cost))
 
@@ -309,4 +309,4 @@ def lowrank_linear_configurations(
     """What `lowrank_linear` may run in, the best guess first."""
     rank, c_in = first_weight.shape
     rows = max(1, math.prod(x.shape) // c_in)
-    return _configurations(device, rows, len(last_weight), rank, c_in, x.dtype.itemsize, allow_tf32)
+    return _configurations(device, rows, last_weight.shape[0], rank, c_in, x.dtype.itemsize, allow_tf32)
