@@ -66,17 +66,15 @@ def low_rank(batch: int = 1) -> tuple[Block, ...]:
 
     def convolution(network: str, size: int, c: int, rank: int, method: str = "tucker2", kernel: int = 3) -> Block:
         window: dict[str, Any] = {"padding": kernel // 2}
-        return Block(
-            *(network, functools.partial(LowRankConv2d, c, c, kernel, rank, method=method, **window)),
-            *((batch, c, size, size), f"{size}×{size} {c} {kernel}×{kernel}, {method} {rank}", LOW_RANK),
-            functools.partial(nn.Conv2d, c, c, kernel, **window),
-        )
+        make = functools.partial(LowRankConv2d, c, c, kernel, rank, method=method, **window)
+        label = f"{size}×{size} {c} {kernel}×{kernel}, {method} {rank}"
+        dense = functools.partial(nn.Conv2d, c, c, kernel, **window)
+        return Block(network, make, (batch, c, size, size), label, LOW_RANK, dense)
 
     def product(network: str, inputs: int, outputs: int, rank: int) -> Block:
-        return Block(
-            *(network, functools.partial(LowRankLinear, inputs, outputs, rank), (batch, inputs)),
-            *(f"{inputs}→{outputs}, svd {rank}", LOW_RANK, functools.partial(nn.Linear, inputs, outputs)),
-        )
+        make = functools.partial(LowRankLinear, inputs, outputs, rank)
+        label, dense = f"{inputs}→{outputs}, svd {rank}", functools.partial(nn.Linear, inputs, outputs)
+        return Block(network, make, (batch, inputs), label, LOW_RANK, dense)
 
     return (
         *(convolution("ResNet-18", *shape) for shape in networks.LOW_RANK_TUCKER),

@@ -95,18 +95,19 @@ class LowRankConv2d(_Chain):
         if method not in _PLACES:
             raise ValueError(f"method: expected one of {', '.join(map(repr, _PLACES))}, got {method!r}")
         self.method = method
-        window = [_pair(sizes) for sizes in (kernel_size, stride, padding, dilation)]
-        inner, outer = _ranks(method, rank, in_channels, out_channels, window[0])
-        form: Any = {"device": device, "dtype": dtype}
-        self.first = nn.Conv2d(in_channels, inner, 1, bias=False, **form)
+        kernel = _pair(kernel_size)
+        inner, outer = _ranks(method, rank, in_channels, out_channels, kernel)
+        window = (kernel, _pair(stride), _pair(padding), _pair(dilation))
+        form: Any = {"bias": False, "device": device, "dtype": dtype}
+        self.first = nn.Conv2d(in_channels, inner, 1, **form)
         if method == "tucker2":
-            self.core = nn.Conv2d(inner, outer, *window, bias=False, **form)
+            self.core = nn.Conv2d(inner, outer, **_named(window), **form)
         else:
-            rows = [(size, idle) for (size, _), idle in zip(window, _IDLE, strict=True)]
-            columns = [(idle, size) for (_, size), idle in zip(window, _IDLE, strict=True)]
-            self.rows = nn.Conv2d(inner, inner, *rows, groups=inner, bias=False, **form)
-            self.columns = nn.Conv2d(inner, inner, *columns, groups=inner, bias=False, **form)
-        self.last = nn.Conv2d(outer, out_channels, 1, bias=bias, **form)
+            rows = tuple((size, idle) for (size, _), idle in zip(window, _IDLE, strict=True))
+            columns = tuple((idle, size) for (_, size), idle in zip(window, _IDLE, strict=True))
+            self.rows = nn.Conv2d(inner, inner, **_named(rows), groups=inner, **form)
+            self.columns = nn.Conv2d(inner, inner, **_named(columns), groups=inner, **form)
+        self.last = nn.Conv2d(outer, out_channels, 1, **form | {"bias": bias})
 
     @classmethod
     def from_dense(cls, chain: nn.Sequential, *, activation: str = "identity") -> LowRankConv2d:
@@ -143,8 +144,9 @@ class LowRankConv2d(_Chain):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if not self._is_one_op(x, residual):
             return self._one_by_one(x, residual)
-        (_, stride, padding, dilation), bias = _windows(list(self.children())[1:-1]), self.last.bias
-        window: Any = {"stride": stride, "padding": padding, "dilation": dilation, "activation": self.activation}
+        window: Any = {**_named(_windows(list(self.children())[1:-1])), "activation": self.activation}
+        del window["kernel_size"]
+        bias = self.last.bias
         if self.method == "tucker2":
             weights = (self.first.weight, self.core.weight, self.last.weight)
             return ops.lowrank_conv2d(x, *weights, bias, residual, **window)
@@ -197,8 +199,9 @@ class LowRankLinear(_Chain):
         return ops.lowrank_linear(x, *weights, residual, activation=self.activation)
 
 
+_WINDOW = ("kernel_size", "stride", "padding", "dilation")
 _IDLE = (1, 1, 0, 1)
-"""Kernel, stride, padding and dilation of a dimension over which nothing moves."""
+"""Of a dimension over which nothing moves."""
 
 
 def _pair(sizes: IntOrPair) -> _Pair:
@@ -206,9 +209,13 @@ def _pair(sizes: IntOrPair) -> _Pair:
     return height, width
 
 
+def _named(window: Sequence[_Pair]) -> dict[str, Any]:
+    return dict(zip(_WINDOW, window, strict=True))
+
+
 def _windows(core: Sequence[Any]) -> tuple[_Pair, ...]:
     """Kernel, stride, padding and dilation of a core, of both its parts where it has two."""
-    found = [[getattr(part, name) for part in core] for name in ("kernel_size", "stride", "padding", "dilation")]
+    found = [[getattr(part, name) for part in core] for name in _WINDOW]
     return tuple((sizes[0][0], sizes[-1][1]) for sizes in found)
 
 
@@ -220,7 +227,7 @@ def _geometry(part: Any) -> tuple[Any, ...]:
 def _parts(chain: nn.Module, kind: type[nn.Module], counts: tuple[int, ...]) -> list[Any]:
     """The layers of a chain, all of one type, of which the last alone has a bias. Raises `TypeError`, `ValueError`."""
     check_type(chain, nn.Sequential)
-    parts: list[Any] = list(chain)
+    parts: list[Any] = list(chain.children())
     if len(parts) not in counts or any(type(part) is not kind for part in parts):
         wanted = " or ".join(map(str, counts))
         raise ValueError(f"chain: expected {wanted} layers torch.nn.{kind.__name__}, got {chain}")
