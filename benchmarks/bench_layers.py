@@ -1,6 +1,7 @@
-"""Layers of the families with peers on the CPU, and blocks of networks beside the same blocks of stock layers.
+"""Layers of the families with peers on the CPU, and blocks of networks and chains of low rank beside the same of stock
+layers.
 
-pytest benchmarks/bench_layers.py -k "separable or blocks" --threads 2 --inductor --record
+pytest benchmarks/bench_layers.py -k "separable or blocks or low_rank" --threads 2 --inductor --record
 """
 
 from collections.abc import Callable

@@ -15,12 +15,14 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from rich.console import Console
 
 from kernelpress.bench import FAMILIES, Layer, Roofline, Row, layers, measure_roofline, ours, table
-from kernelpress.bench.blocks import BLOCKS, Block, blocks, measure_block
+from kernelpress.bench.blocks import BLOCKS, LOW_RANK, Block, blocks, low_rank, measure_block
 from kernelpress.bench.contest import judged
 from kernelpress.bench.run import measure_layer
 from kernelpress.runtime.clock import threads_set_to
 
 TABLE_WIDTH = 160
+
+_BLOCKS = {BLOCKS: blocks, LOW_RANK: low_rank}
 
 _rows = pytest.StashKey[dict[str, list[Row]]]()
 
@@ -45,8 +47,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Gives a benchmark that takes `layer` those of all families with peers, one that takes `block` all blocks."""
     batch = metafunc.config.getoption("batch")
     if "block" in metafunc.fixturenames:
-        found = blocks(batch)
-        metafunc.parametrize("block", found, ids=[f"{BLOCKS} {it.network} {it.label}" for it in found])
+        found = [block for made in _BLOCKS.values() for block in made(batch)]
+        metafunc.parametrize("block", found, ids=[f"{it.family} {it.network} {it.label}" for it in found])
     if "layer" in metafunc.fixturenames:
         chosen = [layer for family in FAMILIES for layer in layers(family, batch=batch)]
         metafunc.parametrize("layer", chosen, ids=[f"{it.family} {it.network} {it.title}" for it in chosen])
@@ -89,7 +91,7 @@ def bench_block(roofline: Roofline, pytestconfig: pytest.Config) -> Callable[[Bl
     def measure(block: Block) -> Row:
         budget, with_inductor = pytestconfig.getoption("budget"), pytestconfig.getoption("inductor")
         row = measure_block(block, roofline, with_inductor=with_inductor, budget_seconds=budget)
-        pytestconfig.stash[_rows].setdefault(BLOCKS, []).append(row)
+        pytestconfig.stash[_rows].setdefault(block.family, []).append(row)
         return row
 
     return measure
@@ -105,7 +107,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     for family, rows in stashed.items():
         stashed[family] = [judged(row, roofline) for row in rows]
         batch = config.getoption("batch")
-        complete = len(rows) == len(blocks(batch) if family == BLOCKS else layers(family, batch=batch))
+        complete = len(rows) == len(_BLOCKS[family](batch) if family in _BLOCKS else layers(family, batch=batch))
         if config.getoption("record") and complete:
             recording.save(family, stashed[family], config.getoption("results"), roofline=roofline)
 

@@ -137,6 +137,7 @@ _TITLES: Mapping[str, str] = {
     "int8": "int8 kernels",
     "blocks": "Blocks of networks, emitted and captured, float32",
     "sparsity": "Layers by the share of zeros, float32",
+    "low_rank": "Chains of low rank, emitted and captured, float32",
     "overhead": "Overhead of a call on the CPU",
     "distill": "What losses of distillation gain",
     "methods": "Methods of compression, each alone and combined",

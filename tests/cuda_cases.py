@@ -134,6 +134,15 @@ def _ghost(label: str, c: int, primary: int, size: int, cheap: int, **options: A
     )
 
 
+def _tucker(label: str, c: int, rank: int, size: int, kernel: int, stride: int) -> OpCase:
+    shapes = ((rank, c, 1, 1), (rank + 3, rank, kernel, kernel), (c, rank + 3, 1, 1), (c,))
+    return OpCase(
+        *("lowrank", "lowrank_conv2d", label),
+        floating(lambda: [image(2, c, size, size), *weights(*shapes), None]),
+        _window(kernel, stride, activation="relu"),
+    )
+
+
 def _block_csr(matrix: Tensor, block: int) -> list[Tensor]:
     grid = [-(-size // block) for size in matrix.shape]
     mask = torch.rand(*grid) < 0.5
@@ -258,6 +267,12 @@ CASES: tuple[OpCase, ...] = (
     OpCase("grouped", "shuffle_concat", "58 and 58", floating(lambda: [image(2, 58, 7, 9), image(2, 58, 7, 9)])),
     _ghost("3x3", 24, 36, 14, 3),
     _ghost("5x5, ragged", 17, 11, 9, 5, out_channels=21),
+    _tucker("3x3", 48, 16, 14, 3, 1),
+    _tucker("5x5/2, ragged", 21, 6, 9, 5, 2),
+    OpCase(
+        *("lowrank", "lowrank_linear", "ragged"),
+        floating(lambda: [torch.randn(17, 70), *weights((9, 70), (33, 9), (33,)), torch.randn(17, 33)]),
+    ),
     *[_sparse_matmul(block, rows) for block, rows in ((16, 70), (32, 129), (64, 17))],
     *[_sparse_conv(block, kernel, stride) for block, kernel, stride in ((16, 3, 1), (32, 1, 1), (16, 3, 2))],
     *_int8_cases(),

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kernelpress import bench, ops
 from kernelpress.bench import Layer, Roofline, ours, peers
-from kernelpress.bench.blocks import Block, blocks, measure_block
+from kernelpress.bench.blocks import Block, blocks, low_rank, measure_block
 from kernelpress.bench.contest import OURS, TOLERANCE, UNFUSED, expected_of, relative_error
 from kernelpress.bench.int8_peers import SATURATING, signed
 from kernelpress.bench.layers import (
@@ -172,7 +172,7 @@ def test_a_block_is_timed_beside_the_same_of_stock_layers() -> None:
 
 
 def test_blocks_of_networks_take_their_images_and_are_told_apart() -> None:
-    found = blocks(batch=2)
+    found = [*blocks(batch=2), *low_rank(batch=2)]
     assert len({(block.network, block.label) for block in found}) == len(found)
     with torch.device("meta"):
         for block in found:

@@ -49,6 +49,7 @@ INSTRUCTIONS: dict[str, set[str]] = {
     "int8": TENSOR_INT8 | PIPELINE,
     "int8_conv": TENSOR_INT8 | PIPELINE,
     "int8_quantize": GLOBAL_16,
+    "lowrank": TENSOR_FLOAT | PIPELINE,
     "separable": TENSOR_FLOAT | PIPELINE,
     "separable_inverted": TENSOR_FLOAT | PIPELINE,
     "sparse": TENSOR_FLOAT | TENSOR_INT8 | PIPELINE,

@@ -92,6 +92,19 @@ def _examples(dtype: torch.dtype) -> dict[str, tuple[tuple[Tensor, ...], dict[st
             },
             (2 * 2 * 2) * (4 * 3 * 6 + 7 * 15),
         ),
+        "lowrank_conv2d": (
+            (
+                *(draw(2, 4, 4, 5), draw(3, 4, 1, 1), draw(2, 3, 3, 3), draw(6, 2, 1, 1), draw(6)),
+                draw(2, 6, 2, 3),
+            ),
+            {"stride": [2, 2], "activation": "silu", **padded},
+            2 * (20 * 12 + 6 * (54 + 12)),
+        ),
+        "lowrank_linear": (
+            (draw(2, 3, 4), draw(2, 4), draw(5, 2), draw(5), draw(2, 3, 5)),
+            {"activation": "gelu"},
+            6 * (8 + 10),
+        ),
         "squeeze_excite": (
             (draw(2, 6, 4, 5), draw(3, 6, 1, 1), draw(3), draw(5, 3, 1, 1), draw(5)),
             {"reduce_activation": "silu", "activation": "hardsigmoid"},

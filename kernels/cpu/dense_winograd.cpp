@@ -178,7 +178,7 @@ struct Winograd {
   void run() const {
     const int64_t tiles = args.batch * down * across, panels = ceil_div(args.c_out, kPanel);
     const int64_t fitting = maximum(kLeastTiles, minimum(kBlockFloats / (kPositions * depth), kMostTiles));
-    over_grid(split_work(tiles, kPositions * args.c_in, panels, kInputCost), tiles, panels,
+    over_grid(split_work(tiles, kPositions * args.c_in, panels, kInputCost, 0, args.c_out), tiles, panels,
               [&](int64_t begin, int64_t end, int64_t first_panel, int64_t last_panel) {
                 const int64_t count = end - begin, blocks = ceil_div(count, fitting);
                 for (int64_t i = 0; i < blocks; ++i) {

@@ -13,8 +13,8 @@ struct Split {
 
 // Least time of the slowest thread, in units of one row's FMAs with one panel: its share of them, the weights that it streams from
 // the outer cache, and `row_cost` for what must be made of each of its rows first. Where rows are divided, each part computes
-// `shared_rows` of its neighbours' too.
-inline Split split_work(int64_t rows, int64_t depth, int64_t panels, double row_cost = 0, int64_t shared_rows = 0) {
+// `shared_rows` of its neighbours' too. `columns` of all panels, where the last one may be half empty.
+inline Split split_work(int64_t rows, int64_t depth, int64_t panels, double row_cost = 0, int64_t shared_rows = 0, int64_t columns = 0) {
   constexpr double kStreamCost = 12;
   constexpr int64_t kInnerCacheBytes = 256 * 1024;
   const int64_t threads = thread_count(), weight_bytes = depth * panels * kPanel * static_cast<int64_t>(sizeof(float));
@@ -24,7 +24,8 @@ inline Split split_work(int64_t rows, int64_t depth, int64_t panels, double row_
   for (int64_t panel_parts = 1; panel_parts <= minimum(threads, panels); ++panel_parts) {
     const int64_t row_parts = minimum(threads / panel_parts, rows);
     const double my_rows = static_cast<double>(ceil_div(rows, row_parts) + (row_parts > 1 ? shared_rows : 0));
-    const double my_panels = static_cast<double>(ceil_div(panels, panel_parts));
+    const double my_panels = panel_parts == 1 && columns ? static_cast<double>(ceil_div(columns, kLanes)) / 2
+                                                         : static_cast<double>(ceil_div(panels, panel_parts));
     const double cost = my_panels * (my_rows + stream) + row_cost * my_rows;
     if (panel_parts == 1 || cost < best_cost) best = {row_parts, panel_parts}, best_cost = cost;
   }

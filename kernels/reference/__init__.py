@@ -20,6 +20,7 @@ from kernelpress.kernels.reference.int8_quantize import (
     quantize,
     quantize_rows,
 )
+from kernelpress.kernels.reference.lowrank import lowrank_conv2d, lowrank_linear
 from kernelpress.kernels.reference.separable import (
     depthwise_conv2d,
     inverted_residual,
@@ -50,6 +51,8 @@ __all__ = [
     "int8_matmul",
     "inverted_residual",
     "linear",
+    "lowrank_conv2d",
+    "lowrank_linear",
     "max_pool2d",
     "pointwise_conv2d",
     "quantize",

@@ -42,7 +42,7 @@ __all__ = [
 OURS, UNFUSED, TRITON = "kernelpress", "kernelpress unfused", "kernelpress on Triton"
 
 OURS_FLOAT, OURS_DENSE = "kernelpress float32", "kernelpress dense"
-"""Of int8, and of zeros left out: no peers, but what these have to beat."""
+"""Of int8, and of zeros left out or a chain of low rank: no peers, but what these have to beat."""
 
 PARTIAL = "_int_mm alone"
 """A peer that computes something less, and so is never the best."""
@@ -116,6 +116,10 @@ class Row:
     unfused_ratio: float | None = None
     """Time of our own stages one by one ÷ ours; for fused ops."""
     triton_ratio: float | None = None
+    dense_flops: int | None = None
+    """Of the layer whose place a chain of low rank took."""
+    realisation: float | None = None
+    """That layer's time in our own emission ÷ ours, beside the ratio of FLOPs."""
 
 
 def hold(
@@ -190,7 +194,8 @@ def judged(row: Row, ceilings: Ceilings) -> Row:
     if OURS not in times:
         return row
     mine = times.pop(OURS)
-    own = {name: times.pop(name) / mine if name in times else None for name in (UNFUSED, TRITON)}
+    own = {name: times.pop(name) / mine if name in times else None for name in (UNFUSED, TRITON, OURS_DENSE)}
+    gained = own[OURS_DENSE]
     peers = {name: ms for name, ms in times.items() if name != PARTIAL}
     best = min(peers, key=peers.__getitem__, default=None)
     bound = ceilings.bound_ms(row.flops, row.traffic_bytes, row.kind)
@@ -205,6 +210,7 @@ def judged(row: Row, ceilings: Ceilings) -> Row:
         ratio=None if best is None else peers[best] / mine,
         unfused_ratio=own[UNFUSED],
         triton_ratio=own[TRITON],
+        realisation=gained * row.flops / row.dense_flops if gained and row.dense_flops else None,
     )
 
 

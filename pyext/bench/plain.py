@@ -19,6 +19,8 @@ from kernelpress.layers import (
     GroupedConv2d,
     InvertedResidual,
     Linear,
+    LowRankConv2d,
+    LowRankLinear,
     PointwiseConv2d,
     ShuffleUnit,
     ShuffleUnitV2,
@@ -96,6 +98,16 @@ class _InvertedResidual(InvertedResidual):
         return self._one_by_one(x, x if self.residual else None)
 
 
+class _LowRankConv2d(LowRankConv2d):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._one_by_one(x, residual)
+
+
+class _LowRankLinear(LowRankLinear):
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self._one_by_one(x, residual)
+
+
 class _ShuffleUnit(ShuffleUnit):
     def forward(self, x: Tensor) -> Tensor:
         return self._plain(x)
@@ -118,6 +130,8 @@ _PLAIN: Mapping[type[nn.Module], type[nn.Module]] = {
     AttentiveGhostBottleneck: _AttentiveGhostBottleneck,
     DepthwiseSeparableConv2d: _DepthwiseSeparableConv2d,
     InvertedResidual: _InvertedResidual,
+    LowRankConv2d: _LowRankConv2d,
+    LowRankLinear: _LowRankLinear,
     ShuffleUnit: _ShuffleUnit,
     ShuffleUnitV2: _ShuffleUnitV2,
 }

@@ -26,7 +26,7 @@ Cells = tuple[list[str], list[list[str]]]
 def layer_cells(rows: Sequence[Mapping[str, Any]], unit: str = "GFLOP/s") -> Cells:
     """Rows of a contest as result files have them, the rate in GFLOP/s or TFLOP/s, without columns that none fills."""
     header = ["network", "layer", "batch", "backend", "best ms", "spread", unit, "GB/s", "of roofline"]
-    header += ["unfused ÷ ours", "Triton ÷ ours", "best peer ÷ ours", "best peer"]
+    header += ["realisation", "unfused ÷ ours", "Triton ÷ ours", "best peer ÷ ours", "best peer"]
     cells = [_cells_of(row, {"GFLOP/s": 1e-6, "TFLOP/s": 1e-9}[unit]) for row in rows]
     filled = [index for index in range(len(header)) if any(row[index] != ABSENT for row in cells)]
     return [header[index] for index in filled], [[row[index] for index in filled] for row in cells]
@@ -45,6 +45,7 @@ def _cells_of(row: Mapping[str, Any], scale: float) -> list[str]:
         number_text(ms and row["flops"] / ms * scale, ".1f"),
         number_text(ms and row["traffic_bytes"] / ms * 1e-6, ".1f"),
         ABSENT if fraction is None else f"{fraction:.0%} {row['limited_by']}",
+        number_text(row.get("realisation"), ".2f"),
         *(ratio_text(row.get(name)) for name in ("unfused_ratio", "triton_ratio", "ratio")),
         row["best_peer"] or ABSENT,
     ]

@@ -25,6 +25,7 @@
 #include "kernels/cuda/int8.h"
 #include "kernels/cuda/int8_tiles.h"
 #include "kernels/cuda/int8_quantize.h"
+#include "kernels/cuda/lowrank.h"
 #include "kernels/cuda/separable.h"
 #include "kernels/cuda/separable_tiles.h"
 #include "kernels/cuda/sparse_tiles.h"
@@ -184,6 +185,8 @@ PYBIND11_MODULE(KERNELPRESS_MODULE, module) {
   bind_launcher(module, "inverted_residual", &inverted_residual, kSeparableTiles);
   bind_launcher(module, "grouped_conv2d", &grouped_conv2d, kGroupedTiles);
   bind_launcher(module, "shuffle_concat", &shuffle_concat, kShuffleTiles);
+  bind_launcher(module, "lowrank_linear", &lowrank_linear, kLowrankTiles);
+  bind_launcher(module, "lowrank_conv2d", &lowrank_conv2d, kLowrankTiles);
   bind_launcher(module, "sparse_conv2d", &sparse_conv2d, kSparseTiles);
   bind_launcher(module, "int8_matmul", &int8_matmul, kInt8Tiles);
   bind_launcher(module, "int8_depthwise_conv2d", &int8_depthwise_conv2d, kInt8DepthwiseTiles);

@@ -9,6 +9,7 @@ from kernelpress.layers.depthwise import DepthwiseConv2d
 from kernelpress.layers.ghost import GhostBottleneck, GhostModule, SqueezeExcite
 from kernelpress.layers.grouped import ChannelShuffle, GroupedConv2d, ShuffleUnit, ShuffleUnitV2
 from kernelpress.layers.int8 import Int8Conv2d, Int8Linear
+from kernelpress.layers.lowrank import LowRankConv2d, LowRankLinear
 from kernelpress.layers.separable import DepthwiseSeparableConv2d, InvertedResidual
 from kernelpress.layers.sparse import BlockSparseConv2d, BlockSparseLinear
 
@@ -26,6 +27,8 @@ __all__ = [
     "Int8Linear",
     "InvertedResidual",
     "Linear",
+    "LowRankConv2d",
+    "LowRankLinear",
     "PointwiseConv2d",
     "ShuffleUnit",
     "ShuffleUnitV2",

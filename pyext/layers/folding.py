@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -12,19 +13,37 @@ from torch import Tensor, nn
 from kernelpress.runtime.snapshot import Snapshot
 from kernelpress.runtime.torch_private import DisableTorchFunction
 
-__all__ = ["fold", "folded", "is_foldable", "is_hooked"]
+__all__ = ["fold", "folded", "is_foldable", "is_hooked", "kept"]
+
+T = TypeVar("T")
 
 
-class _Folded(NamedTuple):
-    """A folded weight and bias, and the `Snapshot` of the tensors that they were made of."""
+class _Kept(NamedTuple):
+    """What was made of tensors, and their `Snapshot`."""
 
     snapshot: Any
-    weight: Tensor
-    bias: Tensor
+    made: Any
 
 
 _lock = threading.Lock()
-_cache: WeakKeyDictionary[nn.Module, _Folded] = WeakKeyDictionary()
+_cache: WeakKeyDictionary[nn.Module, _Kept] = WeakKeyDictionary()
+
+
+def kept(module: nn.Module, sources: tuple[Tensor, ...], make: Callable[[], T]) -> T:
+    """`make()` of `sources`, or what it made for this module before, until one of them changes."""
+    if torch.compiler.is_compiling():
+        return make()
+    known = _cache.get(module)
+    # Modes that watch what a model does with tensors are not to take this for the model's doing.
+    with DisableTorchFunction():
+        if known is None or not known.snapshot(sources):
+            snapshot = Snapshot(sources)
+            with torch.no_grad():
+                known = _Kept(snapshot, make())
+            with _lock:
+                _cache[module] = known
+    found: T = known.made
+    return found
 
 
 def is_foldable(norm: nn.Module | None) -> bool:
@@ -60,17 +79,5 @@ def folded(convolution: nn.Conv2d, norm: nn.Module | None) -> tuple[Tensor, Tens
     if norm is None:
         return convolution.weight, convolution.bias
     assert isinstance(norm, nn.BatchNorm2d)
-    if torch.compiler.is_compiling():
-        return fold(convolution, norm)
     tensors = (convolution.weight, convolution.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    sources = tuple([t for t in tensors if t is not None])
-    known = _cache.get(norm)
-    # Modes that watch what a model does with tensors are not to take this for the model's doing.
-    with DisableTorchFunction():
-        if known is None or not known.snapshot(sources):
-            snapshot = Snapshot(sources)
-            with torch.no_grad():
-                known = _Folded(snapshot, *fold(convolution, norm))
-            with _lock:
-                _cache[norm] = known
-    return known.weight, known.bias
+    return kept(norm, tuple([t for t in tensors if t is not None]), lambda: fold(convolution, norm))

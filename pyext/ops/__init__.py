@@ -8,6 +8,7 @@ from kernelpress.ops.grouped import channel_shuffle, grouped_conv2d, shuffle_con
 from kernelpress.ops.int8 import int8_conv2d, int8_depthwise_conv2d, int8_matmul
 from kernelpress.ops.int8_pool import int8_global_avg_pool2d
 from kernelpress.ops.int8_quantize import dequantize, int8_add, int8_gate, quantize, quantize_rows
+from kernelpress.ops.lowrank import lowrank_conv2d, lowrank_linear
 from kernelpress.ops.pool import global_avg_pool2d, max_pool2d
 from kernelpress.ops.registry import BACKENDS, allocate, availability, use_backend, why_not
 from kernelpress.ops.separable import inverted_residual, separable_conv2d, separable_stem
@@ -38,6 +39,8 @@ __all__ = [
     "int8_matmul",
     "inverted_residual",
     "linear",
+    "lowrank_conv2d",
+    "lowrank_linear",
     "max_pool2d",
     "native_call",
     "pointwise_conv2d",

@@ -114,7 +114,7 @@ def _operands(options: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
     x, primary_weight, primary_bias, cheap_weight, cheap_bias, residual = tensors
     return (
         x,
-        packing.packed(primary_weight, None, "channels last", lambda w: w.permute(0, 2, 3, 1).contiguous()),
+        packing.channels_last(primary_weight),
         float_vector(primary_bias),
         _kept_filters(options, primary_weight, cheap_weight),
         float_vector(cheap_bias),

@@ -149,7 +149,7 @@ def low_rank(g: Grower) -> None:
         ]
     else:
         down, over = f"({k}, 1), padding=({k // 2}, 0)", f"(1, {k}), padding=(0, {k // 2})"
-        group = g.one(f", groups={rank}", "")
+        group = g.one(f", groups={rank}, bias=False", f", groups={rank}", "")
         parts = [
             f"nn.Conv2d({c}, {rank}, 1, bias=False)",
             f"nn.Conv2d({rank}, {rank}, {down}{group})",

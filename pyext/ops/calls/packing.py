@@ -25,6 +25,7 @@ from kernelpress.runtime.memory import long_lived_copy
 from kernelpress.runtime.snapshot import Snapshot
 
 __all__ = [
+    "channels_last",
     "contiguous",
     "depthwise",
     "depthwise_copy",
@@ -259,6 +260,11 @@ def vector(t: Tensor | None) -> Tensor | None:
 def contiguous(t: Tensor) -> Tensor:
     """A weight for kernels that read it where it is: itself, or a contiguous copy."""
     return t if t.is_contiguous() else packed(t, None, "contiguous", _copy)
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    """`[C_out, C_in, KH, KW]` → `[C_out, KH, KW, C_in]`."""
+    return packed(weight, None, "channels last", lambda w: w.permute(0, 2, 3, 1).contiguous())
 
 
 def _copy(t: Tensor) -> Tensor:
