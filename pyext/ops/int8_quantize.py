@@ -249,7 +249,15 @@ def _gate_scalars(problem: Problem) -> tuple[float, ...]:
     )
 
 
-_GATE_CPU = Kernel("int8_gate", _as_they_come, _gate_sizes, dtypes=_INT8, scalars=_gate_scalars, supports=half_reason)
+_GATE_CPU = Kernel(
+    "int8_gate",
+    _as_they_come,
+    _gate_sizes,
+    layouts={"x": IMAGES_OR_ROWS, "gate": IMAGES_OR_ROWS},
+    dtypes=_INT8,
+    scalars=_gate_scalars,
+    supports=half_reason,
+)
 
 
 @op(
