@@ -58,7 +58,7 @@ __device__ __forceinline__ void keep(const Accumulators<Core>& sums, unsigned ch
 }
 
 template <class Plan, class Source>
-__global__ void __launch_bounds__(Plan::Core::kThreads)
+__global__ void __launch_bounds__(Plan::Core::kThreads, 2)
     lowrank_fused(const Source x, const Rows<typename Plan::Core::T> core, const Rows<typename Plan::Core::T> last,
                   const Epilogue<typename Plan::Core::T> epilogue) {
   using Core = typename Plan::Core;
