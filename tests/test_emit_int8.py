@@ -278,6 +278,14 @@ def test_gates_of_int8(tmp_path):
     assert_saving_and_capture_keep(emitted, tmp_path, x)
 
 
+@needs_native
+def test_gates_are_steps_of_a_plan():
+    model, x = Gated().eval(), torch.randn(2, 6, 9, 8)
+    emitted = kp.emit(model, x, cost=lambda candidate: 1.0 if candidate.variant == "cpu" else 99.0, progress=False)
+    assert "int8_gate" in ops_of(emitted)
+    assert torch_steps(emitted, x) == []
+
+
 def test_the_mean_of_int8_that_is_not_quantized_again():
     model = Apply(lambda x, quantizer: quantizer(x).mean((2, 3)), Quantized(0.03, -9))
     x = torch.randn(2, 6, 9, 8)

@@ -63,7 +63,7 @@ BACKENDS: tuple[str, ...] = (
 )
 """Every backend, best first: the order in which an automatic choice tries them."""
 
-ACTIVATION_NAMES = frozenset({"x", "residual", "input_scale", "a", "b", "other", "row_scale", "row_zero_point"})
+ACTIVATION_NAMES = frozenset({"x", "residual", "input_scale", "a", "b", "other", "gate", "row_scale", "row_zero_point"})
 """Names of the tensors that change from call to call; the others are parameters."""
 
 Tensors = Sequence[Tensor | None]
