@@ -101,7 +101,9 @@ def test_gates(shape: tuple[int, ...], activation: str, int8_cpu_variant: str) -
 
 
 def test_a_gate_is_one_value_a_channel() -> None:
-    with pytest.raises(ValueError, match=r"gate: expected 2×3×1×1|gate: expected \[2, 3, 1, 1\], one value"):
+    with pytest.raises(
+        ValueError, match=r"gate: expected \[2, 3, 1, 1\], one value per channel of x, got \[2, 4, 1, 1\]"
+    ):
         ops.int8_gate(int8(2, 3, 5, 5), int8(2, 4, 1, 1), input_scale=1.0, gate_scale=1.0)
 
 

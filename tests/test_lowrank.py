@@ -402,7 +402,7 @@ class TestEmission:
 
     @pytest.mark.parametrize("op", LINKS)
     def test_elsewhere_they_are_one_layer(self, op: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setattr(lowrank, "is_on_cpu", lambda node: False)
+        monkeypatch.setattr(lowrank, "_is_on_cpu", lambda node: False)
         model, x = LINKS[op]
         emitted = emit_onto(model, x, op)
         assert ops_of(emitted) == [op]
@@ -410,7 +410,7 @@ class TestEmission:
         assert_saving_and_capture_keep(emitted, tmp_path, x)
 
     def test_a_factor_with_a_bias_or_an_activation_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(lowrank, "is_on_cpu", lambda node: False)
+        monkeypatch.setattr(lowrank, "_is_on_cpu", lambda node: False)
         x = torch.randn(2, 8)
         for first in (nn.Linear(8, 3), nn.Sequential(nn.Linear(8, 3, bias=False), nn.ReLU())):
             assert "lowrank_linear" not in matched_ops(nn.Sequential(first, nn.Linear(3, 9)), x)

@@ -16,7 +16,7 @@ from kernelpress import compress
 from kernelpress.compress.dependency import Axis, Occurrence, Pool, find_dependencies
 from kernelpress.compress.prune_channels.groups import ranked
 from kernelpress.compress.prune_channels.measured import _knapsack, _losses, measured_left, smoothed
-from kernelpress.emit import latency, layer_energies, layer_times
+from kernelpress.emit import layer_costs, layer_energies, layer_times
 from kernelpress.measure import count_flops
 from kernelpress.measure.energy import Energy
 from kernelpress.runtime import native
@@ -175,7 +175,7 @@ def test_energy_is_counted_layer_by_layer_and_buys_channels(monkeypatch: pytest.
         counted.append(call())
         return Energy(float(counted[-1].shape[1]), "RAPL package-0", None)
 
-    monkeypatch.setattr(latency, "energy_per_call", count)
+    monkeypatch.setattr(layer_costs, "energy_per_call", count)
     small, large = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 16, 1)
     x = torch.randn(1, 8, 7, 7)
     assert layer_energies([(small, x), (large, x)]) == [8.0, 16.0]
@@ -185,6 +185,6 @@ def test_energy_is_counted_layer_by_layer_and_buys_channels(monkeypatch: pytest.
 
 
 def test_energy_that_cannot_be_read_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "energy_per_call", lambda *_, **__: Energy(None, None, "no RAPL counters"))
+    monkeypatch.setattr(layer_costs, "energy_per_call", lambda *_, **__: Energy(None, None, "no RAPL counters"))
     with pytest.raises(ValueError, match="energy: expected a device that counts it, got cpu: no RAPL counters"):
         layer_energies([(nn.Conv2d(4, 4, 1), torch.randn(1, 4, 5, 5))])

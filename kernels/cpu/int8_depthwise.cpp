@@ -6,8 +6,9 @@
 //   └────────┘            ▒▒ 0 1 2 3 … ▒▒   ──▶  acc₀ acc₁ acc₂ ──▶ y   sums roll along a row: the oldest is finished at every step
 //
 // Each input row of a block is staged once, in a ring, as `dot` reads it (simd_int8.h): borders, ragged channels and a channel multiplier
-// end there. With AVX-512 masked loads read rows where they lie instead. With VNNI a 3×3 window is three products an output vector; rows that a window lacks meet weights of zero. Where no more than
-// half a block of channels is left, its other half computes the same channels of the next output row.
+// end there. With AVX-512 masked loads read rows where they lie instead. With VNNI a 3×3 window is three products an output vector; rows
+// that a window lacks meet weights of zero. Where no more than half a block of channels is left, its other half computes the same channels
+// of the next output row.
 //
 // Weights: [blocks][ceil(kernel_h / kGroup)][kernel_w][kGroup vectors][kLanes][kGroup rows], int8 with VNNI, else int16.
 // bound: shuffles and products in cache. One task: a run of output rows of one block of one image.
@@ -146,8 +147,6 @@ struct StagedColumns {
 };
 
 #if defined(__AVX512F__) && defined(KP_VNNI)
-constexpr bool kReadsInPlace = true;
-
 // The columns of kKernel rows of an image; where it ends, and behind the channels, padding is read.
 template <int kKernel, bool kPaired>
 struct ColumnsInPlace {
@@ -192,8 +191,6 @@ struct ColumnsInPlace {
   }
   KP_INLINE void next() { ++column; }
 };
-#else
-constexpr bool kReadsInPlace = false;
 #endif
 
 // A row of `count` outputs under kKernel × kKernel windows. Step t adds columns t · kStride … to the windows that they are under,
@@ -290,15 +287,17 @@ struct Rows {
 
   template <int kKernel>
   bool in_place() const {
-    if (!kReadsInPlace || a.multiplier != 1 || !rolls<kKernel>(a.window)) return false;
 #if defined(__AVX512F__) && defined(KP_VNNI)
+    if (a.multiplier != 1 || !rolls<kKernel>(a.window)) return false;
     const auto found = [this](int64_t h) { return row_at(h); };
     for (int64_t p = begin; p < end; p += step()) {
       if (block.is_paired) roll<kKernel>(a.window, block, ColumnsInPlace<kKernel, true>(a, block, top_of(p), found), a.out_w, target_of(p));
       else roll<kKernel>(a.window, block, ColumnsInPlace<kKernel, false>(a, block, top_of(p), found), a.out_w, target_of(p));
     }
-#endif
     return true;
+#else
+    return false;
+#endif
   }
 
   void staged() const {

@@ -85,7 +85,7 @@ SPARSE_RUNTIMES = (
 )
 
 CONTESTS: Mapping[str, Sequence[Runtime]] = {"fp32": RUNTIMES, "int8": INT8_RUNTIMES, "sparse": SPARSE_RUNTIMES}
-"""Who meets, by the arithmetic."""
+"""Who meets: in each arithmetic, and on networks with zeros."""
 
 
 @dataclass(frozen=True)

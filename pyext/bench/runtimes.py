@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +178,9 @@ def _deepsparse(job: Job) -> Contestant:
         first = results[0]
         return np.lib.stride_tricks.as_strided(first, first.shape, np.empty(first.shape, np.float32).strides)
 
-    return Contestant(lambda: model.execute_list_out(pixels), logits, f"engine 1.8, {kind}, single stream")
+    return Contestant(
+        lambda: model.execute_list_out(pixels), logits, f"engine {version('deepsparse')}, {kind}, single stream"
+    )
 
 
 def _ncnn(job: Job) -> Contestant:

@@ -7,7 +7,7 @@ from kernelpress.emit.cache import cache_folder
 from kernelpress.emit.candidates import Candidate
 from kernelpress.emit.cuda_plan import CudaPlan
 from kernelpress.emit.emitted import EmittedModel
-from kernelpress.emit.latency import layer_energies, layer_times, plan_latencies
+from kernelpress.emit.layer_costs import layer_energies, layer_times, plan_latencies
 from kernelpress.emit.pipeline import emit
 from kernelpress.emit.plan import Plan, capture
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord

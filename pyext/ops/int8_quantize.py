@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,13 +155,23 @@ def dequantize(
     """
 
 
-def _add_shape(options: Any, x: TensorSpec, other: TensorSpec) -> tuple[int, ...]:
-    shape = _elementwise_shape(x)
+def _check_pair(options: Any, other: str) -> None:
+    """The scales and zero points of x and of the other tensor, the activation and the result."""
     check_activation("activation", options.activation)
-    for name in ("input", "other"):
+    for name in ("input", other):
         check_scale(f"{name}_scale", getattr(options, f"{name}_scale"))
         check_zero_point(f"{name}_zero_point", getattr(options, f"{name}_zero_point"))
     check_output(options)
+
+
+def _pair_scalars(problem: Problem, other: str) -> tuple[float, ...]:
+    names = ("input_scale", "input_zero_point", f"{other}_scale", f"{other}_zero_point")
+    return (*(float(getattr(problem.options, name)) for name in names), *output_scalars(problem))
+
+
+def _add_shape(options: Any, x: TensorSpec, other: TensorSpec) -> tuple[int, ...]:
+    shape = _elementwise_shape(x)
+    _check_pair(options, "other")
     if len(other.shape) != len(shape) or any(a != b for a, b in zip(other.shape, shape, strict=True)):
         raise ValueError(f"other: expected the shape of x, {describe(shape)}, got {describe(other.shape)}")
     return shape
@@ -172,16 +183,14 @@ def _add_dtypes(names: Sequence[str], tensors: Sequence[TensorSpec | None], opti
     return output_dtype(options)
 
 
-def _add_scalars(problem: Problem) -> tuple[float, ...]:
-    options = problem.options
-    return (
-        *(float(options.input_scale), float(options.input_zero_point)),
-        *(float(options.other_scale), float(options.other_zero_point)),
-        *output_scalars(problem),
-    )
-
-
-_ADD_CUDA = Kernel("int8_add", _as_they_come, _sizes_and_dtype, layouts=_EITHER, dtypes=_INT8, scalars=_add_scalars)
+_ADD_CUDA = Kernel(
+    "int8_add",
+    _as_they_come,
+    _sizes_and_dtype,
+    layouts=_EITHER,
+    dtypes=_INT8,
+    scalars=partial(_pair_scalars, other="other"),
+)
 _ADD_CPU = replace(
     _ADD_CUDA,
     sizes=lambda problem, spacing: (*_elementwise_sizes(problem, spacing), int(problem.dtype == torch.int8)),
@@ -223,11 +232,7 @@ def int8_add(
 
 def _gate_shape(options: Any, x: TensorSpec, gate: TensorSpec) -> tuple[int, ...]:
     check_image(x)
-    check_activation("activation", options.activation)
-    for name in ("input", "gate"):
-        check_scale(f"{name}_scale", getattr(options, f"{name}_scale"))
-        check_zero_point(f"{name}_zero_point", getattr(options, f"{name}_zero_point"))
-    check_output(options)
+    _check_pair(options, "gate")
     wanted = (*x.shape[:2], 1, 1)
     if len(gate.shape) != 4 or any(a != b for a, b in zip(gate.shape, wanted, strict=True)):
         raise ValueError(f"gate: expected {describe(wanted)}, one value per channel of x, got {describe(gate.shape)}")
@@ -240,22 +245,13 @@ def _gate_sizes(problem: Problem, spacing: Mapping[str, int]) -> tuple[int, ...]
     return (batch, height * width, channels, *spacings, int(problem.dtype == torch.int8))
 
 
-def _gate_scalars(problem: Problem) -> tuple[float, ...]:
-    options = problem.options
-    return (
-        *(float(options.input_scale), float(options.input_zero_point)),
-        *(float(options.gate_scale), float(options.gate_zero_point)),
-        *output_scalars(problem),
-    )
-
-
 _GATE_CPU = Kernel(
     "int8_gate",
     _as_they_come,
     _gate_sizes,
     layouts={"x": IMAGES_OR_ROWS, "gate": IMAGES_OR_ROWS},
     dtypes=_INT8,
-    scalars=_gate_scalars,
+    scalars=partial(_pair_scalars, other="gate"),
     supports=half_reason,
 )
 

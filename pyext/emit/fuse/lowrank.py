@@ -13,7 +13,7 @@ from kernelpress.emit.fuse.match import Match
 from kernelpress.emit.fuse.stages import Stage
 from kernelpress.emit.graph import attribute, constant_node, only_user, shape, value
 
-__all__ = ["is_on_cpu", "lowrank_layers", "whole_depthwise"]
+__all__ = ["lowrank_layers", "whole_depthwise"]
 
 
 def whole_depthwise(graph_module: GraphModule, stages: list[Stage]) -> Iterator[Stage]:
@@ -47,7 +47,7 @@ def lowrank_layers(stages: list[Stage]) -> Iterator[Match]:
             before[stage.output] = stage
     for last in stages:
         middle = _producer(before, last.x)
-        if middle is None or last.input_scale is not None or is_on_cpu(last.x):
+        if middle is None or last.input_scale is not None or _is_on_cpu(last.x):
             continue
         if last.kind == middle.kind == "linear":
             yield _match("lowrank_linear", last, {"first_weight": middle.weight}, middle)
@@ -68,8 +68,7 @@ def _match(op: str, last: Stage, further: dict[str, Any], *others: Stage) -> Mat
     return Match(op, nodes, last.output, given, parts=1 + len(others))
 
 
-def is_on_cpu(node: Node) -> bool:
-    """Whether a tensor is in the CPU's memory."""
+def _is_on_cpu(node: Node) -> bool:
     return bool(value(node).device.type == "cpu")
 
 
