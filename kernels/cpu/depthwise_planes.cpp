@@ -70,11 +70,29 @@ struct Columns {
   }
 };
 
+// The weights of a window: those of 3×3 stay in registers, where the compiler would read them anew after each store.
+template <int kKernel>
+struct Taps {
+  static constexpr bool kFit = kKernel == 3 && kLanes == 16;  // 32 registers
+  const float* weight;
+  Vec fitting[kFit ? kKernel * kKernel : 1];
+
+  explicit Taps(const float* from) : weight(from) {
+#pragma GCC unroll 9
+    for (int i = 0; kFit && i < kKernel * kKernel; ++i) fitting[i] = broadcast(weight[i]);
+  }
+  KP_INLINE Vec operator()(int r, int s) const {
+    if constexpr (kFit) return fitting[r * kKernel + s];
+    return broadcast(weight[r * kKernel + s]);
+  }
+};
+
 // Output rows [0, out_h) of one vector of columns of a plane.
 template <int kKernel, int kStride, class Store>
 KP_INLINE void roll_down(const DepthwisePlanesArgs& a, const float* x, const Columns<kKernel, kStride>& columns, const float* weight, Vec bias,
                          const Store& store_row) {
   constexpr int kLive = (kKernel + kStride - 1) / kStride;
+  const Taps<kKernel> taps(weight);
   Vec sums[kLive];
 #pragma GCC unroll 8
   for (int i = 0; i < kLive; ++i) sums[i] = bias;
@@ -90,9 +108,9 @@ KP_INLINE void roll_down(const DepthwisePlanesArgs& a, const float* x, const Col
       for (int i = 0; i < kLive; ++i) {
         const int r = i * kStride + e;
         if (r >= kKernel) continue;
-        Vec sum = values[0] * broadcast(weight[r * kKernel]);
+        Vec sum = values[0] * taps(r, 0);
 #pragma GCC unroll 8
-        for (int s = 1; s < kKernel; ++s) sum = fma(values[s], broadcast(weight[r * kKernel + s]), sum);
+        for (int s = 1; s < kKernel; ++s) sum = fma(values[s], taps(r, s), sum);
         sums[i] = sums[i] + sum;
       }
     }
@@ -108,17 +126,20 @@ bool roll_planes(const DepthwisePlanesArgs& a) {
   const Window& w = a.window;
   const bool is_plain = a.multiplier == 1 && w.dilation_h == 1 && w.dilation_w == 1;
   if (!is_plain || w.kernel_h != kKernel || w.kernel_w != kKernel || w.stride_h != kStride || w.stride_w != kStride) return false;
-  const ActivationFunction activation(a.activation);
   parallel(a.batch * a.channels, [&](int64_t begin, int64_t end) {
-    for (int64_t q = 0; q < a.out_w; q += kLanes) {
+    const ActivationFunction activation(a.activation);
+    const int64_t out_w = a.out_w;
+    for (int64_t q = 0; q < out_w; q += kLanes) {
       const Columns<kKernel, kStride> columns(a, q);
-      const Some some = lanes_in(q, a.out_w);
+      const Some some = lanes_in(q, out_w);
       for (int64_t plane = begin; plane < end; ++plane) {
         const int64_t channel = plane % a.channels, to = plane * a.out_h * a.out_w + q;
+        float* y = a.y + to;
+        const float* residual = a.residual ? a.residual + to : nullptr;
         const Vec bias = a.bias ? broadcast(a.bias[channel]) : zero();
         roll_down(a, a.x + plane * a.in_h * a.in_w, columns, a.weight + channel * kKernel * kKernel, bias, [&](Vec sum, int64_t row) {
-          if (a.residual) sum = sum + load_some(a.residual + to + row * a.out_w, some);
-          store_some(a.y + to + row * a.out_w, activation(sum), some);
+          if (residual) sum = sum + load_some(residual + row * out_w, some);
+          store_some(y + row * out_w, activation(sum), some);
         });
       }
     }

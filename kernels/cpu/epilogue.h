@@ -56,10 +56,10 @@ struct ActivationFunction {
 
   KP_INLINE Vec operator()(Vec x) const {
     if (__builtin_expect(clamps, 1)) return at_most(at_least(x, low), high);
-    return curved(x);
+    return curved(kind, x);
   }
 
-  __attribute__((noinline)) Vec curved(Vec x) const {
+  __attribute__((noinline)) static Vec curved(Activation kind, Vec x) {
     switch (kind) {
       case Activation::silu: return x * sigmoid(x);
       case Activation::hardswish: return x * hard_sigmoid(x);

@@ -43,7 +43,7 @@ struct Int8Output {
     if (__builtin_expect(activation.clamps, 1)) return activation(x);
     if (activation.kind == Activation::hardswish) return hard_swish(x);
     if (activation.kind == Activation::hardsigmoid) return sixth(at_most(at_least(x + broadcast(3.0f), zero()), broadcast(6.0f)));
-    return activation.curved(x);
+    return ActivationFunction::curved(activation.kind, x);
   }
 
   KP_INLINE Ints quantized(Vec value) const {

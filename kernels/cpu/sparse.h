@@ -47,6 +47,7 @@ template <int kRows, int kVectors>
 __attribute__((noinline)) void sparse_walk(const SparseRows& rows, const float* x, int64_t first, int64_t last, const SparseOutput& out) {
   constexpr int kChains = kRows * kVectors >= 4 ? 1 : 4;  // sums that do not wait for each other
   const int64_t rest = out.positions - (kVectors - 1) * kLanes;
+  const ActivationFunction activation = out.activation;
   for (int64_t i = first; i < last; ++i) {
     const int64_t n = i * kRows, channels = minimum(kRows, rows.c_out - n);
     Vec acc[kChains][kRows][kVectors];
@@ -79,7 +80,7 @@ __attribute__((noinline)) void sparse_walk(const SparseRows& rows, const float* 
 #pragma GCC unroll 4
         for (int chain = 1; chain < kChains; ++chain) sum = sum + acc[chain][j][v];
         if (residual) sum = sum + load_up_to(residual + v * kLanes, lanes);
-        store_up_to(y + v * kLanes, out.activation(sum), lanes);
+        store_up_to(y + v * kLanes, activation(sum), lanes);
       }
     }
   }

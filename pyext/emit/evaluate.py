@@ -231,7 +231,7 @@ class Conversions:
         key = _key(self._graph_module, candidate, self._examples)
         if self._cache.get(key) is None:
             values = _Values(self._examples)
-            calls = {key: runnable(self._graph_module, candidate, values.of(candidate))}
+            calls = {key: _timed(self._graph_module, candidate, values.of(candidate))}
             _time(calls, [{(key,)}], values.device, self._cache)
             self._cache.save()
         return self._cache.get(key) or 0.0
@@ -309,13 +309,13 @@ def _double(value: Any) -> Any:
 
 
 def _timed(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any]) -> Callable[[], Any]:
-    """The candidate as it is timed: a layer on a native backend, or an operation that a kernel of ours computes, as the
-    native steps that plans make of it, since they are what speed is for; anything else as a call of torch, which it is
-    in plans as well."""
+    """The candidate as it is timed: a layer on a native backend, or an operation or conversion that a kernel of ours
+    computes, as the native steps that plans make of it, since they are what speed is for; anything else as a call of
+    torch, which it is in plans as well."""
     steps = None
     if candidate.variant in NATIVE_BACKENDS:
         steps = native_steps(_op_calls(graph_module, candidate, inputs))
-    elif candidate.is_original and len(candidate.nodes) == 1:
+    elif not candidate.nodes or (candidate.is_original and len(candidate.nodes) == 1):
         steps = aten_steps(*_last_call(graph_module, candidate, inputs))
     return steps or runnable(graph_module, candidate, inputs)
 

@@ -22,6 +22,9 @@ __all__ = ["channel_dim", "images", "walk_reason", "with_walk"]
 
 _LARGEST = 2**31
 
+_PER_CHANNEL, _STRIP_BYTES = 320, 96 << 10
+"""Of a strip that every output channel reads again, one position a channel at a time: what stays near the core."""
+
 
 def channel_dim(problem: Problem) -> int:
     """Of x and of the output."""
@@ -63,8 +66,11 @@ class _Strip:
         reach_h, reach_w = (kernel_h - 1) * dilation_h, (kernel_w - 1) * dilation_w
         width = out[1] + reach_w // stride_w
         rows = 1 if problem["blocks"].shape[1] % 4 else 4
-        vectors = 8 if rows == 1 else 6 if lanes == 16 else 2
-        length = lanes * min(vectors, -(-out[0] * width // lanes))
+        most = 8 if rows == 1 else 6 if lanes == 16 else 2
+        if rows == 1 and kernel_h == kernel_w == 1:
+            channels = problem["x"].shape[channel_dim(problem)]
+            most = max(2, min(most, min(_PER_CHANNEL, _STRIP_BYTES // channels) // (4 * lanes)))
+        length = lanes * min(most, -(-out[0] * width // lanes))
         furthest = reach_h // stride_h * width + reach_w // stride_w
         phases = [
             1 + max(k * dilation % stride for k in range(kernel))
