@@ -283,6 +283,21 @@ def test_loss_that_explodes_stops_the_training_with_advice() -> None:
         train(Exploding(36, CLASSES), noisy_loader())
 
 
+def test_clipped_gradients_are_no_longer_than_their_channels_allow() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(36, CLASSES))
+    with torch.no_grad():
+        model[1].weight[0] = 0
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    options = {"lr": 1.0, "momentum": 0.0, "weight_decay": 0.0, "warmup": 0.0}
+    train(model, DataLoader(NoisyImages(8), batch_size=8), epochs=1, clip=0.01, **options)
+    for name, parameter in model.named_parameters():
+        dims = 1 if parameter.dim() == 2 else 0
+        moved, length = (t.detach().norm(dim=dims) for t in (parameter - before[name], before[name]))
+        assert (moved > 0).all()
+        assert (moved <= 0.0101 * length.clamp_min(1e-3)).all()
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
     [
@@ -291,6 +306,8 @@ def test_loss_that_explodes_stops_the_training_with_advice() -> None:
         ("lr", math.nan),
         ("weight_decay", -1e-4),
         ("bn_l1", -1e-4),
+        ("clip", -0.01),
+        ("clip", math.nan),
         ("optimizer", "adam"),
         ("momentum", 1.0),
         ("warmup", -0.1),

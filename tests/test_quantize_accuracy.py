@@ -180,6 +180,16 @@ class TestTraining:
         assert qat.get_parameter("classify.weight").requires_grad
         assert [record.name for record in compress.record_of(converted)] == ["quantize", "convert_qat"]
 
+    def test_without_its_norms_no_step_of_training_is_long(self, images):
+        qat = quantize(with_random_norms(Classifier()), images.tensors[0], method="qat")
+        before = copy.deepcopy(qat.state_dict())
+        options = {"lr": 50.0, "momentum": 0.0, "weight_decay": 0.0, "warmup": 0.0, "progress": False}
+        compress.finetune(qat, DataLoader(images, 64), epochs=1, **options)
+        for name, parameter in qat.named_parameters():
+            if parameter.requires_grad and parameter.dim() > 1:
+                moved, length = (t.flatten(1).norm(dim=1) for t in (parameter.detach() - before[name], before[name]))
+                assert (moved <= 0.51 * length.clamp_min(1e-3)).all()
+
     def test_training_resumes(self, images, tmp_path):
         x, loader = images.tensors[0], DataLoader(images, 16)
         torch.manual_seed(0)

@@ -21,6 +21,7 @@ from kernelpress.compress.losses.base import LayerLoss, TeacherLoss, described
 from kernelpress.compress.masks import settle_masks
 from kernelpress.compress.objective import Objective
 from kernelpress.compress.processes import join_processes
+from kernelpress.compress.quantization.training import trains_rounding
 from kernelpress.compress.teacher import EMATeacher, teacher_of
 from kernelpress.files.plain import from_plain
 from kernelpress.preserve import evaluation, random_state_kept
@@ -29,6 +30,10 @@ from kernelpress.runtime.torch_private import BatchNorm
 __all__ = ["EpochRecord", "FinetuneResult", "finetune", "learning_rate_factor"]
 
 CHECKPOINT_NAME = "finetune.safetensors"
+
+CLIP_WITHOUT_NORMS = 0.01
+SHORTEST_CHANNEL = 1e-3
+"""Shorter ones, zeros among them, are clipped as if they were so long."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class _Settings:
     target_weight: float
     losses: str
     bn_l1: float
+    clip: float
     seed: int
 
     def __post_init__(self) -> None:
@@ -84,6 +90,8 @@ class _Settings:
             raise ValueError("target_weight: expected above 0 where no losses compare with a teacher, got 0")
         if not 0 <= self.bn_l1 < math.inf:
             raise ValueError(f"bn_l1: expected zero or more, got {self.bn_l1}")
+        if not self.clip >= 0:
+            raise ValueError(f"clip: expected zero or more, or None, got {self.clip}")
         if self.optimizer not in ("sgd", "adamw"):
             raise ValueError(f"optimizer: expected sgd or adamw, got {self.optimizer!r}")
         for name in ("momentum", "warmup", "label_smoothing"):
@@ -112,6 +120,7 @@ def finetune(
     warmup: float = 0.05,
     label_smoothing: float = 0.0,
     bn_l1: float = 0.0,
+    clip: float | None = None,
     target_weight: float = 1.0,
     teacher: nn.Module | str | os.PathLike[str] | None = None,
     losses: Sequence[TeacherLoss | LayerLoss] = (),
@@ -134,6 +143,10 @@ def finetune(
     To the loss is added `bn_l1` times the sum of |γ| over all BatchNorms: it drives scales to zero, and
     `prune_channels` then finds these channels by "bn_scale" (network slimming, Liu et al., ICCV 2017, arXiv:1708.06519,
     eq. 1).
+
+    `clip`: the gradient of an output channel's weights is at most so many times as long as these are (0: as it is;
+    adaptive gradient clipping, Brock et al., ICML 2021, arXiv:2102.06171, eq. 3). None: `CLIP_WITHOUT_NORMS` for what
+    `quantize(..., method="qat")` returned, whose BatchNorms are folded and no longer keep steps small, else 0.
 
     SGD has Nesterov momentum; weight decay spares BatchNorm and biases. The learning rate rises linearly to `lr` over
     the first `warmup` part of all steps, then falls to zero along a half cosine (Loshchilov & Hutter 2017, eq. 5). A
@@ -165,6 +178,7 @@ def finetune(
         warmup=warmup,
         label_smoothing=label_smoothing,
         bn_l1=bn_l1,
+        clip=(CLIP_WITHOUT_NORMS if trains_rounding(model) else 0.0) if clip is None else clip,
         target_weight=target_weight,
         losses=", ".join(map(described, losses)),
         seed=seed,
@@ -264,6 +278,9 @@ def _train_epoch(
             loss = loss + settings.bn_l1 * _size_of_scales(objective.model)
         optimizer.zero_grad()
         accelerator.backward(loss)
+        if settings.clip:
+            accelerator.unscale_gradients(optimizer)
+            _clip_gradients(objective.model, settings.clip)
         optimizer.step()
         if objective.average is not None:
             objective.average.update(objective.model)
@@ -275,6 +292,19 @@ def _train_epoch(
             f"the loss became {mean} in epoch {epoch + 1}: lower lr, now {settings.lr}, or check the images"
         )
     return mean
+
+
+@torch.no_grad()
+def _clip_gradients(model: nn.Module, clip: float) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            longest = clip * _lengths(parameter).clamp_min(SHORTEST_CHANNEL)
+            parameter.grad.mul_((longest / _lengths(parameter.grad).clamp_min(1e-12)).clamp_max(1))
+
+
+def _lengths(t: Tensor) -> Tensor:
+    """Norms of the output channels of a weight, or of all of a vector, to broadcast with it."""
+    return torch.linalg.vector_norm(t, dim=tuple(range(min(1, t.dim() - 1), t.dim())), keepdim=True)
 
 
 def _size_of_scales(model: nn.Module) -> Tensor:

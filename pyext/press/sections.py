@@ -73,6 +73,7 @@ class TrainSection(Section):
     warmup: Annotated[float, Field(ge=0, lt=1, description="part of all steps over which lr rises")] = 0.05
     label_smoothing: Annotated[float, Field(ge=0, lt=1, description="of cross-entropy")] = 0.0
     bn_l1: Annotated[float, Field(ge=0, description="weight of the sum of BatchNorm's |γ| (network slimming)")] = 0.0
+    clip: Annotated[float | None, Field(ge=0, description="longest gradient of a channel ÷ its weights")] = None
 
 
 class EmitSection(Section):

@@ -22,7 +22,7 @@ from kernelpress.emit.graph import arguments, attribute, constant_tensor
 from kernelpress.emit.quantized import is_quantize, register_quantization, spell_out_fake
 from kernelpress.measure.cost import count_parameters
 
-__all__ = ["convert_qat", "trainable"]
+__all__ = ["convert_qat", "trainable", "trains_rounding"]
 
 aten = torch.ops.aten
 _DEQUANTIZE_CHANNELS = "quantized_decomposed.dequantize_per_channel.default"
@@ -68,13 +68,17 @@ def trainable(quantized: GraphModule, weights: Mapping[str, Tensor], trained: Co
     return module
 
 
+def trains_rounding(model: nn.Module) -> bool:
+    """Whether it has quantizations that gradients pass: what `trainable` made."""
+    return isinstance(model, GraphModule) and any("fake_quantize" in str(node.target) for node in model.graph.nodes)
+
+
 def convert_qat(model: nn.Module) -> nn.Module:
     """What `quantize(..., method="qat")` returned, trained or not, with its weights in int8: the model to emit, a copy.
 
     Raises `ValueError` for a model without quantizations that train.
     """
-    nodes = model.graph.nodes if isinstance(model, GraphModule) else ()
-    if not isinstance(model, GraphModule) or not any("fake_quantize" in str(node.target) for node in nodes):
+    if not isinstance(model, GraphModule) or not trains_rounding(model):
         raise ValueError(f"model: expected what quantize(..., method='qat') returned, got {type(model).__name__}")
     register_quantization()
     module = owned_copy(model)
