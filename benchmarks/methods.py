@@ -25,10 +25,15 @@ __all__ = ["MARKS", "NETWORKS", "PAGE", "main"]
 RECIPE = ROOT / "recipes" / "methods.yaml"
 PAGE = ROOT / "docs" / "methods.md"
 MARKS = ("<!-- methods: written by `make methods` -->", "<!-- /methods -->")
-NETWORKS: Mapping[str, Any] = {
-    "ResNet-20": "resnet20",
-    "MobileNet V2": {"name": "mobilenet_v2", "options": {"small_input": True}},
+NETWORKS: Mapping[str, Mapping[str, Any]] = {
+    "ResNet-20": {"model": "resnet20"},
+    "MobileNet V2 ×0.5": {
+        "model": {"name": "mobilenet_v2", "options": {"small_input": True, "width_mult": 0.5}},
+        "data.batch_size": 32,
+        "steps.2.finetune.epochs": 2,
+    },
 }
+"""Changes of the recipe by network."""
 QUICK: Mapping[str, Any] = {
     "data.image_size": 8,
     "data.train_fraction": 0.1,
@@ -52,9 +57,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     found: list[Method] = []
     for network in options.networks:
-        changes = {"model": NETWORKS[network], "sweep.cases": {name: cases[name] for name in options.cases}}
+        changes = {"sweep.cases": {name: cases[name] for name in options.cases}} | NETWORKS[network]
         changes |= QUICK if options.quick else {}
-        report = sweep(RECIPE, options=changes, output=options.output / network.replace(" ", "-"))
+        report = sweep(RECIPE, options=changes, output=options.output / network.replace(" ", "-").replace("×", ""))
         found += [Method(network, trial) for trial in report.trials]
     save("methods", found, options.results)
     write_table(options.page, "\n".join(markdown(method_cells([asdict(method) for method in found]))), MARKS)
