@@ -24,7 +24,7 @@ ZOO := build/zoo/.installed
 
 help:
 	@echo 'make demo       train, prune, quantize, emit and measure a small CNN on scanned digits; writes results/digits/'
-	@echo 'make methods    every method of compression on two networks; goes on where it was stopped; writes docs/methods.md'
+	@echo 'make methods    every method of compression on two networks; goes on where it was stopped; writes the table of README.md'
 	@echo 'make test       the tests'
 	@echo 'make test-torch TORCH=2.11.0   the tests that need no GPU, under that torch; test-torch-all: under each that is promised'
 	@echo 'make lint       ruff and mypy'

@@ -2,7 +2,7 @@
 
 python benchmarks/methods.py
 
-It goes on where it was stopped, writes `methods.json` and the table in docs/methods.md; `make methods` builds first.
+It goes on where it was stopped, writes `methods.json` and the table in README.md; `make methods` builds first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from kernelpress.press.reading import read_recipe
 __all__ = ["MARKS", "NETWORKS", "PAGE", "main"]
 
 RECIPE = ROOT / "recipes" / "methods.yaml"
-PAGE = ROOT / "docs" / "methods.md"
+PAGE = ROOT / "README.md"
 MARKS = ("<!-- methods: written by `make methods` -->", "<!-- /methods -->")
 NETWORKS: Mapping[str, Mapping[str, Any]] = {
     "ResNet-20": {"model": "resnet20"},

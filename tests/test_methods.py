@@ -24,7 +24,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     def swept(recipe: Path, *, options: Any, output: Path) -> SweepReport:
         found.append(load_recipe(recipe, options))
         first, *others = found[-1].sweep.cases
-        trials = [Trial(first, {}, "trials/x", Reached(0.9, 0.95, 1.5, 100, 10, 2.0, 4.0, 0.5))]
+        trials = [Trial(first, {}, "trials/x", Reached(0.9, 0.95, 1.5, 100, 10, 3.0, 2.0, 4.0))]
         trials += [Trial(name, {}, "trials/y", None, "ValueError: nothing\nto do") for name in others]
         return SweepReport("", "", None, describe_machine(), Limits(), tuple(trials))
 
@@ -48,7 +48,7 @@ def test_every_method_is_in_the_table_for_both_networks(asked: list[Any], tmp_pa
     assert [row["trial"]["name"] for row in rows] == cases
     assert len(cases) == len(lines) - 6 > 40
     assert (lines[0], lines[-1]) == ("before", "after")
-    assert lines[4] == ("| ResNet-20 | svd | 90.00% | 5.00 | 1.50 ms | 2.00× | 4.00× | 0.50 | 100 | 10 |  |")
+    assert lines[4] == ("| ResNet-20 | svd | 90.00% | 5.00 | 1.50 ms | 3.00× | 2.00× | 4.00× | 0.50 | 100 | 10 |  |")
     assert lines[5].endswith("| – | – | ValueError: nothing to do |")
     assert "| ResNet-20 | svd |" in (tmp_path / "README.md").read_text(encoding="utf-8")
 

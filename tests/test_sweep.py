@@ -157,7 +157,7 @@ class TestTrials:
 
 
 def reached(latency: float = 1.0, accuracy: float = 0.9, flops: int = 100) -> Reached:
-    return Reached(accuracy, 0.95, latency, flops, 10, 2.0, 4.0, 0.5)
+    return Reached(accuracy, 0.95, latency, flops, 10, 3.0, 2.0, 4.0)
 
 
 def report(*found: Reached | None, **limits: float) -> SweepReport:
