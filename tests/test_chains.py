@@ -211,6 +211,21 @@ def test_layers_that_do_not_feed_each_other_are_not_joined():
     del first, held
 
 
+def test_a_layer_that_adds_what_it_reads_does_not_follow_in_a_chain():
+    x = torch.randn(1, 8, 9, 9).contiguous(memory_format=torch.channels_last)
+    plan, first, held = native_plan(x, [call_of("inverted", 8, 3, 1, 8, "relu")], residual=False)
+    op, parameters, options = call_of("inverted", 8, 3, 1, 8, "relu")
+    call = native_call(op, [first, *parameters], {**options, "residual": first}, torch.empty_like(first))
+    getattr(plan, call.name)(*call.arguments)
+    assert not plan.join(0, 2)
+    shuffling, out, kept = native_plan(x, [call_of("pointwise", 8, 1, 1, 8, "relu")], residual=False)
+    both = registry.allocate("shuffle_concat", (out, out), {"groups": 2})
+    call = native_call("shuffle_concat", (out, out), {"groups": 2}, both)
+    getattr(shuffling, call.name)(*call.arguments)
+    assert not shuffling.join(0, 2)
+    del held, kept
+
+
 class Head(nn.Module):
     """Layers that can be streamed, in front of some that cannot."""
 
@@ -315,6 +330,31 @@ def test_tensors_that_others_read_are_not_private(monkeypatch):
     positions = [i for i, step in enumerate(program.steps) if isinstance(step, NativeStep)]
     links = streaming.private_bytes(program, positions)
     assert links == [0, 8 * 20 * 20 * 4, 8 * 20 * 20 * 4]
+
+
+def test_inverted_residuals_in_a_row_add_the_maps_between_them(monkeypatch):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            depthwise = nn.Conv2d(24, 24, 3, 1, 1, groups=24)
+            self.layers = nn.Sequential(nn.Conv2d(8, 24, 1), nn.ReLU(), depthwise, nn.ReLU(), nn.Conv2d(24, 8, 1))
+
+        def forward(self, x):
+            return x + self.layers(x)
+
+    def in_one(candidate):
+        return 1.0 if candidate.label == "inverted_residual[cpu]" else 50.0 * len(candidate.nodes)
+
+    monkeypatch.setattr(streaming, "LEAST_BYTES", 1)
+    joined = []
+    monkeypatch.setattr(
+        native_steps, "choose_chains", lambda plan, *given: joined.append(streaming._candidates(plan, given[2])) or []
+    )
+    model, x = nn.Sequential(*(Block() for _ in range(3))).eval(), torch.randn(2, 8, 12, 12)
+    plan = kp.capture(kp.emit(model, x, cost=in_one, progress=False), x)
+    assert [step.op for step in plan._program.steps].count("inverted_residual") == 3
+    assert joined in ([], [[]])
+    torch.testing.assert_close(plan(x), model(x).detach())
 
 
 def test_small_maps_are_not_timed(monkeypatch):

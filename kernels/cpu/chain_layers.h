@@ -57,7 +57,7 @@ class ChainBuilder {
   bool append(const ShuffleConcatArgs& a) {
     if (chain_.count == 0 || chain_.layers[chain_.count - 1].kind != LayerKind::pointwise || chain_.between) return false;
     const int64_t channels = chain_.layers[chain_.count - 1].c_out;
-    if (a.groups != 2 || a.c_a != channels || a.c_b != channels || a.b != chain_.y || a.b_stride != chain_.y_stride) return false;
+    if (a.groups != 2 || a.c_a != channels || a.c_b != channels || a.b != chain_.y || a.b_stride != chain_.y_stride || a.a == chain_.y) return false;
     chain_.between = a.a, chain_.between_stride = a.a_stride, chain_.y = a.y, chain_.y_stride = a.y_stride;
     return true;
   }
@@ -91,7 +91,9 @@ class ChainBuilder {
     chain_.layers[chain_.count++] = layer;
     return true;
   }
+  // A residual that the layer before makes is nowhere whole: its rows are in memory of the chain's own.
   bool end(float* y, int64_t stride, const float* residual, int64_t residual_stride) {
+    if (residual && residual == chain_.y) return false;
     chain_.y = y, chain_.y_stride = stride, chain_.residual = residual, chain_.residual_stride = residual_stride;
     return true;
   }

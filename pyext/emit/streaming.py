@@ -37,7 +37,8 @@ Range = tuple[int, int]
 def private_bytes(program: Program, positions: Sequence[int]) -> list[int]:
     """Bytes of the tensor between each of the native steps at these positions and the next one.
 
-    0 where anything else uses that tensor, or where a call of torch stands between the two.
+    0 where anything else uses that tensor, or the next step twice (as its residual, too: a chain has no whole map of it),
+    or where a call of torch stands between the two.
     """
     users: dict[int, list[int]] = {}
     for position, step in enumerate(program.steps):
@@ -48,6 +49,8 @@ def private_bytes(program: Program, positions: Sequence[int]) -> list[int]:
         out, *further = program.steps[position].results
         buffer = program.buffers[out.buffer]
         is_private = not further and buffer.place is Place.ARENA and users[out.buffer] == [position, following]
+        reads = views_of((program.steps[following].args, program.steps[following].kwargs))
+        is_private &= sum(view.buffer == out.buffer for view in reads) == 1
         is_next = all(isinstance(step, NativeStep) for step in program.steps[position:following])
         found.append(buffer.nbytes if is_private and is_next else 0)
     return found
