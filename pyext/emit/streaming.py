@@ -37,8 +37,8 @@ Range = tuple[int, int]
 def private_bytes(program: Program, positions: Sequence[int]) -> list[int]:
     """Bytes of the tensor between each of the native steps at these positions and the next one.
 
-    0 where anything else uses that tensor, or the next step twice (as its residual, too: a chain has no whole map of it),
-    or where a call of torch stands between the two.
+    0 where anything else uses that tensor, or the next step twice (as its residual too: a chain has no whole map of
+    it), or where a call of torch stands between the two.
     """
     users: dict[int, list[int]] = {}
     for position, step in enumerate(program.steps):

@@ -16,8 +16,8 @@ from kernelpress.report.record import Report
 __all__ = ["TRIAL_HEADER", "Limits", "Reached", "SweepReport", "Trial", "render_sweep"]
 
 TRIAL_HEADER = (
-    "trial", "accuracy", "lost", "latency", "measured", "over emitted", "theoretical", "realisation", "FLOPs", "parameters",
-    "remark",
+    "trial", "accuracy", "lost", "latency", "measured", "over emitted", "theoretical", "realisation", "FLOPs",
+    "parameters", "remark",
 )  # fmt: skip
 DENSE_EMITTED = "dense emitted"
 """The dense model on the same kernels, where it was measured too."""
