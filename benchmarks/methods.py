@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     found: list[Method] = []
     for network in options.networks:
-        changes = {"sweep.cases": {name: cases[name] for name in options.cases}} | NETWORKS[network]
+        changes: dict[str, Any] = {"sweep.cases": {name: cases[name] for name in options.cases}, **NETWORKS[network]}
         changes |= QUICK if options.quick else {}
         report = sweep(RECIPE, options=changes, output=options.output / network.replace(" ", "-").replace("×", ""))
         found += [Method(network, trial) for trial in report.trials]

@@ -224,10 +224,15 @@ def quick_press(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         if recipe.seed == 13:
             raise MemoryError("thirteen")
         points = [SimpleNamespace(accuracy=0.95, flops=100, parameters=10)] * 2
-        speedup = SimpleNamespace(measured=2.0, theoretical=4.0, realisation=0.5)
+        speedup = SimpleNamespace(measured=2.0, theoretical=4.0)
         profile = SimpleNamespace(latency=SimpleNamespace(median=float(max(recipe.seed, 1))))
 
         class Comparison:
+            profiles = (SimpleNamespace(name="dense emitted"),)
+
+            def against(self, name: str) -> Any:
+                return self
+
             def speedup(self, name: str) -> Any:
                 return speedup
 
