@@ -12,8 +12,8 @@ import pickle
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import kernelpress as kp
+from kernelpress.emit import native_steps, streaming
 from kernelpress.emit.tolerance import TURNED_SHARE, tolerance_of
 from kernelpress.runtime.torch_private import pytree
 from modelfuzz.calls import HARMLESS, draw_calls
@@ -416,7 +417,8 @@ class _Examiner:
                 if named or isinstance(result_of(emitted, positional, named), Exception):
                     continue
             try:
-                plan = kp.capture(emitted, *positional, stream=False, cache=False)
+                with _every_chain():
+                    plan = kp.capture(emitted, *positional, cache=False)
             except ValueError:
                 continue
             except Exception as error:
@@ -429,6 +431,25 @@ class _Examiner:
                 if other.code != call.code and other.what not in HARMLESS and not other.named:
                     self._compare("plan", plan, other)
             self._check_memory("plan", plan)
+
+
+@contextmanager
+def _every_chain() -> Iterator[None]:
+    """Plans stream whatever layers can be streamed, however small the maps between them, gain or not."""
+
+    def choose(plan: Any, addresses: Any, steps: Any, links: Sequence[int], cache: Any) -> list[streaming.Range]:
+        longest_first = sorted(streaming._candidates(plan, links), key=lambda one: one[0] - one[1])
+        found: list[streaming.Range] = []
+        for one in longest_first:
+            found = streaming.with_others(found, [one])
+        return streaming.with_others(found, streaming.interleaving(plan, steps, links))
+
+    before = native_steps.choose_chains, streaming.LEAST_BYTES
+    native_steps.choose_chains, streaming.LEAST_BYTES = choose, 1
+    try:
+        yield
+    finally:
+        native_steps.choose_chains, streaming.LEAST_BYTES = before
 
 
 def _marks_after(model: nn.Module, call: Call) -> Any:
