@@ -326,10 +326,14 @@ def test_tensors_that_others_read_are_not_private(monkeypatch):
             return self.c(self.b(y)) * y
 
     x = torch.randn(1, 8, 20, 20).contiguous(memory_format=torch.channels_last)
-    program = lower(kp.emit(Fork().eval(), x, cost=single_layers, progress=False).body, [x])
+    emitted = kp.emit(Fork().eval(), x, cost=single_layers, progress=False)
+    program = lower(emitted.body, [x])
     positions = [i for i, step in enumerate(program.steps) if isinstance(step, NativeStep)]
     links = streaming.private_bytes(program, positions)
     assert links == [0, 8 * 20 * 20 * 4, 8 * 20 * 20 * 4]
+    steps = kp.capture(emitted, x, stream=False)._native
+    assert steps._plan.copy().join(0, 2)
+    assert steps.joinable([(positions[0], positions[1])]) == []
 
 
 def test_inverted_residuals_in_a_row_add_the_maps_between_them(monkeypatch):

@@ -57,7 +57,8 @@ class ChainBuilder {
   bool append(const ShuffleConcatArgs& a) {
     if (chain_.count == 0 || chain_.layers[chain_.count - 1].kind != LayerKind::pointwise || chain_.between) return false;
     const int64_t channels = chain_.layers[chain_.count - 1].c_out;
-    if (a.groups != 2 || a.c_a != channels || a.c_b != channels || a.b != chain_.y || a.b_stride != chain_.y_stride || a.a == chain_.y) return false;
+    if (a.groups != 2 || a.c_a != channels || a.c_b != channels) return false;
+    if (a.b != chain_.y || a.b_stride != chain_.y_stride || a.a == chain_.y) return false;
     chain_.between = a.a, chain_.between_stride = a.a_stride, chain_.y = a.y, chain_.y_stride = a.y_stride;
     return true;
   }

@@ -93,11 +93,12 @@ class NativeSteps:
     def joinable(self, chains: Sequence[Chain]) -> list[Chain]:
         """Those chains of which this plan has the steps, natively, and the shuffles that layers make as they store."""
         trial, found, steps = self._plan, [], self._steps()
+        links = private_bytes(self._program, self._positions)
         for chain in chains:
             first, last = bisect_left(self._positions, chain[0]), bisect_right(self._positions, chain[1])
-            if last - first == chain[1] - chain[0] + 1 and trial.copy().join(first, last):
+            is_whole = last - first == chain[1] - chain[0] + 1
+            if is_whole and all(links[first : last - 1]) and trial.copy().join(first, last):
                 found.append((first, last))
-        links = private_bytes(self._program, self._positions)
         return self._chains(with_others(found, interleaving(trial, steps, links)))
 
     def _steps(self) -> list[NativeStep]:

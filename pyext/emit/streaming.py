@@ -48,9 +48,9 @@ def private_bytes(program: Program, positions: Sequence[int]) -> list[int]:
     for position, following in itertools.pairwise(positions):
         out, *further = program.steps[position].results
         buffer = program.buffers[out.buffer]
-        is_private = not further and buffer.place is Place.ARENA and users[out.buffer] == [position, following]
         reads = views_of((program.steps[following].args, program.steps[following].kwargs))
-        is_private &= sum(view.buffer == out.buffer for view in reads) == 1
+        is_read_once = users[out.buffer] == [position, following] and sum(v.buffer == out.buffer for v in reads) == 1
+        is_private = not further and buffer.place is Place.ARENA and is_read_once
         is_next = all(isinstance(step, NativeStep) for step in program.steps[position:following])
         found.append(buffer.nbytes if is_private and is_next else 0)
     return found

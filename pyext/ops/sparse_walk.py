@@ -22,8 +22,9 @@ __all__ = ["channel_dim", "images", "walk_reason", "with_walk"]
 
 _LARGEST = 2**31
 
-_PER_CHANNEL, _STRIP_BYTES = 320, 96 << 10
-"""Of a strip that every output channel reads again, one position a channel at a time: what stays near the core."""
+_CHANNEL_BYTES, _STRIP_BYTES = 320, 96 << 10
+"""At most, of a channel and of all, in a strip that single weights of a 1×1 window walk over: every output channel
+reads it again, so it is to stay near the core."""
 
 
 def channel_dim(problem: Problem) -> int:
@@ -69,7 +70,7 @@ class _Strip:
         most = 8 if rows == 1 else 6 if lanes == 16 else 2
         if rows == 1 and kernel_h == kernel_w == 1:
             channels = problem["x"].shape[channel_dim(problem)]
-            most = max(2, min(most, min(_PER_CHANNEL, _STRIP_BYTES // channels) // (4 * lanes)))
+            most = max(2, min(most, min(_CHANNEL_BYTES, _STRIP_BYTES // channels) // (4 * lanes)))
         length = lanes * min(most, -(-out[0] * width // lanes))
         furthest = reach_h // stride_h * width + reach_w // stride_w
         phases = [

@@ -20,6 +20,7 @@ from kernelpress.press.reading import RecipeFile, read_recipe
 from kernelpress.press.recipe import Recipe, RecipeError
 from kernelpress.press.run import RequirementError, press
 from kernelpress.press.sections import RangeSection, SweepSection
+from kernelpress.press.steps import dense_name
 from kernelpress.report import Limits, Reached, SweepReport, Trial, commit_of, now, render_sweep
 
 __all__ = ["SWEEP_HTML", "SWEEP_JSON", "Planned", "SweepError", "planned", "report_on", "run_trials", "sweep"]
@@ -145,10 +146,10 @@ def _tried(
             progress=progress,
         )
     except RequirementError as error:
-        return replace(trial, reached=Reached.of(error.report), failure=f"required: {error}")
+        return replace(trial, reached=Reached.of(error.report, dense_name("emitted")), failure=f"required: {error}")
     except Exception as error:  # Whatever ends a trial does not end the others.
         return replace(trial, failure=f"{type(error).__name__}: {error}")
-    return replace(trial, reached=Reached.of(report))
+    return replace(trial, reached=Reached.of(report, dense_name("emitted")))
 
 
 def _told(trial: Trial) -> str:

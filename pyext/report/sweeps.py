@@ -19,8 +19,6 @@ TRIAL_HEADER = (
     "trial", "accuracy", "lost", "latency", "measured", "over emitted", "theoretical", "realisation", "FLOPs",
     "parameters", "remark",
 )  # fmt: skip
-DENSE_EMITTED = "dense emitted"
-"""The dense model on the same kernels, where it was measured too."""
 
 
 @dataclass(frozen=True)
@@ -46,11 +44,10 @@ class Reached:
         return None if self.over_emitted is None or not self.theoretical else self.over_emitted / self.theoretical
 
     @classmethod
-    def of(cls, report: Report) -> Reached:
-        """What the report of the trial's run says."""
+    def of(cls, report: Report, dense_emitted: str) -> Reached:
+        """What the report of the trial's run says; `dense_emitted` names the emitted dense model, if that is there."""
         speedup, pressed, dense = report.comparison.speedup(report.pressed), report.points[-1], report.points[0]
-        has_emitted = any(profile.name == DENSE_EMITTED for profile in report.comparison.profiles)
-        emitted = report.comparison.against(DENSE_EMITTED).speedup(report.pressed) if has_emitted else None
+        was_measured = any(profile.name == dense_emitted for profile in report.comparison.profiles)
         return cls(
             pressed.accuracy,
             dense.accuracy,
@@ -58,7 +55,7 @@ class Reached:
             pressed.flops,
             pressed.parameters,
             speedup.measured,
-            None if emitted is None else emitted.measured,
+            report.comparison.against(dense_emitted).speedup(report.pressed).measured if was_measured else None,
             speedup.theoretical,
         )
 
