@@ -14,6 +14,7 @@ import kernelpress as kp
 from kernelpress.emit import native_steps, streaming
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.lower import NativeStep, lower
+from kernelpress.measure.race import Heat
 from kernelpress.ops import registry
 from kernelpress.ops.calls.steps import native_call
 from kernelpress.runtime import native
@@ -294,8 +295,9 @@ def test_the_chains_that_save_most_are_chosen_from_remembered_times(head, monkey
     layers = hashlib.sha256(streaming._name(steps).encode()).hexdigest()[:16]
     cache = TimingCache(torch.device("cpu"), enabled=False)
     times = {"[]": 10.0, "[(0, 2)]": 9.7, "[(0, 3)]": 9.5, "[(0, 4)]": 9.6, "[(0, 5)]": 11.0, "[(0, 3), (3, 5)]": 9.3}
-    for first, last in [(1, 3), (1, 4), (1, 5), (3, 5)]:
+    for first, last in [(1, 3), (1, 4), (1, 5)]:
         times[f"[({first}, {last})]"] = 10.0
+    times["[(3, 5)]"] = 9.9
     for ranges, time in times.items():
         cache.put(f"plan {layers} with chains {ranges}", time)
     plain = kp.capture(emitted, x, stream=False)
@@ -304,12 +306,27 @@ def test_the_chains_that_save_most_are_chosen_from_remembered_times(head, monkey
     assert plain._native.faster_chains(cache) == [(0, 2)]
 
 
+def test_chains_that_gain_nothing_alone_are_not_tried_beside_others(head, monkeypatch):
+    emitted, x = head
+    monkeypatch.setattr(streaming, "LEAST_BYTES", 1)
+    tried = []
+
+    def times(plan, addresses, steps, arrangements, cache):
+        tried.append(arrangements)
+        return [{(0, 3): 9.5, (3, 5): 10.1}.get(ranges[-1], 10.0) if ranges else 10.0 for ranges in arrangements]
+
+    monkeypatch.setattr(streaming, "_times", times)
+    plain = kp.capture(emitted, x, stream=False)
+    assert plain._native.faster_chains(TimingCache(torch.device("cpu"), enabled=False)) == [(0, 2)]
+    assert len(tried) == 1
+
+
 @pytest.mark.parametrize("cache", [True, False])
 def test_times_are_remembered_on_disk_unless_told_otherwise(head, cache, monkeypatch, tmp_path):
     emitted, x = head
     monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path))
     monkeypatch.setattr(streaming, "LEAST_BYTES", 1)
-    monkeypatch.setattr(streaming, "SECONDS_PER_RANGE", 1e-4)
+    monkeypatch.setattr(streaming, "HEATS", (Heat(1, 1.0),))
     kp.capture(emitted, x, cache=cache)
     assert bool(list(tmp_path.iterdir())) == cache
 
@@ -365,7 +382,7 @@ def test_inverted_residuals_in_a_row_add_the_maps_between_them(monkeypatch):
 
 
 def test_small_maps_are_not_timed(monkeypatch):
-    monkeypatch.setattr(streaming, "time_alternately", lambda *a, **k: pytest.fail("timed"))
+    monkeypatch.setattr(streaming, "race", lambda *a, **k: pytest.fail("timed"))
     x = torch.randn(1, 3, 32, 32)
     emitted = kp.emit(Head().eval(), x, cost=prefer("cpu"), progress=False)
     assert kp.capture(emitted, x).chains == []

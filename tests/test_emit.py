@@ -16,10 +16,12 @@ from torch import nn
 import kernelpress as kp
 from kernelpress.emit import evaluate, pipeline
 from kernelpress.emit.canonical import canonicalize
+from kernelpress.emit.examples import Example
 from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.record import EmissionRecord
 from kernelpress.emit.tolerance import relative_error
+from kernelpress.ops.layout import PIXELS
 from kernelpress.trace import TraceError, trace
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -619,3 +621,18 @@ def test_what_the_model_makes_contiguous_is_made_so_however_it_comes():
         for result, expected in zip(emitted(form), Ordered()(form), strict=True):
             assert torch.equal(result, expected)
             assert (result.data_ptr() == form.data_ptr()) == (expected.data_ptr() == form.data_ptr())
+
+
+def test_random_values_of_large_tensors_differ_from_image_to_image():
+    shape = (3, 64, 112, 112)
+    values = Example(shape, PIXELS.stride(shape), torch.float32).random()
+    assert values.stride() == PIXELS.stride(shape)
+    assert abs(float(values.mean())) < 0.01
+    assert float(values.std()) == pytest.approx(1.0, abs=0.01)
+    assert int((values[0] == values[1]).sum()) < 10
+
+
+def test_random_values_reach_every_element_of_a_strided_form():
+    values = Example((5, 7), (20, 2), torch.float32).random()
+    assert values.stride() == (20, 2)
+    assert len(values.unique()) == 35

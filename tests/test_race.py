@@ -46,6 +46,11 @@ def test_who_is_far_behind_leaves_early(track: Track) -> None:
     assert track.runs == {"a": 1 + 2 + 1 + 3 + 1 + 4, "b": 1 + 2 + 1 + 3, "c": 1 + 2}
 
 
+def test_long_calls_are_sampled_less(track: Track) -> None:
+    assert track.race([{("a",), ("b",)}], a=20.0, b=100.0) == pytest.approx({"a": 20.0, "b": 100.0})
+    assert track.runs == {"a": 1 + 2 + 1 + 3 + 1 + 3, "b": 1 + 1}
+
+
 def test_a_race_may_end_when_it_is_decided(track: Track) -> None:
     calls = {"a": track.call("a", 1.0), "b": track.call("b", 3.0)}
     assert race(calls, [{("a",), ("b",)}], heats=HEATS, until_decided=True) == pytest.approx({"a": 1.0, "b": 3.0})

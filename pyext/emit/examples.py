@@ -16,6 +16,9 @@ from kernelpress.trace.regions import writes
 
 __all__ = ["Example", "example_values"]
 
+MOST_DRAWN = 1_000_003
+"""Values drawn for one tensor, a prime: drawing takes longer than most layers."""
+
 
 @dataclass(frozen=True)
 class Example:
@@ -39,7 +42,7 @@ class Example:
         empty = torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
         if self.dtype == torch.int8:
             return empty.random_(-128, 128)
-        return empty.normal_() if self.dtype.is_floating_point else empty.zero_()
+        return _normal(empty) if self.dtype.is_floating_point else empty.zero_()
 
     def laid(self, form: Layout | None) -> Example:
         """The same tensor in that form; None leaves it as it is."""
@@ -52,6 +55,15 @@ class Example:
 
     def __str__(self) -> str:
         return repr(self.plain) if self.dtype is None else f"{self.dtype}{list(self.shape)}/{list(self.stride)}"
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    """Fills it with standard normal values; those of a large one repeat, but differently from image to image."""
+    memory = tensor.as_strided((tensor.untyped_storage().nbytes() // tensor.itemsize,), (1,))
+    drawn = memory[:MOST_DRAWN].normal_()
+    for part in memory[MOST_DRAWN:].split(MOST_DRAWN):
+        part.copy_(drawn[: len(part)])
+    return tensor
 
 
 def example_values(graph_module: GraphModule, inputs: Sequence[Any]) -> dict[Node, Example]:

@@ -13,7 +13,7 @@ import torch
 
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.lower import NativeStep, Place, Program, View, views_of
-from kernelpress.runtime.clock import time_alternately
+from kernelpress.measure.race import Heat, race
 from kernelpress.runtime.torch_private import pytree
 
 __all__ = ["LEAST_BYTES", "choose_chains", "interleaving", "private_bytes", "with_others"]
@@ -27,8 +27,7 @@ LEAST_GAIN = 0.01
 MOST_RANGES = 12
 """Ranges that are timed, from the first that could be a chain on."""
 
-SECONDS_PER_RANGE = 0.15
-ROUNDS = 5
+HEATS = (Heat(20, 1.1), Heat(40, 1.02), Heat(90, 1.0))
 
 Range = tuple[int, int]
 """Steps first … last - 1."""
@@ -76,7 +75,7 @@ def choose_chains(
 
     `addresses` are memory for the plan's external buffers, `steps` what its steps stand for, `links` their
     `private_bytes`. The plan is timed as a whole with one range joined, because what a chain saves is the caches for
-    its neighbours; the best is kept, and the rest tried again beside it.
+    its neighbours; the best is kept, and what gains alone tried again beside it.
     """
     chosen: list[Range] = []
     pairs = interleaving(plan, steps, links)
@@ -89,7 +88,8 @@ def choose_chains(
             break
         first, last = ranges[best]
         chosen = [*chosen, ranges[best]]
-        ranges = [one for one in ranges if one[1] <= first or last <= one[0]]
+        gaining = [one for one, time in zip(ranges, times[1:], strict=True) if time < times[0]]
+        ranges = [one for one in gaining if one[1] <= first or last <= one[0]]
     cache.save()
     return with_others(chosen, pairs)
 
@@ -123,8 +123,9 @@ def _times(
                 joined.join(first, last)
             calls[name] = functools.partial(joined.run, 0, len(joined), addresses)
     if calls:
-        for name, timing in time_alternately(calls, budget_seconds=SECONDS_PER_RANGE, rounds=ROUNDS).items():
-            cache.put(name, timing.p10)
+        known = {name: time for name in names if (time := cache.get(name)) is not None}
+        for name, milliseconds in race(calls, [[(name,) for name in names]], known=known, heats=HEATS).items():
+            cache.put(name, milliseconds)
     times = [cache.get(name) for name in names]
     return [time for time in times if time is not None]
 

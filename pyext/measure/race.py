@@ -19,12 +19,15 @@ Alternative = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Heat:
-    """`samples` more of each call that is still in the race; then it goes on only if it took at most `limit` times as
-    long as the fastest of its rivals."""
+    """`samples` more of each call that is still in the race, fewer of one for which they take over `HEAT_SECONDS`; then
+    it goes on only if it took at most `limit` times as long as the fastest of its rivals."""
 
     samples: int
     limit: float
 
+
+HEAT_SECONDS = 0.05
+"""Calls this long need no second sample in a heat: what disturbs them is short beside them."""
 
 HEATS = (Heat(2, 2.0), Heat(4, 1.5), Heat(6, 1.2), Heat(8, math.inf))
 
@@ -63,8 +66,9 @@ def _samples(call: Callable[[], object], count: int, before_sample: Callable[[],
     """Milliseconds of `count` samples. The first call is not among them: another has displaced this one's data."""
     seconds = sample_milliseconds(call, 1) * 1e-3
     repeats = max(1, math.ceil(SAMPLE_SECONDS / max(seconds, 1e-9)))
+    affordable = math.ceil(HEAT_SECONDS / max(seconds * repeats, 1e-9))
     taken = []
-    for _ in range(count):
+    for _ in range(min(count, affordable)):
         before_sample()
         taken.append(sample_milliseconds(call, repeats))
     return taken
