@@ -3,6 +3,7 @@
 python benchmarks/bench_models.py --models mobilenet_v1 mobilenet_v2 --threads 2 --batch 1 --rounds 6
 python benchmarks/bench_models.py --dtype int8 --models mobilenet_v1 resnet50
 python benchmarks/bench_models.py --sparsity 0.9 --block 4 --models mobilenet_v1 resnet50
+python benchmarks/bench_models.py --dtype int8 --sparsity 0.9 --depth 4 --models mobilenet_v1
 """
 
 from __future__ import annotations
@@ -79,21 +80,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["fp32", "int8"], default="fp32", help="int8: as each quantizes for itself")
     parser.add_argument("--sparsity", type=float, default=0.0, help="share of weights that are zero, at random")
     parser.add_argument("--block", type=positive, default=1, help="output channels that zeros span")
+    parser.add_argument("--depth", type=positive, default=1, help="input channels that zeros span")
     parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--size", type=positive, default=224, help="rows and columns of the image")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args(arguments)
-    if not 0 <= options.sparsity < 1 or (options.sparsity and options.dtype != "fp32"):
-        parser.error(f"--sparsity: expected a share from 0 to 1, in fp32, got {options.sparsity} in {options.dtype}")
-    contest = "sparse" if options.sparsity else options.dtype
-    name = "models" if contest == "fp32" else f"models_{contest}"
-    key = (*KEY, "sparsity", "block") if contest == "sparse" else KEY
+    if not 0 <= options.sparsity < 1:
+        parser.error(f"--sparsity: expected a share from 0 to 1, got {options.sparsity}")
+    parts = [*["int8"] * (options.dtype == "int8"), *["sparse"] * (options.sparsity > 0)]
+    contest, name = "_".join(parts) or "fp32", "_".join(["models", *parts])
+    key = (*KEY, "sparsity", "block", "depth")[: None if options.sparsity else len(KEY)]
 
     def record(result: ModelResult) -> str:
         return f"recorded in {save(name, [result], options.results, key=key)}"
 
     tell = None if options.no_record else record
-    asked = {option: getattr(options, option) for option in ("batch", "size", "dtype", "sparsity", "block")}
+    asked = {option: getattr(options, option) for option in ("batch", "size", "dtype", "sparsity", "block", "depth")}
     run(options, chosen_runtimes(options, contest), tell, **asked)
 
 

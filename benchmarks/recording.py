@@ -127,6 +127,7 @@ _TITLES: Mapping[str, str] = {
     "models": "Whole models, float32",
     "models_int8": "Whole models, int8",
     "models_sparse": "Whole models with zeros, float32",
+    "models_int8_sparse": "Whole models with zeros, int8",
     "growth": "Whole models by batch, image and threads, float32",
     "dense": "Dense kernels, float32",
     "depthwise": "Depthwise kernels, float32",
@@ -196,7 +197,8 @@ def title_of(result: Mapping[str, Any]) -> str:
 def _zeros_of(result: Mapping[str, Any]) -> str:
     if not result.get("sparsity"):
         return ""
-    return f", {result['sparsity']:.0%} zeros" + f" in {result['block']}×1 blocks" * (result["block"] > 1)
+    block = (result["block"], result["depth"])
+    return f", {result['sparsity']:.0%} zeros" + f" in {block[0]}×{block[1]} blocks" * (block != (1, 1))
 
 
 def model_cells(result: Mapping[str, Any]) -> Cells:
@@ -297,6 +299,7 @@ _RENDERERS: Mapping[str, Callable[[Mapping[str, Any]], list[str]]] = {
     "models": _model_tables,
     "models_int8": _model_tables,
     "models_sparse": _model_tables,
+    "models_int8_sparse": _model_tables,
     "growth": _summary,
     "overhead": _overhead_table,
     "sparsity": lambda payload: markdown(sparsity_cells(payload["results"])),

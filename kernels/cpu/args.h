@@ -266,6 +266,24 @@ struct Int8Conv2dArgs {
   double output_scale, output_zero_point, residual_scale, residual_zero_point;
 };
 
+// As Int8Conv2dArgs, one group; the weight as int8_sparse.cpp walks over it: of output channel n the steps `steps[row_starts[n]] …` are
+// where four input channels stand in a strip of scratch, each with as many weights. The strip is that of SparseConv2dArgs.
+struct Int8SparseConv2dArgs {
+  static constexpr int kAddresses = 9;
+  const int8_t *x, *weight;
+  const int32_t *row_starts, *steps, *weight_sums;
+  const float *scale, *bias;
+  const void* residual;
+  void* y;
+  int64_t batch, in_h, in_w, c_in, out_h, out_w, c_out;
+  int64_t strip, width, phases_h, phases_w, phase_pitch;
+  int64_t x_stride, residual_stride, y_stride;
+  int64_t input_zero_point, y_is_int8;
+  Window window;
+  Activation activation;
+  double output_scale, output_zero_point, residual_scale, residual_zero_point;
+};
+
 // An image that lies anyhow; y has pixels `y_stride` apart.
 struct QuantizeArgs {
   static constexpr int kAddresses = 2;
@@ -389,6 +407,7 @@ struct Int8CopyArgs {
 #define KP_INT8_KERNELS(KERNEL)                           \
   KERNEL(int8_matmul, Int8MatmulArgs)                     \
   KERNEL(int8_conv2d, Int8Conv2dArgs)                     \
+  KERNEL(int8_sparse_conv2d, Int8SparseConv2dArgs)        \
   KERNEL(int8_depthwise_conv2d, Int8DepthwiseConv2dArgs)  \
   KERNEL(quantize, QuantizeArgs)                          \
   KERNEL(dequantize, DequantizeArgs)                      \

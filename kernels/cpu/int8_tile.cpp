@@ -143,7 +143,32 @@ TileFunction tile_function(int64_t rows, int64_t vecs) {
   return nullptr;
 }
 
+// Rows of stored sums as `finish_bytes` takes them.
+template <int kVecs>
+void finish_stored_bytes(const Int8Product& p, const int32_t* stored, Place place, int64_t rows) {
+  const bool plain = !p.epilogue.residual && p.c_out - place.channel >= kVecs * kLanes;
+  for (int64_t m = 0; m < rows; ++m, ++place.row, stored += kVecs * kLanes) {
+    Ints sums[1][kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) sums[0][v] = load_ints(stored + v * kLanes);
+    if (plain) finish_bytes<true>(p, sums, place);
+    else finish_bytes<false>(p, sums, place);
+  }
+}
+
 }  // namespace
+
+void finish(const Int8Product& p, const int32_t* sums, int64_t channel, int64_t first_row, int64_t rows) {
+  const int64_t columns = minimum(kInt8Panel, p.c_out - channel), vecs = ceil_div(columns, kLanes);
+  const Place place{first_row, channel, p.epilogue.gives_bounded_bytes(channel, columns, p.depth)};
+  if (!place.bounded) return finish_any(p, sums, rows, vecs, place);
+  if (vecs == 1) return finish_stored_bytes<1>(p, sums, place, rows);
+  if (vecs == 2) return finish_stored_bytes<2>(p, sums, place, rows);
+  if constexpr (kInt8Vecs > 2) {
+    if (vecs == 3) return finish_stored_bytes<3>(p, sums, place, rows);
+    finish_stored_bytes<4>(p, sums, place, rows);
+  }
+}
 
 void multiply(const Int8Product& p, const Int8TileInput& in, int64_t panel, int64_t next, int64_t first_row, int64_t rows) {
   const int64_t channel = panel * kInt8Panel, vecs = minimum(kInt8Vecs, ceil_div(p.c_out - channel, kLanes));

@@ -6,15 +6,11 @@
 // One task: a range of strips × rows of the weight with as many non-zeros as the others'.
 #include "sparse.h"
 
-#include "runtime.h"
+#include "sparse_split.h"
 #include "strip.h"
 
 namespace kernelpress::KERNELPRESS_ISA {
 namespace {
-
-struct Strip {
-  int64_t image, first, last;  // outputs
-};
 
 // Where an image's channels and pixels stand in memory.
 struct Form {
@@ -67,56 +63,18 @@ void compute_strip(const SparseConv2dArgs& a, const Strip& strip, int64_t first,
   }
 }
 
-// Threads by strips and by rows: least time of the slowest, in steps of the walk; filling a strip takes a few per channel.
-struct Split {
-  int64_t strip_parts, row_parts;
-};
-
-Split split_work(int64_t strips, int64_t rows, int64_t non_zeros, int64_t planes) {
-  constexpr double kFilling = 3;
-  Split best{1, 1};
-  double least = 0;
-  for (int64_t row_parts = 1; row_parts <= minimum(thread_count(), rows); ++row_parts) {
-    const int64_t strip_parts = minimum(thread_count() / row_parts, strips);
-    const double work = static_cast<double>(non_zeros + rows) / static_cast<double>(row_parts) + kFilling * static_cast<double>(planes);
-    const double cost = static_cast<double>(ceil_div(strips, strip_parts)) * work;
-    if (row_parts == 1 || cost < least) best = {strip_parts, row_parts}, least = cost;
-  }
-  return best;
-}
-
 }  // namespace
 
 void sparse_conv2d(const SparseConv2dArgs& a) {
-  const int64_t rows = ceil_div(a.c_out, a.rows), outputs = a.out_h * a.width;
-  const int64_t vectors = ceil_div(outputs, kLanes), strips_of_image = ceil_div(vectors, a.strip / kLanes), strips = a.batch * strips_of_image;
   const StripForm form{a.width, a.phases_h, a.phases_w, a.phase_pitch};
   const Form image(a.channels_last, a.c_in, a.in_h * a.in_w, a.x_stride);
-  const int64_t planes = a.phases_h * a.phases_w * a.c_in, scratch_floats = a.c_in * form.pitch();
-  const Split split = split_work(strips, rows, a.row_starts[rows], planes);
-  // Rows and non-zeros both count: those of part k end where its share of their sum does.
-  const auto first_row = [&](int64_t part) {
-    const int64_t share = (a.row_starts[rows] + rows) * part / split.row_parts;
-    int64_t low = 0, high = rows;
-    while (low < high) {
-      const int64_t middle = (low + high) / 2;
-      if (a.row_starts[middle] + middle < share) low = middle + 1;
-      else high = middle;
-    }
-    return low;
-  };
-  parallel(split.strip_parts * split.row_parts, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t i = task / split.row_parts, j = task % split.row_parts;
-      float* scratch = thread_scratch(scratch_floats + kLanes * a.strip);
-      for (int64_t s = strips * i / split.strip_parts; s < strips * (i + 1) / split.strip_parts; ++s) {
-        const int64_t k = s % strips_of_image, from = vectors * k / strips_of_image, to = vectors * (k + 1) / strips_of_image;
-        const Strip strip{s / strips_of_image, from * kLanes, minimum(to * kLanes, outputs)};
-        const StripSource x{a.x + strip.image * image.image, a.channels_last != 0, a.c_in, image.channel, image.pixel, a.in_h, a.in_w};
-        load_strip(x, form, a.window, strip.first, scratch);
-        compute_strip(a, strip, first_row(j), first_row(j + 1), scratch, scratch + scratch_floats);
-      }
-    }
+  const int64_t rows = ceil_div(a.c_out, a.rows), scratch_floats = a.c_in * form.pitch();
+  const SparseWork work{a.batch, a.out_h * a.width, a.strip, a.row_starts, rows, a.phases_h * a.phases_w * a.c_in};
+  over_strips(work, [&](const Strip& strip, int64_t first, int64_t last) {
+    float* scratch = thread_scratch(scratch_floats + kLanes * a.strip);
+    const StripSource x{a.x + strip.image * image.image, a.channels_last != 0, a.c_in, image.channel, image.pixel, a.in_h, a.in_w};
+    load_strip(x, form, a.window, strip.first, scratch);
+    compute_strip(a, strip, first, last, scratch, scratch + scratch_floats);
   });
 }
 

@@ -1,9 +1,11 @@
 // A strip of padded input in scratch, under a run of outputs.
 //
-//   channel 0 │ positions → │     one plane of `width` columns, zeros for padding among them, for each remainder of row and column by
+//   channel 0 │ positions → │     one plane of `width` columns, with the padding among them, for each remainder of row and column by
 //           1 │             │     the stride: then a run of outputs, numbered through the rows of such a plane, reads a run of one
 //           … │             │     plane for every tap. Columns of outputs beyond the image's are computed and not stored.
 #pragma once
+
+#include <algorithm>
 
 #include "args.h"
 #include "transpose.h"
@@ -16,11 +18,12 @@ struct StripForm {
   KP_INLINE int64_t pitch() const { return phases_h * phases_w * phase_pitch; }  // between channels
 };
 
-// An image: channels or pixels are neighbours in memory.
+// An image: channels or pixels are neighbours in memory. `padding` stands around it.
 struct StripSource {
   const float* x;
   bool channels_last;
   int64_t channels, channel_stride, pixel_stride, in_h, in_w;
+  float padding = 0;
 };
 
 // Calls body(row, column, from, count) for every run of positions [begin, end) that stand in one row of `width`; `from` counts from begin.
@@ -45,8 +48,8 @@ inline void copy_channels(const StripSource& from, float* to, int64_t pitch, con
   }
 }
 
-inline void clear_channels(float* to, int64_t pitch, int64_t channels, int64_t count) {
-  for (int64_t c = 0; c < channels && count > 0; ++c, to += pitch) std::memset(to, 0, static_cast<size_t>(count) * sizeof(float));
+inline void pad_channels(const StripSource& from, float* to, int64_t pitch, int64_t count) {
+  for (int64_t c = 0; c < from.channels && count > 0; ++c, to += pitch) std::fill_n(to, count, from.padding);
 }
 
 // What outputs from `first` on read, as much as the form holds.
@@ -58,14 +61,14 @@ inline void load_strip(const StripSource& from, const StripForm& form, const Win
     float* plane = scratch + phase * form.phase_pitch;
     over_runs(first, first + form.phase_pitch, form.width, [&](int64_t row, int64_t column, int64_t at, int64_t count) {
       const int64_t h = row * w.stride_h + down;
-      if (h < 0 || h >= from.in_h) return clear_channels(plane + at, form.pitch(), from.channels, count);
+      if (h < 0 || h >= from.in_h) return pad_channels(from, plane + at, form.pitch(), count);
       const int64_t left = minimum(maximum(lowest, column), column + count), end = maximum(left, minimum(highest, column + count));
-      clear_channels(plane + at, form.pitch(), from.channels, left - column);
+      pad_channels(from, plane + at, form.pitch(), left - column);
       if (end > left) {
         const float* x = from.x + (h * from.in_w + left * w.stride_w + right) * from.pixel_stride;
         copy_channels(from, plane + at + left - column, form.pitch(), x, w.stride_w, end - left);
       }
-      clear_channels(plane + at + end - column, form.pitch(), from.channels, column + count - end);
+      pad_channels(from, plane + at + end - column, form.pitch(), column + count - end);
     });
   }
 }

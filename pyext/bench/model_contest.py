@@ -84,7 +84,18 @@ SPARSE_RUNTIMES = (
     Runtime(OURS, "ours", ("captured",)),
 )
 
-CONTESTS: Mapping[str, Sequence[Runtime]] = {"fp32": RUNTIMES, "int8": INT8_RUNTIMES, "sparse": SPARSE_RUNTIMES}
+INT8_SPARSE_RUNTIMES = (
+    *INT8_RUNTIMES[:3],
+    Runtime(OURS_DENSE, "ours_int8", ("dense",)),
+    INT8_RUNTIMES[-1],
+)
+
+CONTESTS: Mapping[str, Sequence[Runtime]] = {
+    "fp32": RUNTIMES,
+    "int8": INT8_RUNTIMES,
+    "sparse": SPARSE_RUNTIMES,
+    "int8_sparse": INT8_SPARSE_RUNTIMES,
+}
 """Who meets: in each arithmetic, and on networks with zeros."""
 
 
@@ -132,6 +143,7 @@ class ModelResult:
     dtype: str = "fp32"
     sparsity: float = 0.0
     block: int = 1
+    depth: int = 1
 
 
 def compare(
@@ -147,17 +159,19 @@ def compare(
     dtype: str = "fp32",
     sparsity: float = 0.0,
     block: int = 1,
+    depth: int = 1,
     report: Callable[[str], None] = print,
 ) -> ModelResult:
     """Times `model` (a name of `kernelpress.models`) in every runtime: `rounds` rounds of `iterations` calls each.
 
     Weights and input are drawn from `seed`, a fresh one if `None`; `sparsity` is the share of zeros among the weights
-    of convolutions (but the first and depthwise ones), which span `block` output channels. A runtime whose logits
-    differ from eager's in float32 by more than `MODEL_TOLERANCE` of `dtype` is reported as skipped, with the error.
+    of convolutions (but the first and depthwise ones), which span `block` output and `depth` input channels. A runtime
+    whose logits differ from eager's in float32 by more than `MODEL_TOLERANCE` of `dtype` is reported as skipped, with
+    the error.
     """
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     with tempfile.TemporaryDirectory(prefix="kernelpress-bench-") as folder:
-        job = Job(model, "", folder, threads, batch, iterations, sparsity=sparsity, block=block)
+        job = Job(model, "", folder, threads, batch, iterations, sparsity=sparsity, block=block, depth=depth)
         network = prepare(job, size, seed)
         with threads_set_to(threads), torch.no_grad():
             expected = network(torch.from_numpy(job.load_input())).double().numpy()
@@ -199,7 +213,7 @@ def compare(
         finally:
             for worker in running.values():
                 worker.stop()
-    facts |= {"dtype": dtype, "sparsity": sparsity, "block": block}
+    facts |= {"dtype": dtype, "sparsity": sparsity, "block": block, "depth": depth}
     return ModelResult(model, batch, size, threads, seed, iterations, tuple(results.values()), **facts)
 
 

@@ -50,8 +50,10 @@ def _set_zeros(network: nn.Module, job: Job) -> None:
     layers = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups == 1 and m.in_channels > 3]
     with torch.no_grad():
         for weight in [layer.weight for layer in layers] if job.sparsity else []:
-            blocks = torch.rand(-(-len(weight) // job.block), *weight.shape[1:]) >= job.sparsity
-            weight *= blocks.repeat_interleave(job.block, dim=0)[: len(weight)]
+            outputs, inputs, *kernel = weight.shape
+            blocks = torch.rand(-(-outputs // job.block), -(-inputs // job.depth), *kernel) >= job.sparsity
+            spread = blocks.repeat_interleave(job.block, dim=0).repeat_interleave(job.depth, dim=1)
+            weight *= spread[:outputs, :inputs]
 
 
 def import_torchvision() -> None:

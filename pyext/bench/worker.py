@@ -52,6 +52,8 @@ class Job:
     """Share of zeros in the weights of convolutions, but the first and depthwise ones."""
     block: int = 1
     """Output channels that zeros span."""
+    depth: int = 1
+    """Input channels that they span."""
 
     @property
     def weights_file(self) -> Path:

@@ -97,8 +97,13 @@ class Candidate:
 def candidates_for(match: Match, order: Mapping[Node, int]) -> list[Candidate]:
     """Every way to execute the nodes of `match`; `order` is the position of each node in the graph."""
     nodes = sorted(match.nodes, key=order.__getitem__)
-    layers = [_layer(match, entry) for entry in registry.operator(match.op).implementations]
+    layers = [_layer(match, entry) for entry in registry.operator(match.op).implementations if _serves(entry, match)]
     return [*layers, *(original(nodes, form) for form in FORMS)]
+
+
+def _serves(entry: registry.Implementation, match: Match) -> bool:
+    """Kernels that like blocks skip zeros: they are for weights that have enough of them, and the others for all."""
+    return entry.kernel is None or bool(entry.kernel.likes.blocks) == bool(match.pattern)
 
 
 def constant(graph_module: GraphModule, node: Node) -> Any:

@@ -41,6 +41,7 @@ from kernelpress.ops.int8_checks import (
     half_reason,
     output_dtype,
 )
+from kernelpress.ops.int8_sparse import LIKES, cells_reason, with_cells
 from kernelpress.ops.layout import PIXELS, ROWS
 from kernelpress.ops.registry import Problem
 from kernelpress.ops.signature import IntOrPair
@@ -238,9 +239,12 @@ def _cpu_constants(
     options: Any, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, *layout: int
 ) -> tuple[Any, ...]:
     """weight, its sums, scale and bias, as the structs of the CPU begin after x."""
+    return packing.int8_panels(weight, *layout), *_cpu_vectors(options, weight, weight_scale, bias)
+
+
+def _cpu_vectors(options: Any, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> tuple[Any, ...]:
     sums = packing.packed(weight, None, "int8 sums", _sums)
-    scale = _scale(weight_scale, options.input_scale)
-    return packing.int8_panels(weight, *layout), sums, scale, packing.vector(bias)
+    return sums, _scale(weight_scale, options.input_scale), packing.vector(bias)
 
 
 def _cpu_matmul_operands(options: Any, *tensors: Any) -> tuple[Tensor | None, ...]:
@@ -380,6 +384,17 @@ _CONV2D_CPU = Kernel(
     "int8_conv2d", _cpu_conv_operands, _cpu_conv_sizes, supports=_cpu_reason, dtypes=_INT8, scalars=_scalars
 )
 
+_CONV2D_SPARSE = replace(
+    _CONV2D_CPU,
+    name="int8_sparse_conv2d",
+    operands=lambda options, x, weight, weight_scale, bias, residual: (
+        *(x, *_cpu_vectors(options, weight, weight_scale, bias), residual),
+    ),
+    supports=lambda problem: _cpu_reason(problem) or cells_reason(problem),
+    specialise=with_cells,
+    likes=LIKES,
+)
+
 
 def _padded_operands(options: Any, x: Tensor | None, weight: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
     """With the values of padding, as the Triton kernel reads them."""
@@ -409,6 +424,7 @@ def _windowed_options(problem: Problem) -> dict[str, Any]:
             "int8", _CONV2D_CUDA, operands=_padded_operands, options=_windowed_options, supports=_groups_reason
         ),
         cpu_implementation(_CONV2D_CPU),
+        cpu_implementation(_CONV2D_SPARSE, "sparse"),
     ),
 )
 def int8_conv2d(
@@ -441,6 +457,9 @@ def int8_conv2d(
         residual: of the output's shape and dtype.
         stride, padding, dilation: pixels, one integer or (height, width).
         groups: the kernels for devices have one alone.
+
+    Backend `"sparse"` is a CPU kernel that skips zeros of the weight, four input channels of an output channel at a
+    time.
 
     Returns: `[N, C_out, H_out, W_out]`, channels_last. Other options and errors as of `int8_matmul`.
     """

@@ -47,7 +47,7 @@ __all__ = [
     "why_not",
 ]
 
-NATIVE_BACKENDS = ("cpu", "winograd4", "winograd2", "planes")
+NATIVE_BACKENDS = ("cpu", "winograd4", "winograd2", "planes", "sparse")
 """Those that run kernels of the native module `_cpu`, which plans have as steps."""
 
 BACKENDS: tuple[str, ...] = (
@@ -59,6 +59,7 @@ BACKENDS: tuple[str, ...] = (
     "winograd4",
     "winograd2",
     "planes",
+    "sparse",
     "reference",
 )
 """Every backend, best first: the order in which an automatic choice tries them."""

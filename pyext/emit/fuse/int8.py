@@ -18,6 +18,7 @@ from kernelpress.emit.graph import arguments, constant_node, constant_tensor, on
 from kernelpress.emit.quantized import Affine, affine_of, dequantized, is_dequantize, is_quantize, quantized_weight
 from kernelpress.emit.quantized_rows import quantized_rows
 from kernelpress.ops.int8_checks import FLOATS
+from kernelpress.ops.int8_sparse import LIKES, share_of_cells
 
 __all__ = ["int8_gates", "int8_layers", "int8_pools", "int8_sums", "quantizers"]
 
@@ -155,7 +156,21 @@ def int8_layers(graph_module: GraphModule, stages: list[Stage]) -> Iterator[Matc
             given |= {"x": rows.x}
             scales, inner = RowScales(rows.symmetric, rows.whole), frozenset(rows.nodes)
         end = _with_residual(replace(stage, nodes=stage.nodes | inner))
-        yield Match(_OPS[stage.kind], end.nodes, end.output, given | end.arguments, row_scales=scales)
+        match = Match(_OPS[stage.kind], end.nodes, end.output, given | end.arguments, row_scales=scales)
+        yield match
+        yield from _sparse(graph_module, match)
+
+
+def _sparse(graph_module: GraphModule, match: Match) -> Iterator[Match]:
+    """The same layer for a kernel that skips zeros, where the weight has enough of them."""
+    if match.op != "int8_conv2d":
+        return
+    weight = constant_tensor(graph_module, match.arguments["weight"])
+    assert weight is not None
+    (block,) = LIKES.blocks
+    if share_of_cells(weight) <= LIKES.density:
+        density = int(weight.count_nonzero()) / weight.numel()
+        yield replace(match, pattern=f"{block[0]}×{block[1]}", density=density)
 
 
 def _with_residual(stage: Stage) -> _End:
