@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import kernelpress as kp
 from kernelpress import compress, ops
+from kernelpress.kernels.reference import ACTIVATIONS
+from kernelpress.ops.calls.steps import native_call
 from kernelpress.runtime import native
 
 on_every_set = pytest.mark.usefixtures("int8_cpu_variant")
@@ -63,7 +65,28 @@ def test_convolutions_are_exact(name: str, number: int) -> None:
             options |= {"residual_scale": 1.7, "residual_zero_point": -5}
             tensors[4] = slice_of_wider(tensors[4], 3)
     y = run_native("int8_conv2d", tensors, **options, backend="sparse")
+    assert native_call("int8_conv2d", tensors, {**options, "backend": "sparse"}, y).name == "int8_sparse_conv2d"
     assert_same("int8_conv2d", tensors, options, y, EXACT)
+
+
+@needs_native
+@on_every_set
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("c_out", "scale"), [(24, 1e-3), (68, 1.0), (132, 1e30)])
+def test_outputs_of_whole_cells_are_exact(activation: str, c_out: int, scale: float) -> None:
+    options = {"padding": 1, "activation": activation, "input_scale": 0.37, "input_zero_point": 3}
+    options |= {"output_scale": 37.0 * scale, "output_zero_point": 9}
+    x, weight = int8_image(2, 20, 13, 11), with_zeros(int8(c_out, 20, 3, 3), 0.3)
+    for bias in (None, torch.randn(c_out) * 100 * scale):
+        tensors = [x, weight, (torch.rand(c_out) + 0.01) * scale, bias, None]
+        assert_same("int8_conv2d", tensors, options, ops.int8_conv2d(*tensors, **options, backend="sparse"), EXACT)
+
+
+@needs_native
+def test_values_that_are_no_numbers_become_the_zero_point() -> None:
+    tensors = [int8_image(1, 8, 3, 5), int8(4, 8, 1, 1), torch.tensor([torch.nan, torch.inf, -torch.inf, 1e30])]
+    options: dict[str, Any] = {"output_scale": 0.5, "output_zero_point": 7}
+    assert_same("int8_conv2d", tensors, options, ops.int8_conv2d(*tensors, **options, backend="sparse"))
 
 
 @needs_native
