@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import nn
 
 import kernelpress as kp
 from kernelpress.emit import evaluate, pipeline
+from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.canonical import canonicalize
 from kernelpress.emit.examples import Example
 from kernelpress.emit.fold import fold
@@ -636,3 +638,17 @@ def test_random_values_reach_every_element_of_a_strided_form():
     values = Example((5, 7), (20, 2), torch.float32).random()
     assert values.stride() == (20, 2)
     assert len(values.unique()) == 35
+
+
+def test_what_competes_with_something_new_is_timed_again():
+    def trial(key):
+        return evaluate._Trial(SimpleNamespace(is_original=False, gives=None), key, 0.0, None)
+
+    cache = TimingCache(torch.device("cpu"), enabled=False)
+    for known in ("old", "older", "part", "apart"):
+        cache.put(known, 1.0)
+    rivals = [{("old",), ("part", "new")}, {("older",), ("part",)}, {("apart",)}]
+    running = [trial(key) for key in ("old", "older", "part", "new", "apart")]
+    assert list(evaluate._to_time(running, rivals, cache)) == ["old", "part", "new"]
+    cache.put("new", 1.0)
+    assert not evaluate._to_time(running, rivals, cache)

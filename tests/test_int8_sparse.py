@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import kernelpress as kp
 from kernelpress import compress, ops
+from kernelpress.emit import evaluate
 from kernelpress.kernels.reference import ACTIVATIONS
 from kernelpress.ops.calls.steps import native_call
 from kernelpress.runtime import native
@@ -129,6 +130,7 @@ def quantized(density: float, seed: int = 0) -> tuple[nn.Module, Tensor]:
     model = nn.Sequential(nn.Conv2d(16, 32, 1), nn.ReLU(), nn.Conv2d(32, 24, 3, padding=1)).eval()
     with torch.no_grad():
         for layer in (model[0], model[2]):
+            torch.manual_seed(7)
             layer.weight.copy_(with_zeros(layer.weight, density))
     x = torch.randn(2, 16, 12, 12)
     return compress.quantize(model, x, data=[x], progress=False), x
@@ -148,6 +150,24 @@ def test_zeros_are_skipped_in_emitted_models_and_plans(tmp_path: Any) -> None:
     assert torch_steps(emitted, x) == []
     emitted.save(tmp_path / "sparse.pt2")
     assert torch.equal(kp.load(tmp_path / "sparse.pt2")(x), dense(x))
+
+
+@needs_native
+@pytest.mark.usefixtures("own_cache")
+def test_times_hold_for_other_scales_and_not_for_other_shares_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed: list[str] = []
+    race = evaluate.race
+
+    def seen(calls: Any, *args: Any, **kwargs: Any) -> Any:
+        timed.extend(calls)
+        return race(calls, *args, **kwargs)
+
+    monkeypatch.setattr(evaluate, "race", seen)
+    for density, seed, expected in ((0.2, 0, True), (0.2, 0, False), (0.2, 1, False), (0.5, 1, True)):
+        timed.clear()
+        model, x = quantized(density, seed)
+        kp.emit(model, x, progress=False)
+        assert any("'sparse'" in name for name in timed) == expected
 
 
 @needs_native

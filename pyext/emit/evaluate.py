@@ -15,13 +15,14 @@ from torch.fx import GraphModule, Node, map_arg
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.candidates import Candidate, constant, conversion, original
 from kernelpress.emit.examples import Example
-from kernelpress.emit.quantized import is_rounding
+from kernelpress.emit.quantized import is_rounding, without_scales
 from kernelpress.emit.quantized_rows import quantized_rows
 from kernelpress.emit.tolerance import INT8_TOLERANCE, relative_error, tolerance_of
 from kernelpress.measure.race import Alternative, race
 from kernelpress.ops import registry
 from kernelpress.ops.calls.aten import aten_steps
 from kernelpress.ops.calls.steps import Before, native_steps
+from kernelpress.ops.int8_sparse import share_of_cells
 from kernelpress.ops.layout import DENSE, PIXELS, Layout
 from kernelpress.ops.registry import NATIVE_BACKENDS
 from kernelpress.ops.tuning import search
@@ -179,13 +180,21 @@ def _try_batch(
         trials.append(_Trial(candidate, key, error, refusal))
     if cost is None:
         running = [trial for trial in trials if trial.refusal is None]
-        calls = {
-            trial.key: _timed(graph_module, trial.candidate, values.of(trial.candidate))
-            for trial in running
-            if cache.get(trial.key) is None and (not _is_as_it_came(trial.candidate) or _is_alone(trial.candidate))
-        }
-        _time(calls, _rivals(running), values.device, cache)
+        rivals = _rivals(running)
+        asked = _to_time(running, rivals, cache)
+        calls = {key: _timed(graph_module, trial.candidate, values.of(trial.candidate)) for key, trial in asked.items()}
+        _time(calls, rivals, values.device, cache)
     return trials
+
+
+def _to_time(running: Sequence[_Trial], rivals: Sequence[set[Alternative]], cache: TimingCache) -> dict[str, _Trial]:
+    """Those of which nothing is known, and again their rivals: the machine may be in another state than when these were
+    timed, half as fast with all threads, for example, where its host has moved them apart."""
+    timed = {t.key: t for t in running if not _is_as_it_came(t.candidate) or _is_alone(t.candidate)}
+    unknown = {key for key in timed if cache.get(key) is None}
+    names = [{name for alternative in place for name in alternative} for place in rivals]
+    wanted = unknown.union(*(place for place in names if place & unknown))
+    return {key: trial for key, trial in timed.items() if key in wanted}
 
 
 class _Values:
@@ -263,7 +272,7 @@ def _time(
         times = {name: timing.p10 for name, timing in timings.items()}
     else:
         names = {name for place in rivals for alternative in place for name in alternative}
-        known = {name: time for name in names if (time := cache.get(name)) is not None}
+        known = {name: time for name in names - calls.keys() if (time := cache.get(name)) is not None}
         times = race(calls, rivals, known=known, before_sample=empty_inner_caches)
     for name, milliseconds in times.items():
         cache.put(name, milliseconds)
@@ -416,7 +425,8 @@ def _overflow(
 
 
 def _key(graph_module: GraphModule, candidate: Candidate, examples: Mapping[Node, Example]) -> str:
-    """What the time of a candidate depends on: its operations, their arguments, and the form of every tensor."""
+    """What the time of a candidate depends on: its operations, their arguments but scales and zero points, the form of
+    every tensor, and how many cells of an int8 weight are skipped."""
     names: dict[Node, str] = {}
     lines: list[str] = []
     inputs = zip(candidate.inputs, candidate.reads, strict=True)
@@ -428,8 +438,10 @@ def _key(graph_module: GraphModule, candidate: Candidate, examples: Mapping[Node
         elif node.op == "get_attr":
             tensor = constant(graph_module, node)
             lines.append(f"{tensor.dtype}{list(tensor.shape)}/{list(tensor.stride())}")
+            if candidate.pattern and tensor.dtype == torch.int8 and tensor.dim() == 4:
+                lines[-1] += f", {share_of_cells(tensor):.2f} of its cells"
         else:
-            args, kwargs = map_arg((node.args, node.kwargs), lambda n: _Name(names[n]))
+            args, kwargs = map_arg(without_scales(node), lambda n: _Name(names[n]))
             lines.append(f"{node.target}{args}{dict(kwargs)}")
     return "; ".join(lines)
 

@@ -30,6 +30,7 @@ __all__ = [
     "remember_quantized",
     "spell_out_fake",
     "without_fake",
+    "without_scales",
 ]
 
 aten = torch.ops.aten
@@ -108,6 +109,17 @@ def is_dequantize(node: Node) -> bool:
 def is_rounding(node: Node) -> bool:
     """Whether `node` quantizes activations: per tensor or per row, by known scales or by such that are found."""
     return any(_is(node, f"quantize_{way}") for way in ("per_tensor.default", "per_tensor.tensor", "per_token.default"))
+
+
+def without_scales(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, with `...` in place of numbers that are scales and zero points, on which no time
+    depends."""
+    args = (node.args[0], ..., ..., *node.args[3:]) if is_quantize(node) or is_dequantize(node) else node.args
+    kwargs = {
+        name: ... if name.endswith(("scale", "zero_point")) and isinstance(argument, (int, float)) else argument
+        for name, argument in node.kwargs.items()
+    }
+    return args, kwargs
 
 
 def _is(node: Node, name: str) -> bool:

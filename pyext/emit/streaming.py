@@ -112,19 +112,17 @@ def _times(
     arrangements: Sequence[Sequence[Range]],
     cache: TimingCache,
 ) -> list[float]:
-    """Milliseconds of the plan with these ranges joined."""
+    """Milliseconds of the plan with these ranges joined, all of them timed again where one is not known."""
     layers = hashlib.sha256(_name(steps).encode()).hexdigest()[:16]
     names = [f"plan {layers} with chains {list(ranges)}" for ranges in arrangements]
     calls: dict[str, Callable[[], object]] = {}
-    for name, ranges in zip(names, arrangements, strict=True):
-        if cache.get(name) is None:
+    if any(cache.get(name) is None for name in names):
+        for name, ranges in zip(names, arrangements, strict=True):
             joined = plan.copy()
             for first, last in reversed(ranges):
                 joined.join(first, last)
             calls[name] = functools.partial(joined.run, 0, len(joined), addresses)
-    if calls:
-        known = {name: time for name in names if (time := cache.get(name)) is not None}
-        for name, milliseconds in race(calls, [[(name,) for name in names]], known=known, heats=HEATS).items():
+        for name, milliseconds in race(calls, [[(name,) for name in names]], heats=HEATS).items():
             cache.put(name, milliseconds)
     times = [cache.get(name) for name in names]
     return [time for time in times if time is not None]
