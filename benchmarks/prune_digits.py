@@ -1,9 +1,11 @@
-"""Criteria of `prune_channels` on the digits, at half of the FLOPs, over several seeds.
+"""Criteria of `prune_channels` on the digits, at half of the FLOPs, over several seeds; and budgets at equal latency.
 
 One ResNet-20 is trained for each seed. Every criterion prunes it to half of its FLOPs: accuracy straight after, and
-after a short fine-tuning.
+after a short fine-tuning. With `--latency` it is also pruned to the latency that was reached so, by a budget of
+latency.
 
 python benchmarks/prune_digits.py --seeds 5
+python benchmarks/prune_digits.py --seeds 5 --image-size 16 --criteria l2 taylor --latency
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from torch.utils.data import DataLoader
 from kernelpress import compress, models
 from kernelpress.compress.prune_channels.criteria import CRITERIA
 from kernelpress.data import digits
+from kernelpress.emit import layer_times, plan_latencies
 
 RATIO = 0.5
 BATCHES = 8
@@ -43,6 +46,8 @@ class Row:
     accuracy_finetuned: tuple[float, ...]
     flops_removed: float
     parameters_removed: float
+    milliseconds: tuple[float, ...] = ()
+    """Of each seed's network, emitted and captured; where budgets are compared."""
 
     def __str__(self) -> str:
         means = (
@@ -52,6 +57,7 @@ class Row:
         return (
             f"{self.budget:8} {self.criterion:20} accuracy {' → fine-tuned '.join(means)} "
             f"(dense {statistics.fmean(self.accuracy_dense):.3f}), FLOPs −{self.flops_removed:.1%}"
+            + (f", {statistics.fmean(self.milliseconds):.4f} ms" if self.milliseconds else "")
         )
 
 
@@ -97,6 +103,25 @@ class Digits:
         )
         return compress.evaluate(copied, self.test)
 
+    def milliseconds(self, *networks: nn.Module) -> list[float]:
+        """Of these, emitted and captured, in turn."""
+        return list(plan_latencies({str(i): network for i, network in enumerate(networks)}, self.example).values())
+
+    def rows(self, criterion: str) -> Iterator[Row]:
+        """By a budget of FLOPs and, where asked for, by one of latency that comes to as many milliseconds."""
+        pruned = {seed: self.pruned(seed, criterion, ratio=RATIO) for seed in self.dense}
+        if not self._options.latency:
+            yield self.row("flops", criterion, pruned)
+            return
+        others: dict[int, nn.Module] = {}
+        for seed, dense in self.dense.items():
+            whole, reached = self.milliseconds(dense, pruned[seed])
+            latency: Any = {"ratio": 1 - reached / whole, "target": "latency", "layer_costs": layer_times}
+            others[seed] = self.pruned(seed, criterion, **latency)
+        times = zip(*(self.milliseconds(pruned[seed], others[seed]) for seed in self.dense), strict=True)
+        for budget, networks, milliseconds in zip(("flops", "latency"), (pruned, others), times, strict=True):
+            yield replace(self.row(budget, criterion, networks), milliseconds=milliseconds)
+
     def row(self, budget: str, criterion: str, pruned: dict[int, nn.Module]) -> Row:
         """Accuracies and costs of the networks of all seeds."""
         records = [compress.record_of(model)[-1] for model in pruned.values()]
@@ -122,6 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--round-to", type=positive, default=4)
     parser.add_argument("--scope", choices=["local", "global"], default="local")
     parser.add_argument("--criteria", nargs="*", choices=list(CRITERIA), default=list(CRITERIA))
+    parser.add_argument("--latency", action="store_true", help="also by a budget of latency, at what FLOPs came to")
     parser.add_argument("--threads", type=positive, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
     options = parser.parse_args(arguments)
@@ -130,10 +156,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = {key: value for key, value in vars(options).items() if key != "results"}
     rows: list[Row] = []
     for criterion in options.criteria:
-        networks = {seed: data.pruned(seed, criterion, ratio=RATIO) for seed in data.dense}
-        rows.append(data.row("flops", criterion, networks))
-        print(rows[-1], flush=True)
-        save("prune_criteria", rows, options.results, settings=settings)
+        for row in data.rows(criterion):
+            rows.append(row)
+            print(row, flush=True)
+        save("prune_budgets" if options.latency else "prune_criteria", rows, options.results, settings=settings)
 
 
 if __name__ == "__main__":

@@ -155,6 +155,17 @@ def _ghost(s: Layer, dtype: torch.dtype, kernel: int = 1, absent: Iterable[str] 
     return _made("ghost_conv2d", dtype, s.image(), *weights, absent=absent, **options)
 
 
+def _tucker(s: Layer, dtype: torch.dtype) -> Call:
+    inner, outer = max(1, s.c_in // 2), max(1, s.c_out // 2)
+    weights = ((inner, s.c_in, 1, 1), (outer, inner, s.kernel, s.kernel), (s.c_out, outer, 1, 1))
+    return _made("lowrank_conv2d", dtype, s.image(), *weights, **s.window)
+
+
+def _two_products(s: Layer, dtype: torch.dtype) -> Call:
+    rank = max(1, min(s.c_in, s.c_out) // 2)
+    return _made("lowrank_linear", dtype, (s.rows, s.c_in), (rank, s.c_in), (s.c_out, rank))
+
+
 def _sparse(s: Layer, dtype: torch.dtype, op: str) -> Call:
     is_product, sides = op == "sparse_matmul", (-(-s.c_out // s.block), -(-s.c_in // s.block))
     options: dict[str, Any] = {"output_dtype": torch.bfloat16 if dtype == torch.int8 else dtype}
@@ -213,6 +224,8 @@ FORMS: Mapping[str, Mapping[str, Form]] = {
         "3x3 primary": partial(_ghost, kernel=3),
         "without a residual": partial(_ghost, absent=("residual",)),
     },
+    "lowrank_conv2d": {"": _tucker},
+    "lowrank_linear": {"": _two_products},
     "sparse_matmul": {"": partial(_sparse, op="sparse_matmul")},
     "sparse_conv2d": {"": partial(_sparse, op="sparse_conv2d")},
     "int8_matmul": {"": _int8_matmul, "by row": partial(_int8_matmul, by_row=True)},

@@ -75,6 +75,13 @@ def _parser() -> argparse.ArgumentParser:
         "--max-ms", type=float, metavar="MS", help="name the most accurate trial of at most this latency"
     )
     sweep.add_argument("--min-accuracy", type=float, metavar="SHARE", help="name the fastest of at least this accuracy")
+    sweep.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="on Ray Tune, each trial with a node of the cluster to itself (without ADDRESS: on this machine)",
+    )
     sweep.set_defaults(run=_sweep)
 
     search = commands.add_parser("search", help="press a model by every recipe that ships, keep the fastest")
@@ -246,6 +253,7 @@ def _sweep(options: argparse.Namespace) -> int:
         limits=Limits(max_ms=options.max_ms, min_accuracy=options.min_accuracy),
         output=options.output,
         fresh=options.fresh,
+        ray=options.ray,
         tell=_teller(console),
         progress=console.is_terminal,
     )

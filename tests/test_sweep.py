@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,17 @@ pytest.importorskip("sklearn", reason="the digits are part of scikit-learn: pip 
 
 from kernelpress import cli
 from kernelpress.bench import describe_machine
-from kernelpress.press import RecipeError, SweepError, known_passes, load_recipe, press, search, sweep, sweeps
+from kernelpress.press import (
+    RecipeError,
+    SweepError,
+    known_passes,
+    load_recipe,
+    press,
+    ray_trials,
+    search,
+    sweep,
+    sweeps,
+)
 from kernelpress.press.options import with_options
 from kernelpress.press.reading import read_recipe
 from kernelpress.press.sections import SweepSection
@@ -305,6 +316,49 @@ class TestSweep:
         again = sweep(file, output=tmp_path / "out", tell=lines.append, progress=False)
         assert again.trials == made.trials
         assert not [line for line in lines if "started" in line or "again" in line]
+
+
+class TestRay:
+    def test_where_it_is_absent_that_says_what_installs_it(
+        self, recipe_file: Any, monkeypatch: Any, tmp_path: Path
+    ) -> None:
+        monkeypatch.setitem(sys.modules, "ray", None)
+        with pytest.raises(ImportError, match=r"pip install kernelpress\[ray\]"):
+            sweep(recipe_file("options: {seed: [1]}"), output=tmp_path, ray="local")
+
+    def test_trials_take_whole_nodes_of_the_largest_kind(self) -> None:
+        nodes = [
+            {"Alive": True, "Resources": {"CPU": 8.0, "memory": 1e9}},
+            {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}},
+            {"Alive": True, "Resources": {"CPU": 4.0, "GPU": 1.0}},
+        ]
+        assert ray_trials._largest_node(nodes) == {"cpu": 4.0, "gpu": 1.0}
+        assert ray_trials._largest_node(nodes[:1]) == {"cpu": 8.0}
+
+    def test_a_process_that_ends_is_a_failed_trial(
+        self, recipe_file: Any, quick_press: list[str], monkeypatch: Any, tmp_path: Path
+    ) -> None:
+        def ran(attempt: Any, count: int, folder: Path, address: str) -> list[Any]:
+            assert (address, folder) == ("ray://head:10001", tmp_path / "out")
+            return [attempt(0), "Ray: the node died", *map(attempt, range(2, count))]
+
+        monkeypatch.setattr(sweeps, "run_on_ray", ran)
+        lines: list[str] = []
+        file = recipe_file("options: {seed: [3, 2, 1]}")
+        made = sweep(file, output=tmp_path / "out", ray="ray://head:10001", tell=lines.append)
+        assert [trial.failure for trial in made.trials] == ["", "Ray: the node died", ""]
+        assert "seed=2: failed: Ray: the node died" in lines
+        assert "seed=1: reached: accuracy 95.00%, 1 ms" in lines
+
+    @pytest.mark.slow
+    def test_trials_run_on_a_ray_of_this_machine(self, recipe_file: Any, tmp_path: Path) -> None:
+        pytest.importorskip("ray.tune", reason="Ray Tune is not installed: pip install 'kernelpress[ray]'")
+        file = recipe_file("options: {steps.1.prune_channels.ratio: [0.3, 0.4]}")
+        made = sweep(file, output=tmp_path / "out", ray="local", tell=lambda _: None)
+        assert [trial.failure for trial in made.trials] == ["", ""]
+        assert [trial.options["steps.1.prune_channels.ratio"] for trial in made.trials] == [0.3, 0.4]
+        again = sweep(file, output=tmp_path / "out", tell=lambda _: None, progress=False)
+        assert again.trials == made.trials
 
 
 class TestSearch:

@@ -13,6 +13,7 @@ from kernelpress.kernels import reference
 from kernelpress.ops import registry
 from kernelpress.ops.backends.cuda import cuda_implementation
 from kernelpress.ops.backends.kernel import ROWS_OF_CHANNELS, Kernel, float_vector, tf32_reason, window
+from kernelpress.ops.backends.triton import triton_implementation
 from kernelpress.ops.calls import packing
 from kernelpress.ops.calls.dispatch import op
 from kernelpress.ops.checks import TensorSpec, check_epilogue, check_input, check_weight, convolved, describe
@@ -128,6 +129,7 @@ _CONV2D_CUDA = Kernel(
     macs=_conv2d_macs,
     implementations=(
         cuda_implementation(_CONV2D_CUDA),
+        triton_implementation("lowrank", _CONV2D_CUDA),
         _in_turn("pointwise_conv2d", _conv2d_in_turn),
     ),
 )
@@ -217,6 +219,7 @@ _LINEAR_CUDA = Kernel(
     ),
     implementations=(
         cuda_implementation(_LINEAR_CUDA),
+        triton_implementation("lowrank", _LINEAR_CUDA),
         _in_turn("linear", _linear_in_turn),
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import random
@@ -16,6 +17,7 @@ import yaml
 from kernelpress.bench.machine import describe_machine
 from kernelpress.press.folder import RunFolder, step_key
 from kernelpress.press.options import with_options
+from kernelpress.press.ray_trials import run_on_ray
 from kernelpress.press.reading import RecipeFile, read_recipe
 from kernelpress.press.recipe import Recipe, RecipeError
 from kernelpress.press.run import RequirementError, press
@@ -55,6 +57,7 @@ def sweep(
     limits: Limits | None = None,
     output: str | Path | None = None,
     fresh: bool = False,
+    ray: str | None = None,
     tell: Callable[[str], None] = print,
     progress: bool = True,
 ) -> SweepReport:
@@ -63,9 +66,11 @@ def sweep(
 
     Each trial is a run of `press` in a folder of its own below `trials/`: a later sweep goes on where this one stopped,
     and steps that trials have in common are done once. `options` are changed in all of them. A trial that fails is told
-    with its reason and ends no other; one that misses what its recipe requires counts, with a remark.
+    with its reason and ends no other; one that misses what its recipe requires counts, with a remark. They run one
+    after the other; with `ray`, the address of a cluster or "local", on Ray Tune, each with a node to itself.
 
-    Raises `RecipeError` for a bad recipe or one without that section, `SweepError` where every trial fails.
+    Raises `RecipeError` for a bad recipe or one without that section, `SweepError` where every trial fails,
+    `ImportError` for `ray` where it is not installed.
     """
     file = read_recipe(recipe, options)
     base = file.checked()
@@ -75,6 +80,7 @@ def sweep(
         planned(file, base.sweep, base.seed),
         folder := Path(base.output if output is None else output),
         fresh=fresh,
+        ray=ray,
         tell=tell,
         progress=progress,
     )
@@ -102,17 +108,35 @@ def planned(
 
 
 def run_trials(
-    trials: Sequence[Planned], folder: Path, *, fresh: bool, tell: Callable[[str], None], progress: bool
+    trials: Sequence[Planned],
+    folder: Path,
+    *,
+    fresh: bool,
+    tell: Callable[[str], None],
+    progress: bool,
+    ray: str | None = None,
 ) -> tuple[Trial, ...]:
-    """Presses one after the other, as each is to be timed alone. Raises `SweepError` where all of them fail."""
+    """Presses one after the other, as each is to be timed alone, or on nodes of a cluster. Raises `SweepError` where
+    all of them fail."""
+    folder = folder.resolve()
     RunFolder(folder).create()
-    places, found = [folder / "trials" / trial.folder for trial in trials], list[Trial]()
-    for index, (trial, place) in enumerate(zip(trials, places, strict=True), 1):
-        tell(f"trial {index} of {len(trials)}: {trial.name}")
-        others = [other for other in places if other != place and other.is_dir() and not fresh]
-        result = _tried(trial, place, others[::-1], fresh, tell, progress)
-        found.append(result)
-        tell(f"  {'reached' if result.reached else 'failed'}: {_told(result)}")
+    places = [folder / "trials" / trial.folder for trial in trials]
+
+    def attempt(index: int, tell: Callable[[str], None], progress: bool) -> Trial:
+        others = [other for other in places if other != places[index] and other.is_dir() and not fresh]
+        return _tried(trials[index], places[index], others[::-1], fresh, tell, progress)
+
+    found = list[Trial]()
+    if ray is not None:
+        quietly = functools.partial(attempt, tell=_nobody, progress=False)
+        for trial, result in zip(trials, run_on_ray(quietly, len(trials), folder, ray), strict=True):
+            found.append(result if isinstance(result, Trial) else _of(trial, failure=result))
+            tell(f"{trial.name}: {_told(found[-1])}")
+    else:
+        for index, trial in enumerate(trials):
+            tell(f"trial {index + 1} of {len(trials)}: {trial.name}")
+            found.append(attempt(index, tell, progress))
+            tell(f"  {_told(found[-1])}")
     if all(trial.reached is None for trial in found):
         reasons = "".join(f"\n  {trial.name}: {trial.failure}" for trial in found)
         raise SweepError(f"sweep: each of the {len(found)} trials failed{reasons}")
@@ -133,7 +157,7 @@ def report_on(
 def _tried(
     planned: Planned, place: Path, others: Iterable[Path], fresh: bool, tell: Callable[[str], None], progress: bool
 ) -> Trial:
-    trial = Trial(planned.name, dict(planned.options), f"trials/{place.name}")
+    trial = _of(planned)
     if isinstance(planned.recipe, RecipeError):
         return replace(trial, failure=str(planned.recipe))
     try:
@@ -152,10 +176,18 @@ def _tried(
     return replace(trial, reached=Reached.of(report, dense_name("emitted")))
 
 
+def _of(planned: Planned, failure: str = "") -> Trial:
+    return Trial(planned.name, dict(planned.options), f"trials/{planned.folder}", failure=failure)
+
+
+def _nobody(line: str) -> None:
+    """Hears what is told."""
+
+
 def _told(trial: Trial) -> str:
     if trial.reached is None:
-        return trial.failure
-    return f"accuracy {trial.reached.accuracy:.2%}, {trial.reached.latency_ms:.3g} ms"
+        return f"failed: {trial.failure}"
+    return f"reached: accuracy {trial.reached.accuracy:.2%}, {trial.reached.latency_ms:.3g} ms"
 
 
 def _combinations(section: SweepSection, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
