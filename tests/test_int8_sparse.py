@@ -80,6 +80,9 @@ def test_outputs_of_whole_cells_are_exact(activation: str, c_out: int, scale: fl
     x, weight = int8_image(2, 20, 13, 11), with_zeros(int8(c_out, 20, 3, 3), 0.3)
     for bias in (None, torch.randn(c_out) * 100 * scale):
         tensors = [x, weight, (torch.rand(c_out) + 0.01) * scale, bias, None]
+        if bias is not None:
+            tensors[4] = residual_for("int8_conv2d", tensors[:4], options)
+            options |= {"residual_scale": 1.7 * scale, "residual_zero_point": -5}
         assert_same("int8_conv2d", tensors, options, ops.int8_conv2d(*tensors, **options, backend="sparse"), EXACT)
 
 

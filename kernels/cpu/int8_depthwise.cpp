@@ -35,7 +35,7 @@ struct Block {
   bool is_paired;  // channel kHalf + c is channel c, one output row below
   alignas(64) int32_t initial[kBlock];  // what the offset of staged values adds up to
   alignas(64) float scale[kBlock], bias[kBlock];
-  bool is_plain;  // bounded bytes without a residual
+  bool is_bounded, is_plain;  // bytes without a residual; by an activation that clamps
 };
 
 Block block_of(const Int8DepthwiseConv2dArgs& a, const Int8Epilogue& epilogue, int64_t index) {
@@ -45,7 +45,8 @@ Block block_of(const Int8DepthwiseConv2dArgs& a, const Int8Epilogue& epilogue, i
   b.first = index * kBlock;
   b.channels = minimum(kBlock, a.channels * a.multiplier - b.first);
   b.is_paired = b.channels <= kHalf;
-  b.is_plain = !epilogue.residual && epilogue.gives_bounded_bytes(b.first, b.channels, a.window.kernel_h * a.window.kernel_w);
+  b.is_bounded = !epilogue.residual && epilogue.gives_bounded_bytes(b.first, b.channels, a.window.kernel_h * a.window.kernel_w);
+  b.is_plain = b.is_bounded && epilogue.activation.clamps;
   for (int at = 0; at < kBlock; ++at) {
     const int64_t c = b.is_paired ? channel_at(at) % kHalf : channel_at(at);
     const bool is_there = c < b.channels;
@@ -82,37 +83,73 @@ void stage_row(const Int8DepthwiseConv2dArgs& a, const Block& b, const int8_t* c
   }
 }
 
+// Where a row of `columns` outputs goes. What no plain block gives is kept for some pixels, and then finished in one call: a call at each
+// pixel would take the registers from the sums that roll.
 struct Target {
+  static constexpr int64_t kKept = 16;
+
   const Int8Epilogue& epilogue;
   const Block& block;
   int64_t pixel;  // of the row's first output
   int64_t below;  // pixels from there to the row that a paired block computes as well, 0 without one
+  int64_t columns;
+  alignas(64) mutable int32_t kept[kKept * kBlock];
+
+  Target(const Int8Epilogue& epilogue, const Block& block, int64_t pixel, int64_t below, int64_t columns)
+      : epilogue(epilogue), block(block), pixel(pixel), below(below), columns(columns) {}
 
   KP_INLINE void finish(const Ints (&sums)[kGroup], int64_t q) const {
-    if (__builtin_expect(block.is_plain, 1)) {
-      Ints steps[kGroup];
+    if (__builtin_expect(block.is_plain, 1)) return finish_bytes(sums, q, [](Vec x) { return x; });
+    const int64_t at = q % kKept;
 #pragma GCC unroll 4
-      for (int j = 0; j < kGroup; ++j) {
-        const Vec value = fma_rounded_once(to_floats(sums[j]), load(block.scale + j * kLanes), load(block.bias + j * kLanes));
-        steps[j] = rounded(value * epilogue.inverse_scale);
-      }
-      int8_t* y = static_cast<int8_t*>(epilogue.y) + (pixel + q) * epilogue.y_stride + block.first;
-      if (below) return store_halves(y, y + below * epilogue.y_stride, steps, epilogue.bytes, block.channels);
-      return store_block(y, steps, epilogue.bytes, block.channels);
-    }
-    Ints spilled[kGroup];  // so that the sums themselves have no address and stay in registers
-#pragma GCC unroll 4
-    for (int j = 0; j < kGroup; ++j) spilled[j] = sums[j];
-    finish_any(spilled, q);
+    for (int j = 0; j < kGroup; ++j) store_ints(kept + at * kBlock + j * kLanes, sums[j]);
+    if (at == kKept - 1 || q == columns - 1) finish_kept(q - at, at + 1);
   }
 
-  __attribute__((noinline)) void finish_any(const Ints (&sums)[kGroup], int64_t q) const {
-    int32_t ordered[kBlock];
-    in_order(sums, ordered);
-    for (int64_t c = 0; c < block.channels; c += kLanes) {
-      epilogue.finish(to_floats(load_ints(ordered + c)), pixel + q, block.first + c, block.channels - c);
-      if (below) epilogue.finish(to_floats(load_ints(ordered + kHalf + c)), pixel + below + q, block.first + c, block.channels - c);
+ private:
+  template <class Activate>
+  KP_INLINE void finish_bytes(const Ints (&sums)[kGroup], int64_t q, const Activate& activate) const {
+    Ints steps[kGroup];
+#pragma GCC unroll 4
+    for (int j = 0; j < kGroup; ++j) {
+      const Vec value = fma_rounded_once(to_floats(sums[j]), load(block.scale + j * kLanes), load(block.bias + j * kLanes));
+      steps[j] = rounded(activate(value) * epilogue.inverse_scale);
     }
+    int8_t* y = static_cast<int8_t*>(epilogue.y) + (pixel + q) * epilogue.y_stride + block.first;
+    if (below) return store_halves(y, y + below * epilogue.y_stride, steps, epilogue.bytes, block.channels);
+    store_block(y, steps, epilogue.bytes, block.channels);
+  }
+
+  // Calls body(sums, q) for each pixel that was kept, the first of which is `first`.
+  template <class Body>
+  KP_INLINE void over_kept(int64_t first, int64_t count, const Body& body) const {
+    for (int64_t i = 0; i < count; ++i) {
+      Ints sums[kGroup];
+#pragma GCC unroll 4
+      for (int j = 0; j < kGroup; ++j) sums[j] = load_ints(kept + i * kBlock + j * kLanes);
+      body(sums, first + i);
+    }
+  }
+  template <class Activate>
+  KP_INLINE void finish_kept_bytes(int64_t first, int64_t count, const Activate& activate) const {
+    over_kept(first, count, [&](const Ints (&sums)[kGroup], int64_t q) { finish_bytes(sums, q, activate); });
+  }
+
+  __attribute__((noinline)) void finish_kept(int64_t first, int64_t count) const {
+    if (block.is_bounded) {
+      if (epilogue.activation.kind == Activation::hardswish) {
+        return finish_kept_bytes(first, count, [this](Vec x) { return epilogue.hard_swish(x); });
+      }
+      if (epilogue.activation.kind == Activation::silu) return finish_kept_bytes(first, count, [](Vec x) { return x * sigmoid(x); });
+    }
+    over_kept(first, count, [&](const Ints (&sums)[kGroup], int64_t q) {
+      int32_t ordered[kBlock];
+      in_order(sums, ordered);
+      for (int64_t c = 0; c < block.channels; c += kLanes) {
+        epilogue.finish(to_floats(load_ints(ordered + c)), pixel + q, block.first + c, block.channels - c);
+        if (below) epilogue.finish(to_floats(load_ints(ordered + kHalf + c)), pixel + below + q, block.first + c, block.channels - c);
+      }
+    });
   }
 };
 
@@ -282,7 +319,7 @@ struct Rows {
   int64_t step() const { return block.is_paired ? 2 : 1; }
   int64_t top_of(int64_t p) const { return p * a.window.stride_h - a.window.pad_h; }
   Target target_of(int64_t p) const {
-    return {epilogue, block, (image * a.out_h + p) * a.out_w, block.is_paired && p + 1 < end ? a.out_w : 0};
+    return {epilogue, block, (image * a.out_h + p) * a.out_w, block.is_paired && p + 1 < end ? a.out_w : 0, a.out_w};
   }
 
   template <int kKernel>
@@ -340,10 +377,10 @@ struct Rows {
 void int8_depthwise_conv2d(const Int8DepthwiseConv2dArgs& a) {
   const Int8Epilogue epilogue(a);
   const int64_t blocks = ceil_div(a.channels * a.multiplier, kBlock), planes = a.batch * blocks, threads = thread_count();
-  const int64_t cuts = planes % threads == 0 ? 1 : maximum(1, minimum(threads, a.out_h / kRowsWorthATask));
+  const int64_t cuts = a.batch % threads == 0 ? 1 : maximum(1, minimum(threads, a.out_h / kRowsWorthATask));
   parallel(planes * cuts, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t plane = task / cuts, cut = task % cuts;
+      const int64_t plane = task % planes, cut = task / planes;  // a thread keeps to its rows, as products before and after do
       const int64_t image = plane / blocks, begin = a.out_h * cut / cuts, end = a.out_h * (cut + 1) / cuts;
       const Rows rows{a, epilogue, block_of(a, epilogue, plane % blocks), a.x + image * a.in_h * a.in_w * a.x_stride, image, begin, end};
       if (!rows.in_place<3>() && !rows.in_place<5>() && !rows.in_place<7>()) rows.staged();

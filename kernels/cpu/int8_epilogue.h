@@ -71,7 +71,7 @@ struct Int8Epilogue : Int8Output {
   const void* residual;
   int64_t residual_stride;
   Vec residual_scale, residual_zero_point;
-  ByteRange bytes;  // of an activation that clamps
+  ByteRange bytes;  // what an activation that clamps leaves, else all
 
   template <class Args>
   explicit Int8Epilogue(const Args& a)
@@ -84,14 +84,15 @@ struct Int8Epilogue : Int8Output {
         residual_zero_point(broadcast(static_cast<float>(a.residual_zero_point))) {
     const float inverse = static_cast<float>(1.0 / a.output_scale), z = static_cast<float>(a.output_zero_point);
     const float six = std::nearbyintf(6.0f * inverse) + z;
-    bytes = byte_range(static_cast<int32_t>(z), a.activation == Activation::identity ? -128 : static_cast<int32_t>(z),
+    const bool is_relu = a.activation == Activation::relu || a.activation == Activation::relu6;
+    bytes = byte_range(static_cast<int32_t>(z), is_relu ? static_cast<int32_t>(z) : -128,
                        a.activation == Activation::relu6 && six < 127.0f ? static_cast<int32_t>(six) : 127);
   }
 
-  // Whether results are int8 by an activation that clamps, and none of `columns` channels of sums with `depth` terms can be NaN or
-  // reach 2^30 steps.
+  // Whether results are int8, and none of `columns` channels of sums with `depth` terms can be NaN or reach 2^30 steps: no activation
+  // gives more than its argument, or than 1.
   bool gives_bounded_bytes(int64_t channel, int64_t columns, int64_t depth) const {
-    if (!is_int8 || !activation.clamps) return false;
+    if (!is_int8) return false;
     const Vec sign = broadcast(1.0f), largest_sum = broadcast(32640.0f * static_cast<float>(depth));
     Vec largest = zero();
     for (int64_t c = 0; c < columns; c += kLanes) {
@@ -100,15 +101,18 @@ struct Int8Epilogue : Int8Output {
       largest = maximum_keeping_nan(largest, product + with_sign_of(plus, sign));
     }
     float values[kLanes];
-    store(values, (largest + broadcast(255.0f) * residual_scale) * inverse_scale);
+    store(values, (largest + broadcast(255.0f) * residual_scale + broadcast(1.0f)) * inverse_scale);
     for (float value : values) {
       if (!(value < 1073741824.0f)) return false;
     }
     return true;
   }
 
+  KP_INLINE Vec plus_residual(Vec value, Ints steps) const {
+    return fma_rounded_once(to_floats(steps) - residual_zero_point, residual_scale, value);
+  }
   KP_INLINE Vec plus_residual(Vec value, const int8_t* steps, int64_t lanes) const {
-    return fma_rounded_once(to_floats(load_int8_up_to(steps, lanes)) - residual_zero_point, residual_scale, value);
+    return plus_residual(value, load_int8_up_to(steps, lanes));
   }
 
   // `sums` are exact integers rounded to float, times a scale of their row where there is one.

@@ -83,15 +83,6 @@ void load_cells(const Int8SparseConv2dArgs& a, const StripForm& form, const Stri
   stage(reinterpret_cast<Staged*>(scratch), reinterpret_cast<const int8_t*>(scratch), bytes, 0);
 }
 
-// Sums of channels [channel, end) over a strip, `stride` apart, as pixels through any epilogue.
-void finish_pixels(const Int8SparseConv2dArgs& a, const Int8Product& product, const Strip& strip, const int32_t* pixels, int64_t channel,
-                   int64_t stride) {
-  over_runs(strip.first, strip.last, a.width, [&](int64_t row, int64_t column, int64_t from, int64_t run) {
-    const int64_t used = minimum(run, a.out_w - column);
-    if (used > 0) finish(product, pixels + from * stride, channel, (strip.image * a.out_h + row) * a.out_w + column, used);
-  });
-}
-
 // An output of int8 as cells, in which a channel is one byte of every position.
 struct CellOutput {
   Int8Epilogue epilogue;
@@ -103,19 +94,19 @@ struct CellOutput {
       : epilogue(a), bounded(product.epilogue.gives_bounded_bytes(0, a.c_out, product.depth)) {
     const float zero = static_cast<float>(a.output_zero_point), inverse = static_cast<float>(1.0 / a.output_scale);
     const float six = a.activation == Activation::relu6 ? std::nearbyintf(6.0f * inverse) : 255.0f;
-    low = broadcast(a.activation == Activation::identity ? -128.0f - zero : 0.0f);
+    low = broadcast(a.activation == Activation::relu || a.activation == Activation::relu6 ? 0.0f : -128.0f - zero);
     high = broadcast(std::fmin(six, 127.0f - zero));
     zero_point = broadcast_int(static_cast<int32_t>(a.output_zero_point));
   }
 
-  KP_INLINE Ints steps(Ints sums, Vec scale, Vec bias) const {
-    const Vec value = fma_rounded_once(to_floats(sums), scale, bias);
-    if (!bounded) return epilogue.quantized(epilogue.activated(value));
+  KP_INLINE Ints steps(Vec value) const {
+    if (!epilogue.activation.clamps) value = epilogue.activated(value);
+    if (!bounded) return epilogue.quantized(epilogue.activation.clamps ? epilogue.activated(value) : value);
     return rounded(at_most(at_least(value * epilogue.inverse_scale, low), high)) + zero_point;
   }
 
-  // Sums of channels n … n + 3, `stride` apart, to `vectors` vectors of cells.
-  void put(int64_t n, const int32_t* sums, int64_t stride, int64_t vectors, int32_t* cells) const {
+  // Sums of channels n … n + 3, `stride` apart, to `vectors` vectors of cells; `residual`, where there is one, lies as these do.
+  void put(int64_t n, const int32_t* sums, int64_t stride, int64_t vectors, const int32_t* residual, int32_t* cells) const {
     Vec scale[kCell], bias[kCell];
     for (int i = 0; i < kCell; ++i) {
       scale[i] = broadcast(epilogue.scale[n + i]);
@@ -125,22 +116,48 @@ struct CellOutput {
       Words cell{};
 #pragma GCC unroll 4
       for (int i = 0; i < kCell; ++i) {
-        const Words byte = reinterpret_cast<Words>(steps(load_ints(sums + i * stride + v), scale[i], bias[i]).v) & 255;
-        cell |= byte << (8 * i);
+        Vec value = fma_rounded_once(to_floats(load_ints(sums + i * stride + v)), scale[i], bias[i]);
+        if (residual) {
+          const Words byte = reinterpret_cast<Words>(load_ints(residual + v).v) << (24 - 8 * i) >> 24;
+          value = epilogue.plus_residual(value, Ints{reinterpret_cast<decltype(Ints::v)>(byte)});
+        }
+        cell |= (reinterpret_cast<Words>(steps(value).v) & 255) << (8 * i);
       }
       store_ints(cells + v, {reinterpret_cast<decltype(Ints::v)>(cell)});
     }
   }
 };
 
-bool gives_cells(const Int8SparseConv2dArgs& a) { return a.y_is_int8 && !a.residual && a.c_out % kCell == 0 && a.y_stride % kCell == 0; }
+bool gives_cells(const Int8SparseConv2dArgs& a) {
+  return a.y_is_int8 && a.c_out % kCell == 0 && a.y_stride % kCell == 0 && (!a.residual || a.residual_stride % kCell == 0);
+}
 
-// Cells of channels from `channel` on, `stride` apart, to the pixels of y.
-void store_cells(const Int8SparseConv2dArgs& a, const Strip& strip, const float* cells, int64_t stride, int64_t channel, int64_t count) {
+// Calls body(pixel, from, count) for every run of outputs of a strip that are an image's: its first pixel, and where in the strip it is.
+template <class Body>
+void over_pixels(const Int8SparseConv2dArgs& a, const Strip& strip, const Body& body) {
   over_runs(strip.first, strip.last, a.width, [&](int64_t row, int64_t column, int64_t from, int64_t run) {
-    const int64_t used = minimum(run, a.out_w - column), pixel = (strip.image * a.out_h + row) * a.out_w + column;
+    const int64_t used = minimum(run, a.out_w - column);
+    if (used > 0) body((strip.image * a.out_h + row) * a.out_w + column, from, used);
+  });
+}
+
+// Sums of channels from `channel` on over a strip, pixels `stride` apart, through any epilogue.
+void finish_pixels(const Int8SparseConv2dArgs& a, const Int8Product& product, const Strip& strip, const int32_t* sums, int64_t channel,
+                   int64_t stride) {
+  over_pixels(a, strip, [&](int64_t pixel, int64_t from, int64_t used) { finish(product, sums + from * stride, channel, pixel, used); });
+}
+
+// `count` cells of channels from `channel` on, `stride` apart: to the pixels of y, and from those of the residual.
+void store_cells(const Int8SparseConv2dArgs& a, const Strip& strip, const float* cells, int64_t stride, int64_t channel, int64_t count) {
+  over_pixels(a, strip, [&](int64_t pixel, int64_t from, int64_t used) {
     float* y = reinterpret_cast<float*>(static_cast<int8_t*>(a.y) + pixel * a.y_stride + channel);
     transpose_copy(y, a.y_stride / kCell, cells + from, stride, count, used);
+  });
+}
+void load_residual(const Int8SparseConv2dArgs& a, const Strip& strip, float* cells, int64_t stride, int64_t channel, int64_t count) {
+  over_pixels(a, strip, [&](int64_t pixel, int64_t from, int64_t used) {
+    const auto* x = reinterpret_cast<const float*>(static_cast<const int8_t*>(a.residual) + pixel * a.residual_stride + channel);
+    transpose_copy(cells + from, stride, x, a.residual_stride / kCell, used, count);
   });
 }
 
@@ -161,8 +178,10 @@ void int8_sparse_conv2d(const Int8SparseConv2dArgs& a) {
     load_cells(a, form, strip, scratch);
     Int8Product product = whole;
     product.c_out = last;
+    float* const residual = a.residual ? turned + kInt8Panel / kCell * a.strip : nullptr;
     for (int64_t channel = first; channel < last; channel += kInt8Panel) {
       const int64_t end = minimum(channel + kInt8Panel, last), stride = round_up(end - channel, kLanes);
+      if (by_cells && residual) load_residual(a, strip, residual, a.strip, channel, (end - channel) / kCell);
       for (int64_t n = channel; n < end; n += kLanes) {
         const int64_t count = minimum(kLanes, end - n);
         kWalks[vectors - 1](a, x, n, n + count, reinterpret_cast<int32_t*>(tile), a.strip);
@@ -171,7 +190,9 @@ void int8_sparse_conv2d(const Int8SparseConv2dArgs& a) {
           continue;
         }
         for (int64_t i = 0; i < count; i += kCell) {
-          output.put(n + i, sums + i * a.strip, a.strip, vectors, reinterpret_cast<int32_t*>(turned) + (n + i - channel) / kCell * a.strip);
+          const int64_t at = (n + i - channel) / kCell * a.strip;
+          const auto* added = residual ? reinterpret_cast<const int32_t*>(residual + at) : nullptr;
+          output.put(n + i, sums + i * a.strip, a.strip, vectors, added, reinterpret_cast<int32_t*>(turned + at));
         }
       }
       if (by_cells) store_cells(a, strip, turned, a.strip, channel, (end - channel) / kCell);

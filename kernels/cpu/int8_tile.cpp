@@ -52,19 +52,10 @@ KP_INLINE void finish_stored(const Int8Product& p, const int32_t* sums, int64_t 
   }
 }
 
-// Sums that were stored, [rows][vecs * kLanes], through all that an epilogue may be.
-__attribute__((noinline)) void finish_any(const Int8Product& p, const int32_t* sums, int64_t rows, int64_t vecs, const Place& place) {
-  const Int8Epilogue& e = p.epilogue;
-  switch (e.activation.kind) {
-    case Activation::hardswish: return finish_stored(p, sums, rows, vecs, place, [&e](Vec x) { return e.hard_swish(x); });
-    case Activation::silu: return finish_stored(p, sums, rows, vecs, place, [](Vec x) { return x * sigmoid(x); });
-    default: return finish_stored(p, sums, rows, vecs, place, [&e](Vec x) { return e.activated(x); });
-  }
-}
-
-// int8 results of an activation that clamps, in whole vectors of bytes. `kPlain`: of whole vectors, and without a residual.
-template <bool kPlain, int kRows, int kVecs>
-KP_INLINE void finish_bytes(const Int8Product& p, Ints (&sums)[kRows][kVecs], const Place& place) {
+// Bounded int8 results in whole vectors of bytes. `kPlain`: of whole vectors, and without a residual. `activate` may leave clamping to the
+// range of bytes.
+template <bool kPlain, int kRows, int kVecs, class Activate>
+KP_INLINE void finish_bytes(const Int8Product& p, Ints (&sums)[kRows][kVecs], const Place& place, const Activate& activate) {
   const Int8Epilogue& e = p.epilogue;
   const int64_t columns = p.c_out - place.channel;
   const auto lanes = [&](int v) { return kPlain || v + 1 < kVecs ? kLanes : columns - v * kLanes; };
@@ -87,8 +78,45 @@ KP_INLINE void finish_bytes(const Int8Product& p, Ints (&sums)[kRows][kVecs], co
     }
     Ints steps[kVecs];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) steps[v] = rounded(values[v] * e.inverse_scale);
+    for (int v = 0; v < kVecs; ++v) steps[v] = rounded(activate(values[v]) * e.inverse_scale);
     store_bytes(y, steps, e.bytes, kPlain ? kVecs * kLanes : columns);
+  }
+}
+
+// Rows of stored sums as `finish_bytes` takes them.
+template <int kVecs, class Activate>
+KP_INLINE void finish_stored_bytes(const Int8Product& p, const int32_t* stored, int64_t rows, Place place, const Activate& activate) {
+  const bool plain = !p.epilogue.residual && p.c_out - place.channel >= kVecs * kLanes;
+  for (int64_t m = 0; m < rows; ++m, ++place.row, stored += kVecs * kLanes) {
+    Ints sums[1][kVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVecs; ++v) sums[0][v] = load_ints(stored + v * kLanes);
+    if (plain) finish_bytes<true>(p, sums, place, activate);
+    else finish_bytes<false>(p, sums, place, activate);
+  }
+}
+
+template <class Activate>
+void finish_stored_as(const Int8Product& p, const int32_t* sums, int64_t rows, int64_t vecs, const Place& place, const Activate& activate) {
+  if (!place.bounded) return finish_stored(p, sums, rows, vecs, place, activate);
+  if (vecs == 1) return finish_stored_bytes<1>(p, sums, rows, place, activate);
+  if (vecs == 2) return finish_stored_bytes<2>(p, sums, rows, place, activate);
+  if constexpr (kInt8Vecs > 2) {
+    if (vecs == 3) return finish_stored_bytes<3>(p, sums, rows, place, activate);
+    finish_stored_bytes<4>(p, sums, rows, place, activate);
+  }
+}
+
+constexpr auto kClamped = [](Vec x) { return x; };
+
+// Sums that were stored, [rows][vecs * kLanes], through all that an epilogue may be.
+__attribute__((noinline)) void finish_any(const Int8Product& p, const int32_t* sums, int64_t rows, int64_t vecs, const Place& place) {
+  const Int8Epilogue& e = p.epilogue;
+  if (place.bounded && e.activation.clamps) return finish_stored_as(p, sums, rows, vecs, place, kClamped);
+  switch (e.activation.kind) {
+    case Activation::hardswish: return finish_stored_as(p, sums, rows, vecs, place, [&e](Vec x) { return e.hard_swish(x); });
+    case Activation::silu: return finish_stored_as(p, sums, rows, vecs, place, [](Vec x) { return x * sigmoid(x); });
+    default: return finish_stored_as(p, sums, rows, vecs, place, [&e](Vec x) { return e.activated(x); });
   }
 }
 
@@ -112,9 +140,9 @@ void compute_tile(const Int8Product& p, const Int8TileInput& in, const int8_t* p
     accumulate<kRows, kVecs>(sums, reinterpret_cast<const char*>(in.a + in.segment_offsets[g]), row_bytes,
                              panel + k * kVecs * kLanes * kGroup, in.groups, ahead + k * 64);
   }
-  if (__builtin_expect(place.bounded, 1)) {
-    if (!p.epilogue.residual && p.c_out - place.channel >= kVecs * kLanes) return finish_bytes<true>(p, sums, place);
-    return finish_bytes<false>(p, sums, place);
+  if (__builtin_expect(place.bounded && p.epilogue.activation.clamps, 1)) {
+    if (!p.epilogue.residual && p.c_out - place.channel >= kVecs * kLanes) return finish_bytes<true>(p, sums, place, kClamped);
+    return finish_bytes<false>(p, sums, place, kClamped);
   }
   alignas(64) int32_t stored[kRows * kVecs * kLanes];
 #pragma GCC unroll 16
@@ -143,31 +171,12 @@ TileFunction tile_function(int64_t rows, int64_t vecs) {
   return nullptr;
 }
 
-// Rows of stored sums as `finish_bytes` takes them.
-template <int kVecs>
-void finish_stored_bytes(const Int8Product& p, const int32_t* stored, Place place, int64_t rows) {
-  const bool plain = !p.epilogue.residual && p.c_out - place.channel >= kVecs * kLanes;
-  for (int64_t m = 0; m < rows; ++m, ++place.row, stored += kVecs * kLanes) {
-    Ints sums[1][kVecs];
-#pragma GCC unroll 4
-    for (int v = 0; v < kVecs; ++v) sums[0][v] = load_ints(stored + v * kLanes);
-    if (plain) finish_bytes<true>(p, sums, place);
-    else finish_bytes<false>(p, sums, place);
-  }
-}
-
 }  // namespace
 
 void finish(const Int8Product& p, const int32_t* sums, int64_t channel, int64_t first_row, int64_t rows) {
   const int64_t columns = minimum(kInt8Panel, p.c_out - channel), vecs = ceil_div(columns, kLanes);
   const Place place{first_row, channel, p.epilogue.gives_bounded_bytes(channel, columns, p.depth)};
-  if (!place.bounded) return finish_any(p, sums, rows, vecs, place);
-  if (vecs == 1) return finish_stored_bytes<1>(p, sums, place, rows);
-  if (vecs == 2) return finish_stored_bytes<2>(p, sums, place, rows);
-  if constexpr (kInt8Vecs > 2) {
-    if (vecs == 3) return finish_stored_bytes<3>(p, sums, place, rows);
-    finish_stored_bytes<4>(p, sums, place, rows);
-  }
+  finish_any(p, sums, rows, vecs, place);
 }
 
 void multiply(const Int8Product& p, const Int8TileInput& in, int64_t panel, int64_t next, int64_t first_row, int64_t rows) {

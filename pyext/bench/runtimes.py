@@ -77,7 +77,7 @@ def _ours_int8(job: Job, kind: str = "captured") -> Contestant:
     images = [torch.from_numpy(batch) for batch in job.calibration_batches()]
     network = build(job, plain=False)
     if kind == "dense":
-        network = _without_zeros(network, largest=1 / 127)
+        network = _without_zeros(network, steps=1)
     quantized = compress.quantize(network, x, data=images, progress=False)
     emitted = kp.emit(quantized, (x,), progress=False)
     record = emitted.record
@@ -86,14 +86,14 @@ def _ours_int8(job: Job, kind: str = "captured") -> Contestant:
     return _without_gradients(kp.capture(emitted, x), x, told)
 
 
-def _without_zeros(network: torch.nn.Module, largest: float = 0.0) -> torch.nn.Module:
-    """The same function of the input, in which nobody finds a zero to leave out; or nearly, where these become that
-    part of the largest weight, of either sign."""
+def _without_zeros(network: torch.nn.Module, steps: float = 0.0) -> torch.nn.Module:
+    """The same function of the input, in which nobody finds a zero to leave out; or nearly, where these become so many
+    steps of int8, of either sign."""
     with torch.no_grad():
         for weight in network.parameters():
-            least = _NEXT_TO_NOTHING + largest * float(weight.abs().max())
+            largest = weight.abs().amax(dim=tuple(range(1, weight.dim())), keepdim=True) if weight.dim() > 1 else 0.0
             signs = torch.randint(0, 2, weight.shape) * 2 - 1
-            weight.copy_(torch.where(weight == 0, least * signs, weight))
+            weight.copy_(torch.where(weight == 0, (_NEXT_TO_NOTHING + steps / 127 * largest) * signs, weight))
     return network
 
 
