@@ -14,7 +14,7 @@
 // One task: a run of rows.
 #include "args.h"
 #include "int8_epilogue.h"
-#include "runtime.h"
+#include "rows.h"
 
 namespace kernelpress::KERNELPRESS_ISA {
 namespace {
@@ -22,6 +22,7 @@ namespace {
 constexpr int64_t kElementsWorthATask = 16384;
 constexpr int64_t kBlockPixels = 64;   // of a plane
 constexpr int64_t kBlockPlanes = 32;
+constexpr int kGateVectors = 4;
 
 // `body(row, first, count)` over all elements of `rows` rows, split among threads. Where the rows of all tensors run on, they are cut
 // anywhere, at multiples of a vector.
@@ -160,13 +161,35 @@ void int8_add(const Int8AddArgs& a) {
 void int8_gate(const Int8GateArgs& a) {
   const Dequantizer value(a.scale, a.zero_point), factor(a.gate_scale, a.gate_zero_point);
   const Int8Output output(a);
-  over_rows(a.batch * a.pixels, a.channels, false, [&](int64_t row, int64_t, int64_t) {
-    const int8_t *x = a.x + row * a.x_stride, *gate = a.gate + row / a.pixels * a.gate_stride;
-    for (int64_t c = 0; c < a.channels; c += kLanes) {
-      const int64_t lanes = a.channels - c;
-      output.write(value(load_int8_up_to(x + c, lanes)) * factor(load_int8_up_to(gate + c, lanes)), row, c, lanes);
+  const Quantizer quantizer(inverse_of(a.output_scale), static_cast<int32_t>(a.output_zero_point));
+  const bool is_plain = a.y_is_int8 && a.activation == Activation::identity;
+  const auto over_pixels = [&](int64_t image, int64_t begin, int64_t end) {
+    const int8_t* gate = a.gate + image * a.gate_stride;
+    for (int64_t c = 0; c < a.channels; c += kGateVectors * kLanes) {
+      const int64_t left = a.channels - c, vectors = minimum(kGateVectors, ceil_div(left, kLanes));
+      Vec factors[kGateVectors] = {};
+      for (int64_t v = 0; v < vectors; ++v) factors[v] = factor(load_int8_up_to(gate + c + v * kLanes, left - v * kLanes));
+      for (int64_t row = image * a.pixels + begin; row < image * a.pixels + end; ++row) {
+        const int8_t* x = a.x + row * a.x_stride + c;
+        int8_t* y = static_cast<int8_t*>(a.y) + row * a.y_stride + c;
+        if (is_plain && left >= kGateVectors * kLanes) {
+#pragma GCC unroll 4
+          for (int v = 0; v < kGateVectors; ++v) store_int8(y + v * kLanes, quantizer(value(load_int8(x + v * kLanes)) * factors[v]));
+          continue;
+        }
+        for (int64_t v = 0; v < vectors; ++v) {
+          const int64_t lanes = left - v * kLanes;
+          const Vec gated = value(load_int8_up_to(x + v * kLanes, lanes)) * factors[v];
+          if (is_plain) store_int8_up_to(y + v * kLanes, quantizer(gated), lanes);
+          else output.write(gated, row, c + v * kLanes, lanes);
+        }
+      }
     }
-  });
+  };
+  const int64_t rows = a.batch * a.pixels, parts = rows * a.channels < kElementsWorthATask ? minimum(1, rows) : minimum(thread_count(), rows);
+  const auto task = [&](int64_t begin, int64_t end) { over_images(rows * begin / parts, rows * end / parts, a.pixels, over_pixels); };
+  if (parts == 1) task(0, 1);
+  else parallel(parts, task);
 }
 
 void quantize_rows(const QuantizeRowsArgs& a) {

@@ -46,12 +46,15 @@ def prepare(job: Job, size: int, seed: int) -> nn.Module:
 
 
 def _set_zeros(network: nn.Module, job: Job) -> None:
-    """At random, as many in each layer."""
+    """At random, as many in each layer; no output channel loses all, as BatchNorm would amplify what rounding leaves of
+    it."""
     layers = [m for m in network.modules() if isinstance(m, nn.Conv2d) and m.groups == 1 and m.in_channels > 3]
     with torch.no_grad():
         for weight in [layer.weight for layer in layers] if job.sparsity else []:
             outputs, inputs, *kernel = weight.shape
             blocks = torch.rand(-(-outputs // job.block), -(-inputs // job.depth), *kernel) >= job.sparsity
+            rows = blocks.view(len(blocks), -1)
+            rows[torch.arange(len(rows)), torch.randint(rows.shape[1], (len(rows),))] |= ~rows.any(1)
             spread = blocks.repeat_interleave(job.block, dim=0).repeat_interleave(job.depth, dim=1)
             weight *= spread[:outputs, :inputs]
 
