@@ -100,8 +100,8 @@ struct CellOutput {
   }
 
   KP_INLINE Ints steps(Vec value) const {
-    if (!epilogue.activation.clamps) value = epilogue.activated(value);
-    if (!bounded) return epilogue.quantized(epilogue.activation.clamps ? epilogue.activated(value) : value);
+    if (!bounded || !epilogue.activation.clamps) value = epilogue.activated(value);
+    if (!bounded) return epilogue.quantized(value);
     return rounded(at_most(at_least(value * epilogue.inverse_scale, low), high)) + zero_point;
   }
 
