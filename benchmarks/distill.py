@@ -1,6 +1,7 @@
 """What each loss of distillation gains: a ResNet-56 teaches a ResNet-8 on few and small scans of digits, over seeds.
 
 python benchmarks/distill.py --seeds 5
+python benchmarks/distill.py --seeds 5 --epochs 100 --losses response dist similarity "response + attention"
 
 Each seed draws its tenth of the training images; teacher and students learn from these alone, students of one seed from
 the same weights on, and every other scan is for testing. The recipe `recipes/distill.yaml` does the same once.
@@ -23,7 +24,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 from kernelpress import compress, data, models
 
 IMAGE_SIZE, FRACTION, BATCH, SHIFT = 16, 0.1, 16, 2
-TEACHER_EPOCHS, STUDENT_EPOCHS = 60, 100
+TEACHER_EPOCHS, STUDENT_EPOCHS = 100, 16
 RATE, DECAY = 0.05, 5e-4
 
 STAGES = ("layer1", "layer2", "layer3")
@@ -37,7 +38,7 @@ RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "similarity": {"similarity": {"layers": ["layer3"], "weight": 100}},
     "rkd_distance": {"rkd_distance": {"layers": ["avgpool"], "weight": 25}},
     "rkd_angle": {"rkd_angle": {"layers": ["avgpool"], "weight": 50}},
-    "fsp": {"fsp": {"layers": STAGES}},
+    "fsp": {"fsp": {"layers": STAGES, "weight": 1e-5}},
     "response + attention": {"response": {"temperature": 4}, "attention": {"layers": STAGES, "weight": 10}},
 }
 """What is compared with a student that has no teacher: losses by name with their options."""
@@ -51,6 +52,7 @@ class Gain:
 
     name: str
     losses: dict[str, Any]
+    epochs: int
     accuracies: tuple[float, ...]
     gains: tuple[float, ...] = ()
 
@@ -70,13 +72,15 @@ def loaders(seed: int) -> tuple[DataLoader[Any], DataLoader[Any]]:
     return data.loaders(Subset(shifted, order[:count]), others, batch_size=BATCH)
 
 
-def learnt(seed: int, train: DataLoader[Any], teacher: nn.Module, losses: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+def learnt(
+    seed: int, epochs: int, train: DataLoader[Any], teacher: nn.Module, losses: Mapping[str, Mapping[str, Any]]
+) -> nn.Module:
     """A student of this seed, with these losses."""
     student = fresh("resnet8", seed)
     compress.finetune(
         student,
         train,
-        epochs=STUDENT_EPOCHS,
+        epochs=epochs,
         lr=RATE,
         weight_decay=DECAY,
         teacher=teacher if losses else None,
@@ -98,11 +102,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the comparison and writes `distill.json`, anew after each seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=positive, default=5)
+    parser.add_argument("--epochs", type=positive, default=STUDENT_EPOCHS, help="of students (default %(default)s)")
     parser.add_argument("--losses", nargs="+", choices=RECIPES, default=list(RECIPES), metavar="LOSS")
     options = parser.parse_args(arguments)
     console = Console()
     found = {
-        name: Gain(name, {loss: dict(given) for loss, given in RECIPES.get(name, {}).items()}, ())
+        name: Gain(
+            name,
+            {loss: dict(given) for loss, given in RECIPES.get(name, {}).items()},
+            TEACHER_EPOCHS if name == TEACHER else options.epochs,
+            (),
+        )
         for name in (TEACHER, ALONE, *options.losses)
     }
     for seed in range(options.seeds):
@@ -111,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         compress.finetune(teacher, train, epochs=TEACHER_EPOCHS, lr=RATE, weight_decay=DECAY, seed=seed, progress=False)
         alone = 0.0
         for name, row in found.items():
-            model = teacher if name == TEACHER else learnt(seed, train, teacher, RECIPES.get(name, {}))
+            model = teacher if name == TEACHER else learnt(seed, options.epochs, train, teacher, RECIPES.get(name, {}))
             accuracy = compress.evaluate(model, test)
             alone = accuracy if name == ALONE else alone
             gains = (*row.gains, 100 * (accuracy - alone)) if name in RECIPES else ()
@@ -123,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             images=len(train.dataset),  # type: ignore[arg-type]
             tested=len(test.dataset),  # type: ignore[arg-type]
             image_size=IMAGE_SIZE,
-            epochs={"resnet56": TEACHER_EPOCHS, "resnet8": STUDENT_EPOCHS},
+            key=("name", "epochs"),
         )
 
 

@@ -261,18 +261,17 @@ def sparsity_cells(results: Sequence[Mapping[str, Any]]) -> Cells:
 
 
 def _gain_table(payload: Mapping[str, Any]) -> list[str]:
-    epochs = " and ".join(f"{count} of {name}" for name, count in payload["epochs"].items())
     told = (
-        f"A ResNet-56 teaches a ResNet-8 on {payload['images']} digits of {payload['image_size']} pixels, epochs: "
-        f"{epochs}; accuracy on {payload['tested']} others, mean ± standard deviation over seeds, each with images and "
-        "weights of its own; the gain is over the student alone of the same seed, in points."
+        f"A ResNet-56 teaches a ResNet-8 on {payload['images']} digits of {payload['image_size']} pixels; accuracy on "
+        f"{payload['tested']} others, mean ± standard deviation over seeds, each with images and weights of its own; "
+        "the gain is over the student alone of the same seed and as many epochs, in points."
     )
     rows = []
     for row in payload["results"]:
         accuracies = [100 * accuracy for accuracy in row["accuracies"]]
         gain = mean_and_spread(row["gains"]) if row["gains"] else ABSENT
-        rows.append([row["name"], str(len(accuracies)), mean_and_spread(accuracies), gain])
-    return [told, "", *markdown((["losses", "seeds", "accuracy, %", "gain, points"], rows))]
+        rows.append([row["name"], str(row["epochs"]), str(len(accuracies)), mean_and_spread(accuracies), gain])
+    return [told, "", *markdown((["losses", "epochs", "seeds", "accuracy, %", "gain, points"], rows))]
 
 
 @dataclass(frozen=True)

@@ -302,4 +302,5 @@ def test_the_benchmark_compares_students_of_one_seed(tmp_path, monkeypatch) -> N
         pairs = zip(row["accuracies"], alone["accuracies"], strict=True)
         assert row["gains"] == pytest.approx([100 * (mine - theirs) for mine, theirs in pairs])
     page = (tmp_path / "README.md").read_text()
-    assert "| response + attention | 2 |" in page
+    assert "| response + attention | 2 | 2 |" in page
+    assert [row["epochs"] for row in content["results"]] == [1, 2, 2, 2]
