@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error(f"--sparsity: expected a share from 0 to 1, got {options.sparsity}")
     parts = [*["int8"] * (options.dtype == "int8"), *["sparse"] * (options.sparsity > 0)]
     contest, name = "_".join(parts) or "fp32", "_".join(["models", *parts])
-    key = (*KEY, "sparsity", "block", "depth")[: None if options.sparsity else len(KEY)]
+    key = (*KEY, "sparsity", "block", "depth") if options.sparsity else KEY
 
     def record(result: ModelResult) -> str:
         return f"recorded in {save(name, [result], options.results, key=key)}"

@@ -4,7 +4,8 @@ python benchmarks/distill.py --seeds 5
 python benchmarks/distill.py --seeds 5 --epochs 100 --losses response dist similarity "response + attention"
 
 Each seed draws its tenth of the training images; teacher and students learn from these alone, students of one seed from
-the same weights on, and every other scan is for testing. The recipe `recipes/distill.yaml` does the same once.
+the same weights on, and every other scan is for testing. The recipe `recipes/distill.yaml` is one such run, with a
+longer training of the student.
 """
 
 from __future__ import annotations

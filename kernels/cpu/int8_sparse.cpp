@@ -85,13 +85,13 @@ void load_cells(const Int8SparseConv2dArgs& a, const StripForm& form, const Stri
 
 // An output of int8 as cells, in which a channel is one byte of every position.
 struct CellOutput {
-  Int8Epilogue epilogue;
+  const Int8Epilogue& epilogue;
   bool bounded;
   Vec low, high;  // of steps before the zero point is added, where they are bounded
   Ints zero_point;
 
   CellOutput(const Int8SparseConv2dArgs& a, const Int8Product& product)
-      : epilogue(a), bounded(product.epilogue.gives_bounded_bytes(0, a.c_out, product.depth)) {
+      : epilogue(product.epilogue), bounded(epilogue.gives_bounded_bytes(0, a.c_out, product.depth)) {
     const float zero = static_cast<float>(a.output_zero_point), inverse = static_cast<float>(1.0 / a.output_scale);
     const float six = a.activation == Activation::relu6 ? std::nearbyintf(6.0f * inverse) : 255.0f;
     low = broadcast(a.activation == Activation::relu || a.activation == Activation::relu6 ? 0.0f : -128.0f - zero);

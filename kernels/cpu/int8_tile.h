@@ -60,7 +60,8 @@ struct Int8Product {
 // then, or the same: the first tiles bring it to the second-level cache.
 void multiply(const Int8Product& product, const Int8TileInput& in, int64_t panel, int64_t next, int64_t first_row, int64_t rows);
 
-// Results of such rows and that panel's channels from `channel` on, of sums that somebody else made: [rows][vectors of channels].
+// The epilogue alone, of sums [rows][vectors of channels] that are there: output rows from `first_row` on, at most a panel of channels
+// from `channel` on, as far as the product has any.
 void finish(const Int8Product& product, const int32_t* sums, int64_t channel, int64_t first_row, int64_t rows);
 
 constexpr int64_t kNoSegmentOffset[1] = {0};

@@ -3,6 +3,7 @@ one output channel, that are not all zero."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -49,7 +50,7 @@ def cells_reason(problem: Problem) -> str | None:
         return f"the kernel takes multiples of {CELL} channels, got {x.shape[1]} in pixels {spacing} apart"
     if native.cpu() is not None and x.shape[1] // CELL * _strip(problem).pitch >= LARGEST:
         return "the kernel takes fewer than 2³¹ values in a strip of input"
-    return None if weight.shape[0] < LARGEST else "the kernel takes fewer than 2³¹ output channels"
+    return None if math.prod(weight.shape) < LARGEST else "the kernel takes fewer than 2³¹ weights"
 
 
 def _strip(problem: Problem) -> Strip:
