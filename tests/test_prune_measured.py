@@ -16,7 +16,7 @@ from kernelpress import compress
 from kernelpress.compress.dependency import Axis, Occurrence, Pool, find_dependencies
 from kernelpress.compress.prune_channels.groups import ranked
 from kernelpress.compress.prune_channels.measured import _knapsack, _losses, measured_left, smoothed
-from kernelpress.emit import layer_costs, layer_energies, layer_times
+from kernelpress.emit import layer_costs, layer_energies, layer_times, plan_latencies
 from kernelpress.measure import count_flops
 from kernelpress.measure.energy import Energy
 from kernelpress.runtime import native
@@ -108,8 +108,9 @@ def test_channels_that_cost_no_time_stay() -> None:
 def test_channels_that_several_layers_make_count_in_all_of_them() -> None:
     pool = Pool((1, 2, 3), (), (Occurrence(Axis("a.weight", 0), 1), Occurrence(Axis("b.weight", 0), 1)))
     group = ranked(pool, 0, torch.tensor([3.0, 1.0, 2.0]), round_to=1, gone=0, makers=2)
-    assert _losses(group, 0) == [0, 2, 6]
-    assert _losses(group, 1) == [0, 4]
+    assert _losses(group, 0, "global") == [0, 2, 6]
+    assert _losses(group, 0, "local") == pytest.approx([0, -2 * math.log(5 / 6), -2 * math.log(3 / 6)])
+    assert _losses(group, 1, "global") == [0, 4]
 
 
 def test_importance_decides_between_layers_of_equal_time() -> None:
@@ -166,6 +167,21 @@ def test_times_of_emission_are_of_each_layer_and_remembered(tmp_path: Any, monke
     assert times[0] > 20 * times[1]
     assert layer_times(layers) == times[:3]
     assert layer_times([]) == []
+
+
+def test_layers_are_timed_on_memory_that_emitted_layers_hand_on(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERNELPRESS_CACHE", str(tmp_path))
+    read: set[tuple[int, ...]] = set()
+
+    class Reading(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            read.add(x.stride())
+            return super().forward(x)
+
+    layer, x = Reading(8, 8, 3, padding=1).eval(), torch.randn(1, 8, 6, 6)
+    layer_times([(layer, x)])
+    plan_latencies({"layer": layer}, x)
+    assert read == {(288, 1, 48, 8)}
 
 
 def test_energy_is_counted_layer_by_layer_and_buys_channels(monkeypatch: pytest.MonkeyPatch) -> None:

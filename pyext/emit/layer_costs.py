@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from kernelpress.emit.pipeline import emit
@@ -21,20 +22,23 @@ ENERGY_SECONDS = 0.1
 def plan_latencies(modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, float]:
     """Milliseconds of each of `modules`, emitted for `x` and captured as a plan, measured in turn.
 
-    What takes clearly longer than another is measured with fewer samples. Raises what `emit` and `capture` raise.
+    Images are read in channels_last memory, as emitted layers hand them on, whatever memory `x` has. Raises what `emit`
+    and `capture` raise.
     """
+    x = _as_handed_on(x)
     plans = {name: capture(emit(module, x, dynamic_batch=False, progress=False), x) for name, module in modules.items()}
     calls = {name: (lambda plan=plan: plan(x)) for name, plan in plans.items()}
-    return race(calls, [[(name,) for name in plans]])
+    return race(calls, [{(name,)} for name in plans])
 
 
 def layer_times(layers: Sequence[tuple[nn.Module, Tensor]], *, cache: bool = True) -> list[float]:
     """Milliseconds of each layer on what it reads: of the fastest kernel or operation that `emit` finds for it.
 
-    Each is timed with emptied inner caches, as a layer finds them in a model, and not fused with any other. Times are
-    those of this device and remembered on disk (`cache`), so a layer is timed once. What emission leaves alone is
-    timed as it is.
+    Images are read in channels_last memory, as emitted layers hand them on, whatever memory they come in. Each layer is
+    timed with emptied inner caches, as it finds them in a model, and not fused with any other. Times are those of this
+    device and remembered on disk (`cache`), so a layer is timed once. What emission leaves alone is timed as it is.
     """
+    layers = [(layer, _as_handed_on(x)) for layer, x in layers]
     if not layers:
         return []
     apart = _Apart([layer for layer, _ in layers])
@@ -54,13 +58,18 @@ def layer_energies(layers: Sequence[tuple[nn.Module, Tensor]]) -> list[float]:
     counters cannot be read.
     """
     joules = []
-    for layer, x in layers:
+    for layer, x in ((layer, _as_handed_on(x)) for layer, x in layers):
         plan = capture(emit(layer, x, dynamic_batch=False, progress=False), x)
         energy = energy_per_call(functools.partial(plan, x), device=x.device, seconds=ENERGY_SECONDS)
         if energy.joules is None:
             raise ValueError(f"energy: expected a device that counts it, got {x.device}: {energy.reason}")
         joules.append(energy.joules)
     return joules
+
+
+def _as_handed_on(x: Tensor) -> Tensor:
+    """The same values as the emitted layer before hands them on."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 class _Apart(nn.Module):

@@ -74,8 +74,8 @@ def prune_channels(
     `ratio`: the fraction, in [0, 1), of the FLOPs at these inputs (`target="flops"`), of the prunable channels
         (`"channels"`), of the parameters (`"parameters"`) or of the time or energy of its convolutions and linear
         layers (`"latency"`, `"energy"`) to remove; reached or exceeded by less than one step of `round_to` channels.
-        For the last two a knapsack chooses the sets of least importance together that save as much, whatever `scope`
-        says.
+        For the last two a knapsack chooses the sets of least importance together that save as much; with
+        `scope="local"` those that leave every group the largest share of its importance.
     `criterion`: what the importance of a channel is; the functions behind `criteria.CRITERIA` state their equations.
         Of the weights: `"l1"`, `"l2"`, the norm of its filter; `"fpgm"`, its distance from the other filters;
         `"bn_scale"`, |γ| of the BatchNorm behind it; `"random"`.

@@ -37,6 +37,7 @@ LayerCosts = Callable[[Sequence[tuple[nn.Module, Tensor]]], Sequence[float]]
 COUNTS = 8
 """At how many counts of channels a layer is measured, in and out each; all others lie between two of them."""
 ROUNDS = 6
+MOST_LOST = 1 - 1e-9
 BINS = 1000
 """Into how many parts what is to be saved is divided."""
 
@@ -88,7 +89,7 @@ def by_knapsack(rank: Rank, pools: int, cost: Cost, goal: float, scope: str) -> 
         for index, group in enumerate(groups):
             others = [[*steps[:index], n, *steps[index + 1 :]] for n in range(steps[index], group.steps + 1)]
             savings.append([max(0.0, now - time(other)) for other in others])
-        losses = [_losses(group, first) for group, first in zip(groups, steps, strict=True)]
+        losses = [_losses(group, first, scope) for group, first in zip(groups, steps, strict=True)]
         taken = _knapsack(savings, losses, (now - goal) / max(1, rounds))
         if not any(taken):
             # Only together do the next steps save anything.
@@ -107,9 +108,12 @@ def smoothed(costs: Tensor) -> Tensor:
     return (rising + falling) / 2
 
 
-def _losses(group: Group, first: int) -> list[float]:
-    """The importance that is lost after further steps, in all layers that make the channels."""
+def _losses(group: Group, first: int, scope: str) -> list[float]:
+    """What is lost after further steps, in all layers that make the channels: their importance; or, where that means
+    nothing beside another group's, minus the logarithm of the share of it that stays."""
     lost = [0.0, *itertools.accumulate(group.importance)]
+    if scope == "local" and lost[-1] > 0:
+        lost = [-math.log1p(-min(gone / lost[-1], MOST_LOST)) for gone in lost]
     start = lost[group.removed(first)]
     return [group.makers * (lost[group.removed(n)] - start) for n in range(first, group.steps + 1)]
 
