@@ -152,10 +152,12 @@ def test_a_split_at_places_that_no_attribute_states_keeps_its_channels() -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ratio", [0.25, 0.5])
-def test_what_leaves_together_is_what_torch_pruning_takes_together(ratio: float) -> None:
+def test_what_leaves_together_is_what_torch_pruning_takes_together(
+    ratio: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The oracle prunes the same share of every group by the same norm: as many channels are left in every layer."""
     if PACKAGES.is_dir():
-        sys.path.append(str(PACKAGES))
+        monkeypatch.setattr(sys, "path", [*sys.path, str(PACKAGES)])
     reason = "torch-pruning is not installed: `make zoo`, or pip install --no-deps torch-pruning, runs this test"
     oracle = pytest.importorskip("torch_pruning", reason=reason)
     for name in ("DenseNet", "SE-ResNeXt"):

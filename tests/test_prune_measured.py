@@ -121,6 +121,24 @@ def test_importance_decides_between_layers_of_equal_time() -> None:
     assert [layer.out_channels for layer in pruned] == [32, 16, 32, 4]
 
 
+@pytest.mark.parametrize(("scope", "counts"), [("local", [16, 56]), ("global", [8, 64])])
+def test_a_narrow_layer_is_spared_where_shares_count(scope: str, counts: list[int]) -> None:
+    """Half of its channels have half the norm: less importance than as many of the wide layer, but a larger share."""
+    model = nn.Sequential(conv3x3(3, 16), conv3x3(16, 64), conv3x3(64, 4)).double()
+    with torch.no_grad():
+        for layer in (model[0], model[1]):
+            layer.weight.fill_(1.0)
+        model[0].weight[:8] *= 0.5
+
+    def in_outputs(layers: Sequence[tuple[nn.Module, Tensor]]) -> list[float]:
+        return [float(layer(x).shape[1]) for layer, x in layers]
+
+    pruned = compress.prune_channels(
+        model, X, ratio=0.09, target="latency", layer_costs=in_outputs, scope=scope, criterion="l2"
+    )
+    assert [layer.out_channels for layer in pruned[:2]] == counts
+
+
 def test_a_latency_budget_may_be_reached_in_iterations() -> None:
     model = Net().double()
     pruned = compress.prune_channels(

@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from kernelpress.emit.pipeline import emit
 from kernelpress.emit.plan import capture
 from kernelpress.measure.energy import energy_per_call
 from kernelpress.measure.race import race
+from kernelpress.ops.layout import IMAGES_OR_ROWS
 
 __all__ = ["layer_energies", "layer_times", "plan_latencies"]
 
@@ -25,7 +25,7 @@ def plan_latencies(modules: Mapping[str, nn.Module], x: Tensor) -> dict[str, flo
     Images are read in channels_last memory, as emitted layers hand them on, whatever memory `x` has. Raises what `emit`
     and `capture` raise.
     """
-    x = _as_handed_on(x)
+    x = IMAGES_OR_ROWS.copy(x)
     plans = {name: capture(emit(module, x, dynamic_batch=False, progress=False), x) for name, module in modules.items()}
     calls = {name: (lambda plan=plan: plan(x)) for name, plan in plans.items()}
     return race(calls, [{(name,)} for name in plans])
@@ -38,7 +38,7 @@ def layer_times(layers: Sequence[tuple[nn.Module, Tensor]], *, cache: bool = Tru
     timed with emptied inner caches, as it finds them in a model, and not fused with any other. Times are those of this
     device and remembered on disk (`cache`), so a layer is timed once. What emission leaves alone is timed as it is.
     """
-    layers = [(layer, _as_handed_on(x)) for layer, x in layers]
+    layers = [(layer, IMAGES_OR_ROWS.copy(x)) for layer, x in layers]
     if not layers:
         return []
     apart = _Apart([layer for layer, _ in layers])
@@ -54,22 +54,18 @@ def layer_times(layers: Sequence[tuple[nn.Module, Tensor]], *, cache: bool = Tru
 def layer_energies(layers: Sequence[tuple[nn.Module, Tensor]]) -> list[float]:
     """Joules of each layer on what it reads, as a plan by itself; the package's idle share is in them.
 
-    Takes a tenth of a second and an emission a layer. Raises `ValueError` with the reason where the processor's energy
-    counters cannot be read.
+    Images are read as `layer_times` reads them. Takes a tenth of a second and an emission a layer. Raises `ValueError`
+    with the reason where the processor's energy counters cannot be read.
     """
     joules = []
-    for layer, x in ((layer, _as_handed_on(x)) for layer, x in layers):
+    for layer, given in layers:
+        x = IMAGES_OR_ROWS.copy(given)
         plan = capture(emit(layer, x, dynamic_batch=False, progress=False), x)
         energy = energy_per_call(functools.partial(plan, x), device=x.device, seconds=ENERGY_SECONDS)
         if energy.joules is None:
             raise ValueError(f"energy: expected a device that counts it, got {x.device}: {energy.reason}")
         joules.append(energy.joules)
     return joules
-
-
-def _as_handed_on(x: Tensor) -> Tensor:
-    """The same values as the emitted layer before hands them on."""
-    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
 class _Apart(nn.Module):

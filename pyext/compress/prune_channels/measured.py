@@ -6,8 +6,10 @@ in steps (a kernel works on so many channels at once) and the meter is noisy, so
     T'(i, o) = (max_{i'≤i, o'≤o} T(i', o') + min_{i'≥i, o'≥o} T(i', o')) / 2
 
 Which channels leave is a knapsack (Shen et al., HALP: Hardware-Aware Latency Pruning, 2021, arXiv:2110.10811, section
-3): least importance lost, enough saved. What a step of one group saves depends on how many channels the layers
-beside it have; so it is solved in rounds, each for a part of what is to be saved, from where the last one ended.
+3): least importance lost, enough saved. With `scope="local"` what a group loses is minus the logarithm of the share of
+its importance that stays: narrow groups are spared, and none is drained. What a step of one group saves depends on how
+many channels the layers beside it have; so it is solved in rounds, each for a part of what is to be saved, from where
+the last one ended.
 """
 
 from __future__ import annotations
@@ -37,7 +39,6 @@ LayerCosts = Callable[[Sequence[tuple[nn.Module, Tensor]]], Sequence[float]]
 COUNTS = 8
 """At how many counts of channels a layer is measured, in and out each; all others lie between two of them."""
 ROUNDS = 6
-MOST_LOST = 1 - 1e-9
 BINS = 1000
 """Into how many parts what is to be saved is divided."""
 
@@ -109,13 +110,13 @@ def smoothed(costs: Tensor) -> Tensor:
 
 
 def _losses(group: Group, first: int, scope: str) -> list[float]:
-    """What is lost after further steps, in all layers that make the channels: their importance; or, where that means
-    nothing beside another group's, minus the logarithm of the share of it that stays."""
-    lost = [0.0, *itertools.accumulate(group.importance)]
-    if scope == "local" and lost[-1] > 0:
-        lost = [-math.log1p(-min(gone / lost[-1], MOST_LOST)) for gone in lost]
-    start = lost[group.removed(first)]
-    return [group.makers * (lost[group.removed(n)] - start) for n in range(first, group.steps + 1)]
+    """What is lost after further steps, in all layers that make the channels: their importance; with `scope="local"`
+    minus the logarithm of the share of the group's that stays."""
+    gone = [0.0, *itertools.accumulate(group.importance)]
+    lost = [gone[group.removed(n)] for n in range(first, group.steps + 1)]
+    if scope == "local" and gone[-1] > 0:
+        lost = [-math.log1p(-part / gone[-1]) for part in lost]
+    return [group.makers * (loss - lost[0]) for loss in lost]
 
 
 def _knapsack(savings: Sequence[Sequence[float]], losses: Sequence[Sequence[float]], wanted: float) -> list[int]:
