@@ -119,7 +119,7 @@ def slice_of_wider(t: Tensor, channels: int) -> Tensor:
 
 
 def residual_for(op: str, tensors: Sequence[Tensor | None], options: dict[str, Any]) -> Tensor:
-    """Random, of the shape and dtype of an int8 op's output."""
+    """Random, of the shape and dtype of an op's output."""
     plain = registry.allocate(op, tensors, options)
     return plain.copy_(int8(*plain.shape) if plain.dtype == torch.int8 else torch.randn(plain.shape) * 50)
 
@@ -176,6 +176,26 @@ def run_native(op: str, tensors: Sequence[Tensor | None], **options: Any) -> Ten
         same = torch.equal(rest.isnan(), poison.isnan()) and torch.equal(rest.nan_to_num(), poison.nan_to_num())
         assert same, "written outside the output"
     return out
+
+
+def native_plan(
+    x: Tensor, calls: Sequence[tuple[str, Sequence[Tensor], dict[str, Any]]], residual: bool
+) -> tuple[Any, Tensor, list[Any]]:
+    """A native plan of these calls (op, parameters, options), each on what the one before makes, the last with a random
+    residual where asked for; its output; and the tensors to keep. x and the output are its external buffers."""
+    plan, held, made = native.cpu().Plan(), [], x
+    plan.external(x.data_ptr(), x.nbytes)
+    for i, (op, parameters, options) in enumerate(calls):
+        arguments, is_last = [made, *parameters], i == len(calls) - 1
+        if residual and is_last:
+            options = {**options, "residual": residual_for(op, arguments, options)}
+        made = registry.allocate(op, arguments, options)
+        if is_last:
+            plan.external(made.data_ptr(), made.nbytes)
+        call = native_call(op, arguments, options, made)
+        getattr(plan, call.name)(*call.arguments)
+        held.append(call.tensors)
+    return plan, made, held
 
 
 def _poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

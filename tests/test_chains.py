@@ -7,7 +7,7 @@ import torch
 from emitting import prefer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import channel_slice
+from support import channel_slice, native_plan
 from torch import nn
 
 import kernelpress as kp
@@ -48,25 +48,6 @@ def call_of(kind, c_in, kernel, stride, c_out, activation):
     hidden = c_in + 9
     named = {**window, "expand_activation": "relu", "depthwise_activation": activation}
     return "inverted_residual", (*pointwise(c_in, hidden), *depthwise(hidden), *pointwise(hidden, c_out)), named
-
-
-def native_plan(x, calls, residual):
-    """A native plan of these calls, its external addresses, and the last output; x and the last output are external."""
-    plan, held, made = native.cpu().Plan(), [], x
-    plan.external(x.data_ptr(), x.numel() * 4)
-    for i, (op, parameters, options) in enumerate(calls):
-        arguments = [made, *parameters]
-        if residual and i == len(calls) - 1:
-            options = {**options, "residual": None}
-            shape = registry.allocate(op, arguments, options).shape
-            options["residual"] = torch.randn(shape).contiguous(memory_format=torch.channels_last)
-        made = registry.allocate(op, arguments, options)
-        if i == len(calls) - 1:
-            plan.external(made.data_ptr(), made.numel() * 4)
-        call = native_call(op, arguments, options, made)
-        getattr(plan, call.name)(*call.arguments)
-        held.append(call.tensors)
-    return plan, made, held
 
 
 @given(

@@ -168,13 +168,15 @@ struct ChainLayer {
   Activation activation;
 };
 
+constexpr int kMostChainLayers = 12;
+
 struct ChainArgs {
-  static constexpr int kAddresses = 4, kMostLayers = 12;
+  static constexpr int kAddresses = 4;
   const float *x, *residual, *between;
   float* y;
   int64_t batch, x_stride_n, x_stride_c, x_stride_h, x_stride_w, residual_stride, between_stride, y_stride;
   int64_t count;
-  ChainLayer layers[kMostLayers];
+  ChainLayer layers[kMostChainLayers];
 };
 
 // y [batch, channels].
@@ -348,6 +350,23 @@ struct Int8DepthwiseConv2dArgs {
   double output_scale, output_zero_point, residual_scale, residual_zero_point;
 };
 
+// As ChainArgs, of int8 layers; a depthwise one has as many groups as channels, and its weight is packed as for int8_depthwise.cpp. Of
+// the layers' own x, residual and y nothing is read.
+struct Int8ChainLayer {
+  LayerKind kind;
+  Int8Conv2dArgs layer;
+};
+
+struct Int8ChainArgs {
+  static constexpr int kAddresses = 3;
+  const int8_t* x;
+  const void* residual;
+  void* y;
+  int64_t batch, x_stride, residual_stride, y_stride;
+  int64_t count;
+  Int8ChainLayer layers[kMostChainLayers];
+};
+
 // y [batch, channels], `y_stride` apart, int8 where `y_is_int8`, else float32.
 struct Int8GlobalAvgPool2dArgs {
   static constexpr int kAddresses = 2;
@@ -409,6 +428,7 @@ struct Int8CopyArgs {
   KERNEL(int8_conv2d, Int8Conv2dArgs)                     \
   KERNEL(int8_sparse_conv2d, Int8SparseConv2dArgs)        \
   KERNEL(int8_depthwise_conv2d, Int8DepthwiseConv2dArgs)  \
+  KERNEL(int8_chain, Int8ChainArgs)                       \
   KERNEL(quantize, QuantizeArgs)                          \
   KERNEL(dequantize, DequantizeArgs)                      \
   KERNEL(int8_add, Int8AddArgs)                           \

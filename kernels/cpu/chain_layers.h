@@ -1,5 +1,7 @@
-// Argument blocks of other kernels as layers of a chain.
+// Argument blocks of other kernels as layers of a chain, float32 or int8.
 #pragma once
+
+#include <utility>
 
 #include "args.h"
 
@@ -9,8 +11,8 @@ struct ImageSize {
   int64_t h, w;
 };
 
-// Builds a chain from calls in the order they run. An `append` that returns false leaves a chain that must not be used.
-class ChainBuilder {
+// Builds a chain of float32 layers from calls in the order they run. An `append` that returns false leaves a chain that must not be used.
+class FloatChainBuilder {
  public:
   const ChainArgs& chain() const { return chain_; }
 
@@ -88,7 +90,7 @@ class ChainBuilder {
            in.w == before.out_w && c_in == before.c_out;
   }
   bool add(const ChainLayer& layer) {
-    if (chain_.count == ChainArgs::kMostLayers) return false;
+    if (chain_.count == kMostChainLayers) return false;
     chain_.layers[chain_.count++] = layer;
     return true;
   }
@@ -100,6 +102,72 @@ class ChainBuilder {
   }
 
   ChainArgs chain_{};
+};
+
+// The same of int8 layers.
+class Int8ChainBuilder {
+ public:
+  const Int8ChainArgs& chain() const { return chain_; }
+
+  bool append(const Int8Conv2dArgs& a) {
+    const Window& w = a.window;
+    const bool is_pointwise = w.kernel_h == 1 && w.kernel_w == 1 && w.stride_h == 1 && w.stride_w == 1 && w.pad_h == 0 && w.pad_w == 0;
+    return a.groups == 1 && (is_pointwise || chain_.count == 0) && add(is_pointwise ? LayerKind::pointwise : LayerKind::conv, a);
+  }
+  bool append(const Int8DepthwiseConv2dArgs& a) {
+    return add(LayerKind::depthwise,
+               {a.x, a.weight, a.weight_sums, a.scale, a.bias, a.residual, a.y, a.batch, a.in_h, a.in_w, a.channels, a.out_h, a.out_w,
+                a.channels * a.multiplier, a.channels, a.x_stride, a.residual_stride, a.y_stride, a.input_zero_point, a.y_is_int8, a.window,
+                a.activation, a.output_scale, a.output_zero_point, a.residual_scale, a.residual_zero_point});
+  }
+
+ private:
+  bool add(LayerKind kind, const Int8Conv2dArgs& a) {
+    if (chain_.count == kMostChainLayers || (a.residual && a.residual == chain_.y)) return false;
+    if (chain_.count == 0) {
+      chain_.x = a.x, chain_.x_stride = a.x_stride, chain_.batch = a.batch;
+    } else if (!follows(a)) {
+      return false;
+    }
+    chain_.y = a.y, chain_.y_stride = a.y_stride, chain_.residual = a.residual, chain_.residual_stride = a.residual_stride;
+    chain_.layers[chain_.count++] = {kind, a};
+    return true;
+  }
+  bool follows(const Int8Conv2dArgs& a) const {
+    const Int8Conv2dArgs& before = chain_.layers[chain_.count - 1].layer;
+    return a.x == chain_.y && a.x_stride == chain_.y_stride && before.y_is_int8 && !chain_.residual && a.batch == chain_.batch &&
+           a.in_h == before.out_h && a.in_w == before.out_w && a.c_in == before.c_out;
+  }
+
+  Int8ChainArgs chain_{};
+};
+
+// Of whichever kind its first layer is.
+class ChainBuilder {
+ public:
+  template <class Args>
+  bool append(const Args& a) {
+    if constexpr (takes<FloatChainBuilder, Args>(0)) return is_float() && floats_.append(a);
+    else if constexpr (takes<Int8ChainBuilder, Args>(0)) return floats_.chain().count == 0 && bytes_.append(a);
+    else return false;
+  }
+
+  bool is_float() const { return bytes_.chain().count == 0; }
+  const ChainArgs& floats() const { return floats_.chain(); }
+  const Int8ChainArgs& bytes() const { return bytes_.chain(); }
+
+ private:
+  template <class Builder, class Args>
+  static constexpr auto takes(int) -> decltype(std::declval<Builder&>().append(std::declval<const Args&>())) {
+    return true;
+  }
+  template <class Builder, class Args>
+  static constexpr bool takes(long) {
+    return false;
+  }
+
+  FloatChainBuilder floats_;
+  Int8ChainBuilder bytes_;
 };
 
 }  // namespace kernelpress

@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #include "args.h"
+#include "int8_rows.h"
 #include "int8_tile.h"
 #include "rows.h"
 #include "split.h"
@@ -148,6 +149,13 @@ Int8Conv2dArgs group_of(const Int8Conv2dArgs& a, int64_t g) {
 }
 
 }  // namespace
+
+void int8_conv_rows(const Int8Conv2dArgs& a, int64_t image, int64_t begin, int64_t end) {
+  const Int8Product product(a, packed_depth(a));
+  if (!is_pointwise(a.window)) return conv_rows(a, product, image, begin, end, 0, product.panels());
+  const int64_t first = image * a.out_h;
+  pixels_of_group(a, product, (first + begin) * a.out_w, (first + end) * a.out_w, 0, product.panels());
+}
 
 void int8_matmul(const Int8MatmulArgs& a) {
   Int8Product product(a, round_up(a.c_in, kGroup));

@@ -17,6 +17,7 @@
 
 #include "args.h"
 #include "int8_epilogue.h"
+#include "int8_rows.h"
 #include "simd_interleave.h"
 #include "runtime.h"
 
@@ -307,15 +308,30 @@ int64_t staged_columns(const Int8DepthwiseConv2dArgs& a) {
   return (a.out_w - 1) * a.window.stride_w + a.window.reach_w() + a.window.stride_w;
 }
 
-// Output rows [begin, end) of one block of one image.
+// Output rows [begin, end) of one block of one image, whose input row h lies in slot h mod `capacity`.
 struct Rows {
   const Int8DepthwiseConv2dArgs& a;
   const Int8Epilogue& epilogue;
   const Block block;
   const int8_t* x;
-  int64_t image, begin, end;
+  int64_t image, begin, end, capacity;
 
-  const int8_t* row_at(int64_t h) const { return h >= 0 && h < a.in_h ? x + h * a.in_w * a.x_stride : nullptr; }
+  Rows(const Int8DepthwiseConv2dArgs& a, const Int8Epilogue& epilogue, int64_t index, int64_t image, int64_t begin, int64_t end, int64_t capacity)
+      : a(a),
+        epilogue(epilogue),
+        block(block_of(a, epilogue, index)),
+        x(a.x + image * a.in_h * a.in_w * a.x_stride),
+        image(image),
+        begin(begin),
+        end(end),
+        capacity(capacity) {}
+
+  void compute() const {
+    if (!in_place<3>() && !in_place<5>() && !in_place<7>()) staged();
+  }
+
+ private:
+  const int8_t* row_at(int64_t h) const { return h >= 0 && h < a.in_h ? x + h % capacity * a.in_w * a.x_stride : nullptr; }
   int64_t step() const { return block.is_paired ? 2 : 1; }
   int64_t top_of(int64_t p) const { return p * a.window.stride_h - a.window.pad_h; }
   Target target_of(int64_t p) const {
@@ -374,6 +390,12 @@ struct Rows {
 
 }  // namespace
 
+void int8_depthwise_rows(const Int8DepthwiseConv2dArgs& a, int64_t image, int64_t begin, int64_t end, int64_t capacity) {
+  const Int8Epilogue epilogue(a);
+  const int64_t blocks = ceil_div(a.channels * a.multiplier, kBlock);
+  for (int64_t index = 0; index < blocks; ++index) Rows(a, epilogue, index, image, begin, end, capacity).compute();
+}
+
 void int8_depthwise_conv2d(const Int8DepthwiseConv2dArgs& a) {
   const Int8Epilogue epilogue(a);
   const int64_t blocks = ceil_div(a.channels * a.multiplier, kBlock), planes = a.batch * blocks, threads = thread_count();
@@ -381,9 +403,7 @@ void int8_depthwise_conv2d(const Int8DepthwiseConv2dArgs& a) {
   parallel(planes * cuts, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t plane = task % planes, cut = task / planes;  // a thread keeps to its rows, as products before and after do
-      const int64_t image = plane / blocks, begin = a.out_h * cut / cuts, end = a.out_h * (cut + 1) / cuts;
-      const Rows rows{a, epilogue, block_of(a, epilogue, plane % blocks), a.x + image * a.in_h * a.in_w * a.x_stride, image, begin, end};
-      if (!rows.in_place<3>() && !rows.in_place<5>() && !rows.in_place<7>()) rows.staged();
+      Rows(a, epilogue, plane % blocks, plane / blocks, a.out_h * cut / cuts, a.out_h * (cut + 1) / cuts, a.in_h).compute();
     }
   });
 }

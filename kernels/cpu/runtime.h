@@ -15,6 +15,9 @@ int64_t thread_count();
 // This thread's scratch memory: 64-byte aligned, valid until the next call on the same thread.
 float* thread_scratch(int64_t floats);
 
+// More of it, for what is held while kernels run that ask for scratch themselves.
+float* held_scratch(int64_t floats);
+
 template <class Body>
 inline void parallel(int64_t count, const Body& body) {
   parallel_for(

@@ -47,7 +47,7 @@ void separable_rows(const SeparableConv2dArgs& a, const Interleaved& between, in
 
 template <class Args>
 void run_as_chain(const Args& a) {
-  ChainBuilder builder;
+  FloatChainBuilder builder;
   builder.append(a);
   run_chain(builder.chain(), kInvertedFloats);
 }

@@ -91,25 +91,15 @@ void run_words(const KernelTable& kernels, const void* words) {
 }
 
 template <class Args>
-auto append_to_chain(ChainBuilder& chain, const Args& args, int) -> decltype(chain.append(args)) {
-  return chain.append(args);
-}
-
-template <class Args>
-bool append_to_chain(ChainBuilder&, const Args&, long) {
-  return false;
-}
-
-template <class Args>
 bool join_words(ChainBuilder& chain, const void* words) {
   Args args;
   std::memcpy(static_cast<void*>(&args), words, sizeof args);
-  return append_to_chain(chain, args, 0);
+  return chain.append(args);
 }
 
 template <class Args, void (*KernelTable::*kKernel)(const Args&)>
 void bind_kernel(py::module_& module, py::class_<Plan>& plan, const char* name) {
-  if constexpr (std::is_same_v<Args, ChainArgs>) return;  // made by joining steps alone
+  if constexpr (std::is_same_v<Args, ChainArgs> || std::is_same_v<Args, Int8ChainArgs>) return;  // made by joining steps alone
   module.def(name, [name](const py::args& values) {
     const std::vector<int64_t> words = words_of<Args>(name, values);
     const py::gil_scoped_release released;
@@ -166,7 +156,10 @@ PYBIND11_MODULE(_cpu, module) {
       .def("run", &Plan::run, py::arg("first"), py::arg("last"), py::arg("addresses"), py::call_guard<py::gil_scoped_release>())
       .def("copy", [](const Plan& self) { return Plan(self); })
       .def(
-          "join", [](Plan& self, int64_t first, int64_t last) { return self.join(first, last, run_words<ChainArgs, &KernelTable::chain>); },
+          "join",
+          [](Plan& self, int64_t first, int64_t last) {
+            return self.join(first, last, run_words<ChainArgs, &KernelTable::chain>, run_words<Int8ChainArgs, &KernelTable::int8_chain>);
+          },
           py::arg("first"), py::arg("last"))
       .def("__len__", &Plan::size);
 

@@ -41,7 +41,7 @@ class Plan {
 
   // Joins steps [first, last), each of which reads what the one before writes and nobody else does. Returns false, with the plan as it
   // was, where they are no layers that a chain can hold.
-  bool join(int64_t first, int64_t last, Run run_chain) {
+  bool join(int64_t first, int64_t last, Run run_chain, Run run_int8_chain) {
     check_range(first, last);
     if (last - first < 2) return false;
     ChainBuilder builder;
@@ -57,9 +57,8 @@ class Plan {
         append(old.run, old.join, *old.kernels, before.words_as_appended(step), old.addresses);
         continue;
       }
-      const auto* words = reinterpret_cast<const int64_t*>(&builder.chain());
-      const auto cannot_join = [](ChainBuilder&, const void*) { return false; };
-      append(run_chain, cannot_join, *old.kernels, {words, words + sizeof(ChainArgs) / sizeof(int64_t)}, ChainArgs::kAddresses);
+      if (builder.is_float()) append_chain(run_chain, *old.kernels, builder.floats());
+      else append_chain(run_int8_chain, *old.kernels, builder.bytes());
     }
     return true;
   }
@@ -80,6 +79,13 @@ class Plan {
   }
 
  private:
+  template <class Args>
+  void append_chain(Run run, const KernelTable& kernels, const Args& chain) {
+    const auto* words = reinterpret_cast<const int64_t*>(&chain);
+    const auto cannot_join = [](ChainBuilder&, const void*) { return false; };
+    append(run, cannot_join, kernels, {words, words + sizeof chain / sizeof(int64_t)}, Args::kAddresses);
+  }
+
   void check_range(int64_t first, int64_t last) const {
     if (first < 0 || last > size() || first > last) {
       throw std::out_of_range("steps: expected 0 <= first <= last <= " + std::to_string(size()) + ", got " + std::to_string(first) +

@@ -19,9 +19,20 @@ struct Scratch {
   float* memory = nullptr;
   int64_t floats = 0;
   ~Scratch() { std::free(memory); }
+
+  float* of(int64_t wanted) {
+    if (wanted > floats) {
+      std::free(memory);
+      const size_t bytes = (static_cast<size_t>(wanted) * sizeof(float) + 4095) / 4096 * 4096;
+      memory = static_cast<float*>(std::aligned_alloc(64, bytes));
+      floats = memory ? wanted : 0;
+      if (!memory) throw std::bad_alloc();
+    }
+    return memory;
+  }
 };
 
-thread_local Scratch scratch;
+thread_local Scratch scratch, held;
 
 }  // namespace
 
@@ -43,16 +54,9 @@ int64_t thread_count() {
   return count;
 }
 
-float* thread_scratch(int64_t floats) {
-  if (floats > scratch.floats) {
-    std::free(scratch.memory);
-    const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 4095) / 4096 * 4096;
-    scratch.memory = static_cast<float*>(std::aligned_alloc(64, bytes));
-    scratch.floats = scratch.memory ? floats : 0;
-    if (!scratch.memory) throw std::bad_alloc();
-  }
-  return scratch.memory;
-}
+float* thread_scratch(int64_t floats) { return scratch.of(floats); }
+
+float* held_scratch(int64_t floats) { return held.of(floats); }
 
 void advise_huge_pages(int64_t address, int64_t bytes) {
 #if defined(__linux__)
