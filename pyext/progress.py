@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["phases"]
+__all__ = ["Phase", "phases"]
+
+Phase = Callable[[str, int], Callable[[int], None]]
+"""Begins a phase of so many steps; gives what counts them."""
 
 
 @contextmanager
-def phases(is_wanted: bool) -> Iterator[Callable[[str, int], Callable[[int], None]]]:
+def phases(is_wanted: bool) -> Iterator[Phase]:
     """A bar on standard error, if that is a terminal and rich is installed: a function that begins a phase of so many
     steps and gives the one that counts them."""
     try:

@@ -1,7 +1,5 @@
 """Chains: consecutive layers streamed by rows compute just what the layers do one after the other."""
 
-import hashlib
-
 import pytest
 import torch
 from emitting import prefer
@@ -273,17 +271,17 @@ def test_the_chains_that_save_most_are_chosen_from_remembered_times(head, monkey
     emitted, x = head
     monkeypatch.setattr(streaming, "LEAST_BYTES", 1)
     steps = [step for step in lower(emitted.body, [x]).steps if isinstance(step, NativeStep)]
-    layers = hashlib.sha256(streaming._name(steps).encode()).hexdigest()[:16]
+    name = streaming.name_of_plan(steps)
     cache = TimingCache(torch.device("cpu"), enabled=False)
     times = {"[]": 10.0, "[(0, 2)]": 9.7, "[(0, 3)]": 9.5, "[(0, 4)]": 9.6, "[(0, 5)]": 11.0, "[(0, 3), (3, 5)]": 9.3}
     for first, last in [(1, 3), (1, 4), (1, 5)]:
         times[f"[({first}, {last})]"] = 10.0
     times["[(3, 5)]"] = 9.9
     for ranges, time in times.items():
-        cache.put(f"plan {layers} with chains {ranges}", time)
+        cache.put(f"{name} with chains {ranges}", time)
     plain = kp.capture(emitted, x, stream=False)
     assert plain._native.faster_chains(cache) == [(0, 2), (3, 4)]
-    cache.put(f"plan {layers} with chains [(0, 3), (3, 5)]", 9.45)
+    cache.put(f"{name} with chains [(0, 3), (3, 5)]", 9.45)
     assert plain._native.faster_chains(cache) == [(0, 2)]
 
 

@@ -163,6 +163,8 @@ PYBIND11_MODULE(_cpu, module) {
           py::arg("first"), py::arg("last"))
       .def("__len__", &Plan::size);
 
+  module.def("run_side_by_side", &Plan::run_side_by_side, py::arg("plans"), py::arg("addresses"), py::call_guard<py::gil_scoped_release>());
+
 #define KP_BIND(name, Args) bind_kernel<Args, &KernelTable::name>(module, plan, #name);
   KP_KERNELS(KP_BIND)
 #undef KP_BIND

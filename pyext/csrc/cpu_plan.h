@@ -1,6 +1,6 @@
 // A flat list of prepared kernel calls. Addresses that lie in an external buffer are patched at every run; all others are fixed, and
 // so is the instruction set that each call was appended with, because its weights were packed for it. Neighbouring layers can be
-// joined to a chain, which is a call of its own.
+// joined to a chain, which is a call of its own. Plans of a share of a batch each run side by side.
 #pragma once
 
 #include <cstdint>
@@ -10,6 +10,8 @@
 
 #include "kernels/cpu/args.h"
 #include "kernels/cpu/chain_layers.h"
+#include "kernels/cpu/runtime.h"
+#include "pyext/csrc/cpu_runtime.h"
 
 namespace kernelpress {
 
@@ -68,14 +70,28 @@ class Plan {
   // Runs steps [first, last) with the external buffers at `addresses`.
   void run(int64_t first, int64_t last, const std::vector<int64_t>& addresses) {
     check_range(first, last);
-    if (addresses.size() != externals_.size()) {
-      throw std::invalid_argument("addresses: expected one for each of " + std::to_string(externals_.size()) +
-                                  " external buffers, got " + std::to_string(addresses.size()));
-    }
+    check_addresses(addresses);
     for (const Patch& patch : patches_) {
       if (patch.step >= first && patch.step < last) steps_[patch.step].words[patch.field] = addresses[patch.buffer] + patch.offset;
     }
     for (int64_t step = first; step < last; ++step) steps_[step].run(*steps_[step].kernels, steps_[step].words.data());
+  }
+
+  // Runs every plan whole, once for each of its lists of addresses: the plans side by side, each on one thread.
+  static void run_side_by_side(const std::vector<Plan*>& plans, const std::vector<std::vector<std::vector<int64_t>>>& addresses) {
+    if (addresses.size() != plans.size()) {
+      throw std::invalid_argument("addresses: expected lists for each of " + std::to_string(plans.size()) + " plans, got " +
+                                  std::to_string(addresses.size()));
+    }
+    for (size_t i = 0; i < plans.size(); ++i) {
+      for (const std::vector<int64_t>& run : addresses[i]) plans[i]->check_addresses(run);
+    }
+    parallel(static_cast<int64_t>(plans.size()), [&](int64_t begin, int64_t end) {
+      const OneThread alone;
+      for (auto i = static_cast<size_t>(begin); i < static_cast<size_t>(end); ++i) {
+        for (const std::vector<int64_t>& run : addresses[i]) plans[i]->run(0, plans[i]->size(), run);
+      }
+    });
   }
 
  private:
@@ -84,6 +100,13 @@ class Plan {
     const auto* words = reinterpret_cast<const int64_t*>(&chain);
     const auto cannot_join = [](ChainBuilder&, const void*) { return false; };
     append(run, cannot_join, kernels, {words, words + sizeof chain / sizeof(int64_t)}, Args::kAddresses);
+  }
+
+  void check_addresses(const std::vector<int64_t>& addresses) const {
+    if (addresses.size() != externals_.size()) {
+      throw std::invalid_argument("addresses: expected one for each of " + std::to_string(externals_.size()) +
+                                  " external buffers, got " + std::to_string(addresses.size()));
+    }
   }
 
   void check_range(int64_t first, int64_t last) const {

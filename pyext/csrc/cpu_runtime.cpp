@@ -33,6 +33,7 @@ struct Scratch {
 };
 
 thread_local Scratch scratch, held;
+thread_local bool is_alone = false;
 
 }  // namespace
 
@@ -41,16 +42,20 @@ void use_host_threads(HostParallelFor parallel_for, HostThreadCount thread_count
   host_thread_count = thread_count;
 }
 
+OneThread::OneThread() : before_(is_alone) { is_alone = true; }
+
+OneThread::~OneThread() { is_alone = before_; }
+
 void parallel_for(int64_t begin, int64_t end, void (*body)(int64_t, int64_t, void*), void* context) {
   if (begin >= end) return;
-  if (!host_parallel_for || end - begin == 1) return body(begin, end, context);
+  if (!host_parallel_for || is_alone || end - begin == 1) return body(begin, end, context);
   // The host catches what a body throws, which can only be the allocation of scratch memory, and returns an error code.
   if (host_parallel_for(begin, end, 1, body, context) != 0) throw std::bad_alloc();
 }
 
 int64_t thread_count() {
   uint32_t count = 1;
-  if (!host_parallel_for || !host_thread_count || host_thread_count(&count) != 0) return 1;
+  if (is_alone || !host_parallel_for || !host_thread_count || host_thread_count(&count) != 0) return 1;
   return count;
 }
 

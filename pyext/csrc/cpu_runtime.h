@@ -12,6 +12,18 @@ using HostThreadCount = int (*)(uint32_t* count);
 // Null addresses mean: run serially.
 void use_host_threads(HostParallelFor parallel_for, HostThreadCount thread_count);
 
+// While it lives, parallel loops that start on this thread run on this thread alone.
+class OneThread {
+ public:
+  OneThread();
+  ~OneThread();
+  OneThread(const OneThread&) = delete;
+  OneThread& operator=(const OneThread&) = delete;
+
+ private:
+  const bool before_;
+};
+
 // Asks for huge pages under the whole pages of a block; where the system has none, nothing changes.
 void advise_huge_pages(int64_t address, int64_t bytes);
 

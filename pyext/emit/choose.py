@@ -28,6 +28,9 @@ TORCH_MARGIN = 0.05
 """By what fraction of its time a call of torch must beat a native layer: in a plan it also parts what runs natively,
 and near ties are noise."""
 
+ONLY_NATIVE = 1.0
+"""The same for batches in shares, of which no call of torch may be part: one is only taken that is twice as fast."""
+
 SPARSE_MARGIN = 0.25
 """By what fraction of its time a layer that skips zeros must beat a dense one, which in a plan can also be streamed
 with its neighbours, and whose time depends less on what the caches hold."""
@@ -50,13 +53,15 @@ def choose(
     order: Mapping[Node, int],
     turning: Turning,
     fusion_margin: float = FUSION_MARGINS[0],
+    torch_margin: float = TORCH_MARGIN,
 ) -> list[Choice]:
     """One choice per place, in execution order; together they cover every node that a candidate covers exactly once.
 
     `turning(node, given, wanted)` are the milliseconds of turning a value into another form.
     """
-    running = _with_useful_forms([e for e in evaluations if e.milliseconds is not None and _may_pay(e.candidate)])
-    options = [_option(e, i, fusion_margin) for i, e in enumerate(running)]
+    weighed = [e for e in evaluations if e.milliseconds is not None and _may_pay(e.candidate)]
+    running = _with_useful_forms(weighed, torch_margin)
+    options = [_option(e, i, fusion_margin, torch_margin) for i, e in enumerate(running)]
     nodes = sorted({node for option in options for node in option.elements}, key=order.__getitem__)
     forms = _forms(options, set(nodes), turning)
     choices: list[Choice] = []
@@ -72,14 +77,14 @@ def _may_pay(candidate: Candidate) -> bool:
     return candidate.pattern != "1×1" or candidate.kernel is None or candidate.density <= candidate.kernel.likes.single
 
 
-def _with_useful_forms(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+def _with_useful_forms(evaluations: Sequence[Evaluation], torch_margin: float) -> list[Evaluation]:
     """Leaves the candidates in other forms than the usual one out if none of them is the fastest at its place: turning
     values, which costs time, then gains nothing anywhere."""
     usual = [e for e in evaluations if _is_usual(e.candidate)]
     fastest: dict[frozenset[Node], float] = {}
     for e in usual:
-        fastest[e.candidate.nodes] = min(_time_of(e), fastest.get(e.candidate.nodes, math.inf))
-    gains = any(_time_of(e) < fastest.get(e.candidate.nodes, math.inf) for e in evaluations)
+        fastest[e.candidate.nodes] = min(_time_of(e, torch_margin), fastest.get(e.candidate.nodes, math.inf))
+    gains = any(_time_of(e, torch_margin) < fastest.get(e.candidate.nodes, math.inf) for e in evaluations)
     return list(evaluations) if gains else usual
 
 
@@ -87,16 +92,16 @@ def _is_usual(candidate: Candidate) -> bool:
     return all(form in (None, PIXELS) for form in (*candidate.reads, candidate.gives))
 
 
-def _time_of(evaluation: Evaluation) -> float:
+def _time_of(evaluation: Evaluation, torch_margin: float) -> float:
     assert evaluation.milliseconds is not None
     candidate = evaluation.candidate
-    margin = 0.0 if candidate.variant in NATIVE_BACKENDS else TORCH_MARGIN
+    margin = 0.0 if candidate.variant in NATIVE_BACKENDS else torch_margin
     return evaluation.milliseconds * (1 + margin + (SPARSE_MARGIN if candidate.pattern else 0.0))
 
 
-def _option(evaluation: Evaluation, index: int, fusion_margin: float) -> Option[Node]:
+def _option(evaluation: Evaluation, index: int, fusion_margin: float, torch_margin: float) -> Option[Node]:
     candidate = evaluation.candidate
-    cost = _time_of(evaluation) * (1 + fusion_margin if candidate.parts > 1 else 1)
+    cost = _time_of(evaluation, torch_margin) * (1 + fusion_margin if candidate.parts > 1 else 1)
     gives = None if candidate.gives is None else (candidate.output, candidate.gives)
     reads = tuple((x, form) for x, form in zip(candidate.inputs, candidate.reads, strict=True) if form is not None)
     return Option(candidate.nodes, cost, index, gives, reads)

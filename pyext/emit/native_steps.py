@@ -3,6 +3,7 @@ GIL."""
 
 from __future__ import annotations
 
+import operator
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.lower import Buffer, NativeStep, Place, Program, View, views_of
-from kernelpress.emit.streaming import choose_chains, interleaving, private_bytes, with_others
+from kernelpress.emit.streaming import choose_chains, interleaving, name_of_plan, private_bytes, with_others
 from kernelpress.ops.calls.aten import aten_call
 from kernelpress.ops.calls.steps import native_call
 from kernelpress.runtime import native
@@ -31,7 +32,10 @@ Chain = tuple[int, int]
 class NativeSteps:
     """Appends native steps to a `_cpu.Plan`, joined where a chain says so, and keeps alive what they point to."""
 
-    def __init__(self, program: Program, static: Bases, chains: Sequence[Chain]) -> None:
+    def __init__(
+        self, program: Program, static: Bases, chains: Sequence[Chain], arena: tuple[int, int] | None = None
+    ) -> None:
+        """`arena`: address and bytes of memory that runs are given anew, as the last of the external buffers."""
         self._program = program
         native_steps = {i: step for i, step in enumerate(program.steps) if isinstance(step, NativeStep)}
         self._plan: Any = native.cpu().Plan() if native_steps else _NO_STEPS
@@ -50,6 +54,8 @@ class NativeSteps:
                 self._plan.external(stand_in.data_ptr(), buffer.nbytes)
                 self.external.append(index)
         self._stand_ins = stand_ins
+        if arena is not None:
+            self._plan.external(*arena)
         for position, step in native_steps.items():
             if 0 not in step.out.shape:
                 self._append(step)
@@ -101,11 +107,27 @@ class NativeSteps:
                 found.append((first, last))
         return self._chains(with_others(found, interleaving(trial, steps, links)))
 
+    @property
+    def name(self) -> str:
+        """Tells plans of other steps apart."""
+        return name_of_plan(self._steps())
+
     def _steps(self) -> list[NativeStep]:
         return [step for i in self._positions if isinstance(step := self._program.steps[i], NativeStep)]
 
     def _chains(self, ranges: Sequence[tuple[int, int]]) -> list[Chain]:
         return [(self._positions[first], self._positions[last - 1]) for first, last in ranges]
+
+    def side_by_side(self, offsets: Sequence[Sequence[Sequence[int]]]) -> Callable[[Sequence[int]], None]:
+        """A function that runs all steps with external buffers at addresses and these offsets from them: worker after
+        worker those of each of its runs, the workers side by side."""
+        plans = [self._plan.copy() for _ in offsets]
+        run_side_by_side = native.cpu().run_side_by_side
+
+        def run(addresses: Sequence[int], held: list[tuple[Tensor, ...]] = self._held) -> None:
+            run_side_by_side(plans, [[[*map(operator.add, addresses, moved)] for moved in runs] for runs in offsets])
+
+        return run
 
     def between(self, after: int, before: int) -> tuple[int, int]:
         """The native plan's steps that stand between two positions of the program."""

@@ -17,17 +17,18 @@ from kernelpress.emit.assemble import assemble, channels_last_copy, copy_of, own
 from kernelpress.emit.cache import TimingCache, device_key
 from kernelpress.emit.candidates import Candidate, candidates_for, original
 from kernelpress.emit.canonical import canonicalize
-from kernelpress.emit.choose import FUSION_MARGINS, Choice, choose
+from kernelpress.emit.choose import FUSION_MARGINS, ONLY_NATIVE, TORCH_MARGIN, Choice, choose
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.evaluate import Conversions, Cost, Evaluation, evaluate, runnable
 from kernelpress.emit.examples import Example, example_values
 from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.norms import settle_instance_norms
-from kernelpress.emit.plan import capture
+from kernelpress.emit.plan import Plan, capture
 from kernelpress.emit.quantized import is_rounding, without_fake
 from kernelpress.emit.quantized_rows import quantized_rows
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
+from kernelpress.emit.shares import division_of
 from kernelpress.emit.ties import Comparison, compare, moved_by_rounding
 from kernelpress.emit.tolerance import INT8_TOLERANCE, TURNED_SHARE, tolerance_of
 from kernelpress.emit.zeros import shares_of_zeros, unskipped_zeros
@@ -35,10 +36,12 @@ from kernelpress.measure.race import Heat, race
 from kernelpress.ops.calls import packing, prepared
 from kernelpress.ops.layout import PIXELS
 from kernelpress.preserve import outside_modes, own_tensors
-from kernelpress.progress import phases
+from kernelpress.progress import Phase, phases
+from kernelpress.runtime.clock import threads_set_to
 from kernelpress.runtime.device_clock import time_graphs
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace import checked_inputs, module_of, trace
+from kernelpress.trace.contract import Contract
 from kernelpress.trace.regions import regions, writes_undone
 
 __all__ = ["emit"]
@@ -88,41 +91,90 @@ def emit(
         flat = pytree.tree_leaves((inputs, {}))
         device = _device(traced, flat)
 
-        graph_module = fold(canonicalize(copy_of(traced)))
-        examples = example_values(graph_module, flat)
-        bound = tolerance or max(tolerance_of(example.dtype) for example in examples.values())
-        # Few values of a layer are rounded to the other side; behind several layers, these change the rounding of many.
-        whole_bound = max(bound, INT8_TOLERANCE) if any(map(is_rounding, graph_module.graph.nodes)) else bound
-        candidates = [c for c in _candidates(graph_module) if not (exact_nonfinite and c.mixes_inputs)]
-        times = TimingCache(device, enabled=cache and cost is None)
-        advance = phase("timing layers", len(candidates))
-        evaluations = evaluate(graph_module, candidates, examples, tolerance, times, cost, advance)
-        _forget_trials(graph_module)
-        order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
-        flat_examples = tuple(examples[node] for node in graph_module.graph.nodes if node.op == "placeholder")
-        flops: dict[frozenset[Node], int] = {}
-        zeros = shares_of_zeros(graph_module)
-
-        def emitted(choices: Sequence[Choice]) -> EmittedModel:
-            for nodes in (choice.chosen.nodes for choice in choices if choice.chosen.nodes not in flops):
-                flops[nodes] = _flops(graph_module, nodes, examples, order)
-            places = tuple(
-                _place_record(choice, flops[choice.chosen.nodes], unskipped_zeros(zeros, choice), examples, order)
-                for choice in choices
-            )
-            body = assemble(graph_module, [choice.chosen for choice in choices])
-            record = EmissionRecord(places, device_key(device))
-            return EmittedModel(body, record, flat_examples, traced.meta["contract"])
-
-        phase("timing plans", 1)
-        turning = Conversions(graph_module, examples, times, cost)
-        margins = FUSION_MARGINS if cost is None else FUSION_MARGINS[:1]
-        arrangements = _arrangements(evaluations, order, turning, margins)
-        best = _fastest([emitted(choices) for choices in arrangements], inputs, cache)
+        layers = _Layers(traced, flat, tolerance, exact_nonfinite, cache, cost)
+        division = division_of(layers.contract, flat) if device.type == "cpu" and cost is None else None
+        models: list[EmittedModel] = []
+        is_shared = False
+        if division is not None:
+            with threads_set_to(1):
+                models = layers.arranged(division.first(flat), phase, division.rounds)
+            phase("timing shares of the batch", 1)
+            best, run = _fastest(models, inputs, cache)
+            models, is_shared = [best], isinstance(run, Plan) and run.images_at_once is not None
+        if not is_shared:
+            models += layers.arranged(flat, phase)
+            phase("timing plans", 1)
+            best, _ = _fastest(models, inputs, cache)
         phase("comparing with the original", 1)
-        body, record = _faster_of(traced, best.body, best.record, inputs, whole_bound, is_measured=cost is None)
+        body, record = _faster_of(traced, best.body, best.record, inputs, layers.whole_bound, is_measured=cost is None)
         body = owned_copy(body)  # until here its weights are the model's own
-        return EmittedModel(body, record, flat_examples, best.contract)
+        return EmittedModel(body, record, best.examples, best.contract)
+
+
+class _Layers:
+    """The layers of an exported model, timed at some shapes and put together to models."""
+
+    def __init__(
+        self,
+        traced: GraphModule,
+        flat: Sequence[Any],
+        tolerance: float | None,
+        exact_nonfinite: bool,
+        cache: bool,
+        cost: Cost | None,
+    ) -> None:
+        """`flat`: the example inputs; the others as `emit` takes them."""
+        self.contract: Contract = traced.meta["contract"]
+        self._graph_module = graph_module = fold(canonicalize(copy_of(traced)))
+        self._examples = example_values(graph_module, flat)
+        bound = tolerance or max(tolerance_of(example.dtype) for example in self._examples.values())
+        # Few values of a layer are rounded to the other side; behind several layers, these change the rounding of many.
+        self.whole_bound = max(bound, INT8_TOLERANCE) if any(map(is_rounding, graph_module.graph.nodes)) else bound
+        self._candidates = [c for c in _candidates(graph_module) if not (exact_nonfinite and c.mixes_inputs)]
+        self._order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+        self._flops: dict[frozenset[Node], int] = {}
+        self._zeros = shares_of_zeros(graph_module)
+        self._device = _device(traced, flat)
+        self._key = device_key(self._device)
+        self._tolerance, self._cache, self._cost = tolerance, cache, cost
+
+    def arranged(self, flat: Sequence[Any], phase: Phase, rounds: int | None = None) -> list[EmittedModel]:
+        """Models of the covers that are cheapest by the times of layers on these inputs. `rounds`: these are one share
+        of the example inputs, of which a thread runs so many; times are those of all."""
+        what = "timing layers" if rounds is None else "timing layers on a share of the batch"
+        times = TimingCache(self._device, enabled=self._cache and self._cost is None)
+        examples = self._examples if rounds is None else example_values(self._graph_module, flat)
+        advance = phase(what, len(self._candidates))
+        evaluations = evaluate(
+            self._graph_module, self._candidates, examples, self._tolerance, times, self._cost, advance
+        )
+        _forget_trials(self._graph_module)
+        turning = Conversions(self._graph_module, examples, times, self._cost)
+        if rounds is not None:
+            evaluations = [replace(e, milliseconds=e.milliseconds and e.milliseconds * rounds) for e in evaluations]
+        margins = FUSION_MARGINS if self._cost is None else FUSION_MARGINS[:1]
+        torch_margin = TORCH_MARGIN if rounds is None else ONLY_NATIVE
+        found: dict[frozenset[Candidate], list[Choice]] = {}
+        for margin in margins:
+            choices = choose(
+                evaluations, self._order, lambda *forms: turning(*forms) * (rounds or 1), margin, torch_margin
+            )
+            found.setdefault(frozenset(choice.chosen for choice in choices), choices)
+        return [self._emitted(choices) for choices in found.values()]
+
+    def _emitted(self, choices: Sequence[Choice]) -> EmittedModel:
+        graph_module, examples = self._graph_module, self._examples
+        places = []
+        for choice in choices:
+            nodes = choice.chosen.nodes
+            if nodes not in self._flops:
+                self._flops[nodes] = _flops(graph_module, nodes, examples, self._order)
+            zeros = unskipped_zeros(self._zeros, choice)
+            places.append(_place_record(choice, self._flops[nodes], zeros, examples, self._order))
+        body = assemble(graph_module, [choice.chosen for choice in choices])
+        record = EmissionRecord(tuple(places), self._key)
+        inputs = tuple(examples[node] for node in graph_module.graph.nodes if node.op == "placeholder")
+        return EmittedModel(body, record, inputs, self.contract)
 
 
 def _forget_trials(graph_module: GraphModule) -> None:
@@ -133,26 +185,18 @@ def _forget_trials(graph_module: GraphModule) -> None:
     prepared.clear()
 
 
-def _arrangements(
-    evaluations: Sequence[Evaluation], order: Mapping[Node, int], turning: Conversions, margins: Sequence[float]
-) -> list[list[Choice]]:
-    """The different covers that these margins lead to."""
-    found: dict[frozenset[Candidate], list[Choice]] = {}
-    for margin in margins:
-        choices = choose(evaluations, order, turning, margin)
-        found.setdefault(frozenset(choice.chosen for choice in choices), choices)
-    return list(found.values())
-
-
-def _fastest(models: Sequence[EmittedModel], inputs: tuple[Any, ...], cache: bool) -> EmittedModel:
-    """The model that takes the least time as a whole, captured."""
-    if len(models) == 1:
-        return models[0]
+def _fastest(
+    models: Sequence[EmittedModel], inputs: tuple[Any, ...], cache: bool
+) -> tuple[EmittedModel, Callable[..., Any]]:
+    """The model that takes the least time as a whole, captured, and what was timed."""
     device = _device_of(inputs)
     runs = [_captured(model, inputs, cache) if device.type == "cpu" else model for model in models]
+    if len(models) == 1:
+        return models[0], runs[0]
     with writes_undone(*(model.body for model in models)):
         milliseconds = _time_models({str(i): functools.partial(run, *inputs) for i, run in enumerate(runs)}, device)
-    return models[min(range(len(models)), key=lambda i: milliseconds[str(i)])]
+    best = min(range(len(models)), key=lambda i: milliseconds[str(i)])
+    return models[best], runs[best]
 
 
 def _captured(model: EmittedModel, inputs: tuple[Any, ...], cache: bool) -> Callable[..., Any]:

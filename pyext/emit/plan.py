@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,8 @@ from kernelpress.emit.in_place import without_copies
 from kernelpress.emit.lower import NativeStep, Place, Program, TorchStep, View, lower, views_of
 from kernelpress.emit.native_steps import Bases, Chain, NativeSteps, tensor_at
 from kernelpress.emit.recapture import fingerprint, reduced
+from kernelpress.emit.shares import Share, share_of
+from kernelpress.measure.race import Heat, race
 from kernelpress.ops.calls import packing
 from kernelpress.preserve import own_tensors
 from kernelpress.runtime.memory import ALIGNMENT, advise_huge_pages
@@ -28,14 +31,18 @@ __all__ = ["Plan", "capture", "plan_of"]
 
 CPU = torch.device("cpu")
 
+HEATS = (Heat(3, 1.5), Heat(10, 1.1), Heat(30, 1.0))
+"""Of a plan in shares of the batch against the whole."""
+
 
 def capture(model: EmittedModel, *example_inputs: Any, stream: bool = True, cache: bool = True) -> Plan | CudaPlan:
     """Prepares `model` for inputs of exactly the shapes, dtypes and structure of `example_inputs`; their values do not
     matter. On a CUDA device the plan is a CUDA graph.
 
     Layers with large maps between them are timed as a chain that streams them by rows, and run so where that is faster;
-    `stream=False` runs every layer by itself, but for a channel shuffle, which the layer before it makes as it stores.
-    `cache`: reuse and remember those times on disk.
+    a batch is timed as shares of a few images, which the threads run side by side, and run so where that is faster.
+    `stream=False` runs every layer by itself on the whole batch, but for a channel shuffle, which the layer before it
+    makes as it stores. `cache`: reuse and remember those times on disk.
 
     The plan computes with the model's weights as they are now and owns all that it reads: whatever happens to the
     model's parameters later (in-place writes, `load_state_dict`, `.data`, `.to`, `share_memory`) does not reach it.
@@ -61,14 +68,35 @@ def plan_of(
     inputs: Sequence[Any],
     times: TimingCache | None = None,
     chains: Sequence[Chain] = (),
+    shared: bool = False,
 ) -> Plan | CudaPlan:
-    """The plan of a model for flat inputs like these; `times` and `chains` as `Plan` takes them."""
+    """The plan of a model for flat inputs like these; `times` and `chains` as `Plan` takes them. `shared`: in shares of
+    the batch, where that can be; with `times`, where it is faster."""
     contract = model.contract.captured_for(inputs)
     device = _cuda_device(model, inputs)
     if device is not None:
         return CudaPlan(model, inputs, contract, device)
     with packing.renewed():
-        return Plan(model, without_copies(lower(model.body, inputs)), contract, times, chains)
+        program = without_copies(lower(model.body, inputs))
+        share = share_of(model.body, model.contract, inputs, program) if shared or times is not None else None
+        if share is not None:
+            plan = Plan(model, program, contract, share=share)
+            if times is None or _is_faster(plan, Plan(model, program, contract), inputs, times):
+                return plan
+        return Plan(model, program, contract, times, chains)
+
+
+def _is_faster(shared: Plan, whole: Plan, inputs: Sequence[Any], times: TimingCache) -> bool:
+    """Whether a plan takes less time in shares of the batch; both are timed in turn, unless they were before."""
+    plans = {f"{whole._native.name} as a whole": whole, f"{whole._native.name} by {shared.images_at_once}": shared}
+    if any(times.get(name) is None for name in plans):
+        arguments = pytree.tree_unflatten(inputs, whole._contract.structure)[0]
+        calls = {name: functools.partial(plan, *arguments) for name, plan in plans.items()}
+        for name, milliseconds in race(calls, [[(name,) for name in calls]], heats=HEATS).items():
+            times.put(name, milliseconds)
+        times.save()
+    of_whole, of_shares = (times.get(name) or 0.0 for name in plans)
+    return of_shares < of_whole
 
 
 def _cuda_device(model: EmittedModel, inputs: Sequence[Any]) -> torch.device | None:
@@ -102,12 +130,14 @@ class Plan:
         contract: Contract,
         times: TimingCache | None = None,
         chains: Sequence[Chain] = (),
+        share: Share | None = None,
     ) -> None:
         """`contract`: the inputs of the program; `times`: what chains were timed to cost; None to run `chains`, as far
-        as this machine can."""
+        as this machine can; `share`: what the threads run side by side, instead of the whole program together."""
         self.model = model
         self._weights = fingerprint(model.body)
-        self._program = program
+        self._program, self._share = program, share
+        self._arenas = share.division.threads if share else 1
         self._contract = contract
         self._out_spec: Any = model.body._out_spec
         self._lock = threading.Lock()
@@ -118,28 +148,31 @@ class Plan:
         chains = self._native.faster_chains(times) if times is not None else self._native.joinable(chains)
         if chains:
             self._arrange(chains)
+        self._run_shares = self._side_by_side(share) if share else None
         self._run = self._compile()
         self._direct = self._compile_direct()
 
     def _arrange(self, chains: list[Chain]) -> None:
         """Lays out the arena for steps of which some are joined, and appends them to a native plan."""
         self._chains = chains
-        self._lifetimes = _lifetimes(self._program, chains)
+        executed = self._share.program if self._share else self._program
+        self._lifetimes = _lifetimes(executed, chains)
         self._layout = lay_out(list(self._lifetimes.values()))
-        self._memory, self._static = _allocate(self._program, self._lifetimes, self._layout)
-        self._native = NativeSteps(self._program, self._static, chains)
+        self._memory, self._static = _allocate(executed, self._lifetimes, self._layout, self._arenas)
+        arena = (_aligned(self._memory), self._layout.nbytes) if self._share else None
+        self._native = NativeSteps(executed, self._static, chains, arena)
         leaves = pytree.tree_leaves(self._program.output)
         self._result = [_result_getter(leaf, self._static, self._program) for leaf in leaves]
 
     @property
     def arena_bytes(self) -> int:
-        """Bytes of the arena."""
-        return self._layout.nbytes
+        """Bytes of the arena, of all threads where each has its own."""
+        return self._layout.nbytes * self._arenas
 
     @property
     def intermediate_bytes(self) -> int:
         """Bytes that the tensors in the arena would occupy side by side."""
-        return sum(lifetime.nbytes for lifetime in self._lifetimes.values())
+        return sum(lifetime.nbytes for lifetime in self._lifetimes.values()) * self._arenas
 
     @property
     def arena(self) -> list[tuple[Lifetime, int]]:
@@ -153,6 +186,11 @@ class Plan:
             f"native {step.op}" if isinstance(step, NativeStep) else f"torch {step.name}"
             for step in self._program.steps
         ]
+
+    @property
+    def images_at_once(self) -> int | None:
+        """How many images a thread takes through all steps at a time, where threads share the batch; else None."""
+        return self._share.division.images if self._share else None
 
     @property
     def chains(self) -> list[list[str]]:
@@ -176,7 +214,7 @@ class Plan:
             Example(x.shape, x.stride, x.dtype, CPU) if isinstance(x, View) else Example(plain=x)
             for x in self._program.inputs
         ]
-        return reduced(self.model, self._weights, examples, self._chains)
+        return reduced(self.model, self._weights, examples, self._chains, self._share is not None)
 
     def __call__(self, *inputs: Any) -> Any:
         """The model's outputs for `inputs`, in the structure that the model returns."""
@@ -197,8 +235,11 @@ class Plan:
         return pytree.tree_unflatten(leaves, self._out_spec)
 
     def _compile(self) -> Callable[[Bases], None]:
-        """One function that runs all steps: native stretches and torch calls in turn."""
+        """One function that runs all steps: native stretches and torch calls in turn, or shares of the batch."""
         native_steps, steps = self._native, self._program.steps
+        if self._run_shares is not None:
+            run_shares, external = self._run_shares, native_steps.external
+            return lambda bases: run_shares([0 if (base := bases[i]) is None else base.data_ptr() for i in external])
         stretches: list[Callable[[Bases], None]] = []
         torch_steps = [i for i, step in enumerate(steps) if isinstance(step, TorchStep)]
         ends = _last_uses(self._program)
@@ -219,6 +260,13 @@ class Plan:
 
         return run
 
+    def _side_by_side(self, share: Share) -> Callable[[list[int]], None]:
+        """Runs all shares of the batch with the external buffers at the addresses given."""
+        bases = [self._program.buffers[index].base for index in self._native.external]
+        run = self._native.side_by_side(share.division.offsets(bases, self._layout.nbytes))
+        arena = _aligned(self._memory)
+        return lambda addresses: run([*addresses, arena])
+
     def _compile_direct(self) -> Callable[[tuple[Any, ...]], Tensor | None] | None:
         """A call with hardly any Python, for plans of native steps alone from tensors to one tensor.
 
@@ -237,7 +285,8 @@ class Plan:
             return None
         forms = [(view.shape, view.stride, view.dtype) for view in views]
         shape, stride, dtype, count = made.shape, made.stride, made.dtype, len(forms)
-        steps, run, lock, empty = len(self._native), self._native.run, self._lock, torch.empty_strided
+        run = self._run_shares or functools.partial(self._native.run, 0, len(self._native))
+        lock, empty = self._lock, torch.empty_strided
         is_autocast_enabled = torch.is_autocast_enabled
 
         def direct(inputs: tuple[Any, ...]) -> Tensor | None:
@@ -253,7 +302,7 @@ class Plan:
             result = empty(shape, stride, dtype=dtype)
             addresses.append(result.data_ptr())
             with lock:
-                run(0, steps, addresses)
+                run(addresses)
             return result
 
         return direct
@@ -295,10 +344,18 @@ def _lifetimes(program: Program, chains: Sequence[Chain]) -> dict[int, Lifetime]
     return {index: Lifetime(first, last, program.buffers[index].nbytes) for index, (first, last) in spans.items()}
 
 
-def _allocate(program: Program, lifetimes: dict[int, Lifetime], layout: ArenaLayout) -> tuple[Tensor, Bases]:
-    """The arena, and the buffers whose memory never moves: those in it, and the constants."""
-    memory = advise_huge_pages(torch.empty(layout.nbytes + ALIGNMENT, dtype=torch.uint8))
-    aligned = -memory.data_ptr() % ALIGNMENT
+def _aligned(memory: Tensor) -> int:
+    """The first aligned address in it."""
+    return -(-memory.data_ptr() // ALIGNMENT) * ALIGNMENT
+
+
+def _allocate(
+    program: Program, lifetimes: dict[int, Lifetime], layout: ArenaLayout, count: int
+) -> tuple[Tensor, Bases]:
+    """So many arenas, one behind the other, and the buffers whose memory never moves: those in the first,
+    and the constants."""
+    memory = advise_huge_pages(torch.empty(layout.nbytes * count + ALIGNMENT, dtype=torch.uint8))
+    aligned = _aligned(memory) - memory.data_ptr()
     bases: Bases = [buffer.constant for buffer in program.buffers]
     for index, offset in zip(lifetimes, layout.offsets, strict=True):
         buffer = program.buffers[index]

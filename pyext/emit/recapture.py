@@ -28,7 +28,11 @@ def fingerprint(body: GraphModule) -> bytes:
 
 
 def reduced(
-    model: EmittedModel, captured: bytes, examples: Sequence[Example], chains: Sequence[tuple[int, int]] = ()
+    model: EmittedModel,
+    captured: bytes,
+    examples: Sequence[Example],
+    chains: Sequence[tuple[int, int]] = (),
+    shared: bool = False,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A plan as `pickle` and `copy` take it apart. `captured` is the fingerprint of the weights that it reads.
 
@@ -39,14 +43,15 @@ def reduced(
             "plan: cannot be copied or pickled, since its emitted model (plan.model) was given other weights after the "
             "plan was captured; send the emitted model, and capture it again there: kernelpress.capture(model, x)"
         )
-    return recapture, (model, tuple(examples), tuple(chains))
+    return recapture, (model, tuple(examples), tuple(chains), shared)
 
 
-def recapture(model: EmittedModel, examples: Sequence[Example], chains: Sequence[tuple[int, int]]) -> Any:
-    """The plan of `model` for inputs of these forms, streamed by rows where the plan was that this one is a copy of."""
+def recapture(model: EmittedModel, examples: Sequence[Example], chains: Sequence[tuple[int, int]], shared: bool) -> Any:
+    """The plan of `model` for inputs of these forms, streamed by rows and in shares of the batch where the plan that it
+    is a copy of was."""
     from kernelpress.emit.plan import plan_of
 
-    return plan_of(model, [_blank(x) for x in examples], chains=chains)
+    return plan_of(model, [_blank(x) for x in examples], chains=chains, shared=shared)
 
 
 def _blank(x: Example) -> Any:

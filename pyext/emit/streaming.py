@@ -16,7 +16,7 @@ from kernelpress.emit.lower import NativeStep, Place, Program, View, views_of
 from kernelpress.measure.race import Heat, race
 from kernelpress.runtime.torch_private import pytree
 
-__all__ = ["LEAST_BYTES", "choose_chains", "interleaving", "private_bytes", "with_others"]
+__all__ = ["LEAST_BYTES", "choose_chains", "interleaving", "name_of_plan", "private_bytes", "with_others"]
 
 LEAST_BYTES = 1 << 20
 """Smaller maps mostly stay in the inner caches from layer to layer anyway."""
@@ -113,8 +113,7 @@ def _times(
     cache: TimingCache,
 ) -> list[float]:
     """Milliseconds of the plan with these ranges joined, all of them timed again where one is not known."""
-    layers = hashlib.sha256(_name(steps).encode()).hexdigest()[:16]
-    names = [f"plan {layers} with chains {list(ranges)}" for ranges in arrangements]
+    names = [f"{name_of_plan(steps)} with chains {list(ranges)}" for ranges in arrangements]
     calls: dict[str, Callable[[], object]] = {}
     if any(cache.get(name) is None for name in names):
         for name, ranges in zip(names, arrangements, strict=True):
@@ -128,9 +127,10 @@ def _times(
     return [time for time in times if time is not None]
 
 
-def _name(steps: Sequence[NativeStep]) -> str:
-    """What the time of these steps depends on: their ops, options and forms."""
-    return "; ".join(f"{step.op}{_forms(step.args)}{step.kwargs} -> {_forms(step.out)}" for step in steps)
+def name_of_plan(steps: Sequence[NativeStep]) -> str:
+    """Tells plans apart by what the time of their steps depends on: ops, options and forms."""
+    layers = "; ".join(f"{step.op}{_forms(step.args)}{step.kwargs} -> {_forms(step.out)}" for step in steps)
+    return f"plan {hashlib.sha256(layers.encode()).hexdigest()[:16]}"
 
 
 def _forms(nest: Any) -> list[str]:

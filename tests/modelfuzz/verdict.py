@@ -24,7 +24,9 @@ from torch import Tensor, nn
 
 import kernelpress as kp
 from kernelpress.emit import native_steps, streaming
+from kernelpress.emit.plan import plan_of
 from kernelpress.emit.tolerance import TURNED_SHARE, tolerance_of
+from kernelpress.preserve import own_tensors
 from kernelpress.runtime.torch_private import pytree
 from modelfuzz.calls import HARMLESS, draw_calls
 from modelfuzz.observing import (
@@ -431,6 +433,9 @@ class _Examiner:
                 if other.code != call.code and other.what not in HARMLESS and not other.named:
                     self._compare("plan", plan, other)
             self._check_memory("plan", plan)
+            shares = plan_of(emitted, own_tensors(emitted.contract.require(positional)), shared=True)
+            if getattr(shares, "images_at_once", None) is not None:
+                self._compare("plan in shares", shares, fresh)
 
 
 @contextmanager
