@@ -42,6 +42,23 @@ KP_INLINE Vec hard_sigmoid(Vec x) {
   return at_most(at_least(x + broadcast(3.0f), zero()), broadcast(6.0f)) * broadcast(1.0f / 6);
 }
 
+// body(f), f being the activation of this kind as a function of a vector, of those that are no clamp.
+template <class Body>
+KP_INLINE void with_curve(Activation kind, const Body& body) {
+  switch (kind) {
+    case Activation::silu: return body([](Vec x) { return x * sigmoid(x); });
+    case Activation::hardswish: return body([](Vec x) { return x * hard_sigmoid(x); });
+    case Activation::hardsigmoid: return body([](Vec x) { return hard_sigmoid(x); });
+    case Activation::sigmoid: return body([](Vec x) { return sigmoid(x); });
+    case Activation::gelu:
+      return body([](Vec x) {
+        const Vec half = x * broadcast(0.5f);
+        return fma(half, error_function(x * broadcast(0.70710678f)), half);
+      });
+    default: return body([](Vec x) { return x; });
+  }
+}
+
 struct ActivationFunction {
   Vec low, high;
   Activation kind;
@@ -54,23 +71,16 @@ struct ActivationFunction {
     clamps = activation == Activation::identity || activation == Activation::relu || activation == Activation::relu6;
   }
 
+  KP_INLINE Vec clamped(Vec x) const { return at_most(at_least(x, low), high); }
+
   KP_INLINE Vec operator()(Vec x) const {
-    if (__builtin_expect(clamps, 1)) return at_most(at_least(x, low), high);
+    if (__builtin_expect(clamps, 1)) return clamped(x);
     return curved(kind, x);
   }
 
   __attribute__((noinline)) static Vec curved(Activation kind, Vec x) {
-    switch (kind) {
-      case Activation::silu: return x * sigmoid(x);
-      case Activation::hardswish: return x * hard_sigmoid(x);
-      case Activation::hardsigmoid: return hard_sigmoid(x);
-      case Activation::sigmoid: return sigmoid(x);
-      case Activation::gelu: {
-        const Vec half = x * broadcast(0.5f);
-        return fma(half, error_function(x * broadcast(0.70710678f)), half);
-      }
-      default: return x;
-    }
+    with_curve(kind, [&x](const auto& curve) { x = curve(x); });
+    return x;
   }
 };
 

@@ -54,8 +54,10 @@ KP_INLINE void store_whole(Vec (&acc)[kRows][kVecs], const TileOutput& out) {
   }
 }
 
-template <int kRows, int kVecs>
-KP_INLINE void store_any(Vec (&acc)[kRows][kVecs], const TileOutput& out, int64_t columns) {
+// The same of some columns, or of values behind those that stand between.
+template <int kRows, int kVecs, bool kBetween>
+KP_INLINE void store_clamped(Vec (&acc)[kRows][kVecs], const TileOutput& out, int64_t columns) {
+  const Vec low = out.activation.low, high = out.activation.high;
 #pragma GCC unroll 2
   for (int v = 0; v < kVecs; ++v) {
     const int64_t lanes = columns - v * kLanes;
@@ -63,25 +65,36 @@ KP_INLINE void store_any(Vec (&acc)[kRows][kVecs], const TileOutput& out, int64_
     for (int m = 0; m < kRows; ++m) {
       Vec value = acc[m][v];
       if (out.residual) value = value + load_up_to(out.residual + m * out.residual_stride + v * kLanes, lanes);
-      store_up_to(out.y + m * out.y_stride + v * kLanes, out.activation(value), lanes);
+      value = at_most(at_least(value, low), high);
+      if (!kBetween) {
+        store_up_to(out.y + m * out.y_stride + v * kLanes, value, lanes);
+      } else {
+        const Vec between = load_up_to(out.between.values + m * out.between.stride + v * kLanes, lanes);
+        store_interleaved(out.y + m * out.y_stride + 2 * v * kLanes, between, value, lanes);
+      }
     }
   }
 }
 
-// Every value behind the one that stands between.
-template <int kRows, int kVecs>
-KP_INLINE void store_between(Vec (&acc)[kRows][kVecs], const TileOutput& out, int64_t columns) {
-#pragma GCC unroll 2
-  for (int v = 0; v < kVecs; ++v) {
-    const int64_t lanes = columns - v * kLanes;
-#pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-      Vec value = acc[m][v];
-      if (out.residual) value = value + load_up_to(out.residual + m * out.residual_stride + v * kLanes, lanes);
-      const Vec between = load_up_to(out.between.values + m * out.between.stride + v * kLanes, lanes);
-      store_interleaved(out.y + m * out.y_stride + 2 * v * kLanes, between, out.activation(value), lanes);
+// Sums that were stored, [rows][vecs · kLanes], through an activation that is no clamp. A call within the tile's own function would cost
+// it registers even where it is not made: the compiler kept twelve of 28 sums in memory.
+__attribute__((noinline)) void store_curved(const float* sums, int64_t rows, int64_t vecs, const TileOutput& out, int64_t columns) {
+  with_curve(out.activation.kind, [&](const auto& curve) {
+    for (int64_t m = 0; m < rows; ++m) {
+      for (int64_t v = 0; v < vecs; ++v, sums += kLanes) {
+        const int64_t lanes = columns - v * kLanes;
+        Vec value = load(sums);
+        if (out.residual) value = value + load_up_to(out.residual + m * out.residual_stride + v * kLanes, lanes);
+        value = curve(value);
+        if (!out.between.values) {
+          store_up_to(out.y + m * out.y_stride + v * kLanes, value, lanes);
+        } else {
+          const Vec between = load_up_to(out.between.values + m * out.between.stride + v * kLanes, lanes);
+          store_interleaved(out.y + m * out.y_stride + 2 * v * kLanes, between, value, lanes);
+        }
+      }
     }
-  }
+  });
 }
 
 template <int kRows, int kVecs>
@@ -98,9 +111,18 @@ void compute_tile(const TileInput& in, const float* panel, const TileOutput& out
     accumulate<kRows, kVecs>(acc, in.a + in.segment_offsets[g], in.row_stride, in.half_offset, panel + k * kPanel, in.segment_length,
                              ahead + k * kLanes);
   }
-  if (__builtin_expect(out.between.values != nullptr, 0)) store_between<kRows, kVecs>(acc, out, columns);
-  else if (__builtin_expect(columns >= kVecs * kLanes && out.activation.clamps, 1)) store_whole<kRows, kVecs>(acc, out);
-  else store_any<kRows, kVecs>(acc, out, columns);
+  if (__builtin_expect(out.activation.clamps, 1)) {
+    if (__builtin_expect(out.between.values != nullptr, 0)) return store_clamped<kRows, kVecs, true>(acc, out, columns);
+    if (__builtin_expect(columns >= kVecs * kLanes, 1)) return store_whole<kRows, kVecs>(acc, out);
+    return store_clamped<kRows, kVecs, false>(acc, out, columns);
+  }
+  alignas(64) float sums[kRows * kVecs * kLanes];
+#pragma GCC unroll 16
+  for (int m = 0; m < kRows; ++m) {
+#pragma GCC unroll 2
+    for (int v = 0; v < kVecs; ++v) store(sums + (m * kVecs + v) * kLanes, acc[m][v]);
+  }
+  store_curved(sums, kRows, kVecs, out, columns);
 }
 
 template <int kVecs, int... kIndex>

@@ -28,8 +28,8 @@ TORCH_MARGIN = 0.05
 """By what fraction of its time a call of torch must beat a native layer: in a plan it also parts what runs natively,
 and near ties are noise."""
 
-ONLY_NATIVE = 1.0
-"""The same for batches in shares, of which no call of torch may be part: one is only taken that is twice as fast."""
+ONLY_NATIVE = 9.0
+"""The same for batches in shares, of which no call of torch may be part."""
 
 SPARSE_MARGIN = 0.25
 """By what fraction of its time a layer that skips zeros must beat a dense one, which in a plan can also be streamed

@@ -67,6 +67,7 @@ def evaluate(
     cache: TimingCache,
     cost: Cost | None = None,
     advance: Callable[[int], None] = lambda count: None,
+    copies: int = 1,
 ) -> list[Evaluation]:
     """Runs every candidate on random inputs of the examples' form: one evaluation each, in the order given.
 
@@ -75,11 +76,11 @@ def evaluate(
     operations in float64, and refused where values up to `HEADROOM` times the examples' may overflow in it. Equal
     layers at equal shapes are timed once, in the tile configuration that calls run in: CUDA and Triton kernels are
     tuned first, unless `KERNELPRESS_AUTOTUNE=0`. `cost` replaces timing; `advance` is told how many candidates are
-    done.
+    done. `copies`: native layers are timed so many times side by side, each on one thread.
     """
     trials: list[_Trial] = []
     for batch in _batches(candidates, examples):
-        trials += _try_batch(graph_module, batch, examples, tolerance, cache, cost)
+        trials += _try_batch(graph_module, batch, examples, tolerance, cache, cost, copies)
         advance(len(batch))
     cache.save()
     alone = _alone(trials)
@@ -148,6 +149,7 @@ def _try_batch(
     tolerance: float | None,
     cache: TimingCache,
     cost: Cost | None,
+    copies: int,
 ) -> list[_Trial]:
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     values = _Values(examples)
@@ -164,7 +166,7 @@ def _try_batch(
     with_kernel: set[tuple[str, frozenset[Node]]] = set()
     for candidate in batch:
         inputs = values.of(candidate)
-        key = _key(graph_module, candidate, examples)
+        key = _key(graph_module, candidate, examples, copies)
         if cost is None and candidate.variant in TUNED_BACKENDS:
             key += f"; tiles {_tuned(graph_module, candidate, inputs) or 'by heuristic'}"
         same = (candidate.name, candidate.nodes)
@@ -182,7 +184,10 @@ def _try_batch(
         running = [trial for trial in trials if trial.refusal is None]
         rivals = _rivals(running)
         asked = _to_time(running, rivals, cache)
-        calls = {key: _timed(graph_module, trial.candidate, values.of(trial.candidate)) for key, trial in asked.items()}
+        calls = {
+            key: _timed(graph_module, trial.candidate, values.of(trial.candidate), copies)
+            for key, trial in asked.items()
+        }
         _time(calls, rivals, values.device, cache)
     return trials
 
@@ -228,19 +233,26 @@ class Conversions:
     """Milliseconds of turning values into other forms, measured when they are asked for, each once."""
 
     def __init__(
-        self, graph_module: GraphModule, examples: Mapping[Node, Example], cache: TimingCache, cost: Cost | None
+        self,
+        graph_module: GraphModule,
+        examples: Mapping[Node, Example],
+        cache: TimingCache,
+        cost: Cost | None,
+        copies: int = 1,
     ) -> None:
+        """As `evaluate` takes them."""
         self._graph_module, self._examples, self._cache, self._cost = graph_module, examples, cache, cost
+        self._copies = copies
 
     def __call__(self, node: Node, given: Layout, wanted: Layout) -> float:
         """Milliseconds of turning `node`, which lies as `given`, into `wanted`."""
         candidate = conversion(node, given, wanted)
         if self._cost is not None:
             return self._cost(candidate)
-        key = _key(self._graph_module, candidate, self._examples)
+        key = _key(self._graph_module, candidate, self._examples, self._copies)
         if self._cache.get(key) is None:
             values = _Values(self._examples)
-            calls = {key: _timed(self._graph_module, candidate, values.of(candidate))}
+            calls = {key: _timed(self._graph_module, candidate, values.of(candidate), self._copies)}
             _time(calls, [{(key,)}], values.device, self._cache)
             self._cache.save()
         return self._cache.get(key) or 0.0
@@ -317,15 +329,17 @@ def _double(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _timed(graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any]) -> Callable[[], Any]:
+def _timed(
+    graph_module: GraphModule, candidate: Candidate, inputs: Mapping[Node, Any], copies: int
+) -> Callable[[], Any]:
     """The candidate as it is timed: a layer on a native backend, or an operation or conversion that a kernel of ours
     computes, as the native steps that plans make of it, since they are what speed is for; anything else as a call of
     torch, which it is in plans as well."""
     steps = None
     if candidate.variant in NATIVE_BACKENDS:
-        steps = native_steps(_op_calls(graph_module, candidate, inputs))
+        steps = native_steps(_op_calls(graph_module, candidate, inputs), copies)
     elif not candidate.nodes or (candidate.is_original and len(candidate.nodes) == 1):
-        steps = aten_steps(*_last_call(graph_module, candidate, inputs))
+        steps = aten_steps(*_last_call(graph_module, candidate, inputs), copies)
     return steps or runnable(graph_module, candidate, inputs)
 
 
@@ -424,9 +438,9 @@ def _overflow(
     return f"values reach {too_large[0]:.1e}, above {limit / HEADROOM:.1e} sums might overflow" if too_large else None
 
 
-def _key(graph_module: GraphModule, candidate: Candidate, examples: Mapping[Node, Example]) -> str:
+def _key(graph_module: GraphModule, candidate: Candidate, examples: Mapping[Node, Example], copies: int) -> str:
     """What the time of a candidate depends on: its operations, their arguments but scales and zero points, the form of
-    every tensor, and how many cells of an int8 weight are skipped."""
+    every tensor, how many cells of an int8 weight are skipped, and how many times it runs side by side."""
     names: dict[Node, str] = {}
     lines: list[str] = []
     inputs = zip(candidate.inputs, candidate.reads, strict=True)
@@ -443,6 +457,8 @@ def _key(graph_module: GraphModule, candidate: Candidate, examples: Mapping[Node
         else:
             args, kwargs = map_arg(without_scales(node), lambda n: _Name(names[n]))
             lines.append(f"{node.target}{args}{dict(kwargs)}")
+    if copies > 1:
+        lines.append(f"{copies} side by side")
     return "; ".join(lines)
 
 

@@ -28,7 +28,7 @@ from kernelpress.emit.plan import Plan, capture
 from kernelpress.emit.quantized import is_rounding, without_fake
 from kernelpress.emit.quantized_rows import quantized_rows
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
-from kernelpress.emit.shares import division_of
+from kernelpress.emit.shares import Division, division_of
 from kernelpress.emit.ties import Comparison, compare, moved_by_rounding
 from kernelpress.emit.tolerance import INT8_TOLERANCE, TURNED_SHARE, tolerance_of
 from kernelpress.emit.zeros import shares_of_zeros, unskipped_zeros
@@ -37,7 +37,6 @@ from kernelpress.ops.calls import packing, prepared
 from kernelpress.ops.layout import PIXELS
 from kernelpress.preserve import outside_modes, own_tensors
 from kernelpress.progress import Phase, phases
-from kernelpress.runtime.clock import threads_set_to
 from kernelpress.runtime.device_clock import time_graphs
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace import checked_inputs, module_of, trace
@@ -96,8 +95,7 @@ def emit(
         models: list[EmittedModel] = []
         is_shared = False
         if division is not None:
-            with threads_set_to(1):
-                models = layers.arranged(division.first(flat), phase, division.rounds)
+            models = layers.arranged(division.first(flat), phase, division)
             phase("timing shares of the batch", 1)
             best, run = _fastest(models, inputs, cache)
             models, is_shared = [best], isinstance(run, Plan) and run.images_at_once is not None
@@ -138,27 +136,25 @@ class _Layers:
         self._key = device_key(self._device)
         self._tolerance, self._cache, self._cost = tolerance, cache, cost
 
-    def arranged(self, flat: Sequence[Any], phase: Phase, rounds: int | None = None) -> list[EmittedModel]:
-        """Models of the covers that are cheapest by the times of layers on these inputs. `rounds`: these are one share
-        of the example inputs, of which a thread runs so many; times are those of all."""
-        what = "timing layers" if rounds is None else "timing layers on a share of the batch"
+    def arranged(self, flat: Sequence[Any], phase: Phase, division: Division | None = None) -> list[EmittedModel]:
+        """Models of the covers that are cheapest by the times of layers on these inputs. `division`: these are the
+        first share of the example inputs; times are those of all shares."""
+        what = "timing layers" if division is None else "timing layers on shares of the batch"
+        rounds, copies = (1, 1) if division is None else (division.rounds, division.threads)
         times = TimingCache(self._device, enabled=self._cache and self._cost is None)
-        examples = self._examples if rounds is None else example_values(self._graph_module, flat)
+        examples = self._examples if division is None else example_values(self._graph_module, flat)
         advance = phase(what, len(self._candidates))
         evaluations = evaluate(
-            self._graph_module, self._candidates, examples, self._tolerance, times, self._cost, advance
+            self._graph_module, self._candidates, examples, self._tolerance, times, self._cost, advance, copies
         )
         _forget_trials(self._graph_module)
-        turning = Conversions(self._graph_module, examples, times, self._cost)
-        if rounds is not None:
-            evaluations = [replace(e, milliseconds=e.milliseconds and e.milliseconds * rounds) for e in evaluations]
+        turning = Conversions(self._graph_module, examples, times, self._cost, copies)
+        evaluations = [replace(e, milliseconds=e.milliseconds and e.milliseconds * rounds) for e in evaluations]
         margins = FUSION_MARGINS if self._cost is None else FUSION_MARGINS[:1]
-        torch_margin = TORCH_MARGIN if rounds is None else ONLY_NATIVE
+        torch_margin = TORCH_MARGIN if division is None else ONLY_NATIVE
         found: dict[frozenset[Candidate], list[Choice]] = {}
         for margin in margins:
-            choices = choose(
-                evaluations, self._order, lambda *forms: turning(*forms) * (rounds or 1), margin, torch_margin
-            )
+            choices = choose(evaluations, self._order, lambda *form: turning(*form) * rounds, margin, torch_margin)
             found.setdefault(frozenset(choice.chosen for choice in choices), choices)
         return [self._emitted(choices) for choices in found.values()]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernelpress.ops.backends.kernel import bits
 from kernelpress.ops.calls.elementwise import elementwise, int8_copy
-from kernelpress.ops.calls.steps import NativeCall
+from kernelpress.ops.calls.steps import NativeCall, run_of
 from kernelpress.ops.layout import pixel_stride
 from kernelpress.runtime import native
 
@@ -75,25 +75,25 @@ def aten_call(
     return make(_Call(target, args, kwargs, out, activation))
 
 
-def aten_steps(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], Tensor] | None:
-    """A function that runs a call of an operator as steps of a plan and returns its result, in memory of its own that
-    each run writes anew; None where no kernel computes it."""
+def aten_steps(
+    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], copies: int = 1
+) -> Callable[[], Tensor] | None:
+    """A function that runs a call of an operator as steps of a plan, or of so many side by side, and returns its
+    result, in memory of its own that each run writes anew; None where no kernel computes it."""
     if target not in _CALLS:
         return None
-    result: Tensor = target(*args, **kwargs)
-    calls = [aten_call(target, given, kwargs, out) for given, out in parts_of(target, args, kwargs, result)]
-    if not calls or None in calls:
-        return None
-    plan = native.cpu().Plan()
-    for call in calls:
-        assert call is not None
-        getattr(plan, call.name)(*call.arguments)
-
-    def run(held: Sequence[NativeCall | None] = calls) -> Tensor:
-        plan.run(0, len(held), [])
-        return result
-
-    return run
+    plans, held = [], []
+    for _ in range(copies):
+        result: Tensor = target(*args, **kwargs)
+        calls = [aten_call(target, given, kwargs, out) for given, out in parts_of(target, args, kwargs, result)]
+        if not calls or None in calls:
+            return None
+        plans.append(native.cpu().Plan())
+        for call in calls:
+            assert call is not None
+            getattr(plans[-1], call.name)(*call.arguments)
+        held.append((result, calls))
+    return run_of(plans, result, held)
 
 
 def is_elementwise(target: Any) -> bool:

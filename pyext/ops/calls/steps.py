@@ -14,7 +14,7 @@ from kernelpress.ops.checks import TensorSpec, describe
 from kernelpress.ops.registry import Implementation, Problem
 from kernelpress.runtime import native
 
-__all__ = ["Before", "NativeCall", "Outputs", "native_call", "native_reason", "native_steps"]
+__all__ = ["Before", "NativeCall", "Outputs", "native_call", "native_reason", "native_steps", "run_of"]
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,11 @@ class Before:
     index: int = 0
 
 
-def native_steps(calls: Sequence[tuple[str, Sequence[Any], Mapping[str, Any]]]) -> Callable[[], Tensor] | None:
+def native_steps(
+    calls: Sequence[tuple[str, Sequence[Any], Mapping[str, Any]]], copies: int = 1
+) -> Callable[[], Tensor] | None:
     """A function that runs ops `(name, arguments, options)` in turn as steps of one plan and returns the last one's
-    first result.
+    first result; or of so many plans side by side, each on one thread.
 
     What calls hand on is `Before` among the arguments of the next. Results lie in memory of their own, written anew at
     each run.
@@ -124,21 +126,34 @@ def native_steps(calls: Sequence[tuple[str, Sequence[Any], Mapping[str, Any]]]) 
     """
     if native.cpu() is None or not calls:
         return None
-    plan = native.cpu().Plan()
+    plans = [native.cpu().Plan() for _ in range(copies)]
     held: list[tuple[Tensor, ...]] = []
     results: tuple[Tensor, ...] = ()
-    for op, arguments, options in calls:
-        given = [results[a.index] if isinstance(a, Before) else a for a in arguments]
-        results = registry.allocate_all(op, given, options)
-        if results[0].numel() == 0 or native_reason(op, given, options, results) is not None:
-            return None
-        call = native_call(op, given, options, results)
-        getattr(plan, call.name)(*call.arguments)
-        held.append(call.tensors)
-    last, steps = results[0], len(plan)
+    for plan in plans:
+        for op, arguments, options in calls:
+            given = [results[a.index] if isinstance(a, Before) else a for a in arguments]
+            results = registry.allocate_all(op, given, options)
+            if results[0].numel() == 0 or native_reason(op, given, options, results) is not None:
+                return None
+            call = native_call(op, given, options, results)
+            getattr(plan, call.name)(*call.arguments)
+            held.append(call.tensors)
+    return run_of(plans, results[0], held)
 
-    def run(held: list[tuple[Tensor, ...]] = held) -> Tensor:
+
+def run_of(plans: Sequence[Any], result: Tensor, held: object) -> Callable[[], Tensor]:
+    """A function that runs native plans, several side by side, each on one thread, and returns `result`; `held` lives
+    as long as it does."""
+    plan, steps = plans[0], len(plans[0])
+    nothing: list[list[list[int]]] = [[[]] for _ in plans]
+    run_side_by_side = native.cpu().run_side_by_side
+
+    def run(held: object = held) -> Tensor:
         plan.run(0, steps, [])
-        return last
+        return result
 
-    return run
+    def run_all(held: object = held) -> Tensor:
+        run_side_by_side(plans, nothing)
+        return result
+
+    return run if len(plans) == 1 else run_all
