@@ -78,15 +78,13 @@ KP_INLINE void strip_tile(const DepthwiseProblem& g, const Columns<kKernel, kStr
   for (int h = 0; h < kKernel; ++h) {
     if (present[h]) add_input_row<kKernel, kStride, kWhole>(g, acc, columns[h], h, c, lanes);
   }
-  if (__builtin_expect(kWhole && g.activation.clamps && !out.residual && pixels >= kStrip, 1)) {
-    const Vec low = g.activation.low, high = g.activation.high;
+  const bool plain = g.activation.clamps && !out.residual;
+  const Vec low = plain ? g.activation.low : broadcast(-__builtin_inff()), high = plain ? g.activation.high : broadcast(__builtin_inff());
 #pragma GCC unroll 8
-    for (int q = 0; q < kStrip; ++q) store(out.y + q * out.y_stride + c, at_most(at_least(acc[q], low), high));
-  } else {
-#pragma GCC unroll 8
-    for (int q = 0; q < kStrip; ++q) {
-      if (q < pixels) finish_pixel(g, out, acc[q], q, c, lanes);
-    }
+  for (int q = 0; q < kStrip; ++q) {
+    const Vec value = at_most(at_least(acc[q], low), high);
+    if (kWhole && __builtin_expect(pixels >= kStrip, 1)) store(out.y + q * out.y_stride + c, value);
+    else if (q < pixels) store_up_to(out.y + q * out.y_stride + c, value, lanes);
   }
 }
 
@@ -106,6 +104,7 @@ void strip_rows(const DepthwiseProblem& g, const RowSource& source, int64_t begi
       int64_t c = 0;
       for (; c + kLanes <= g.channels; c += kLanes) strip_tile<kKernel, kStride, true>(g, columns, present, place, g.out_w - q0, c);
       if (c < g.channels) strip_tile<kKernel, kStride, false>(g, columns, present, place, g.out_w - q0, c);
+      if (!g.activation.clamps || out.residual) finish_sums(g.activation, place, 1, minimum(kStrip, g.out_w - q0), 0, g.channels);
     }
   }
 }
@@ -167,8 +166,9 @@ void row_of_any_window(const DepthwiseProblem& g, const RowSource& source, int64
           }
         }
       }
-      for (int64_t q = 0; q < pixels; ++q) finish_pixel(g, out, acc[q], q0 + q, c, lanes);
+      for (int64_t q = 0; q < pixels; ++q) store_up_to(out.y + (q0 + q) * out.y_stride + c, acc[q], lanes);
     }
+    finish_sums(g.activation, out.at(q0), 1, pixels, 0, g.channels);
   }
 }
 
@@ -188,6 +188,23 @@ void widened_rows(const DepthwiseConv2dArgs& a, DepthwiseProblem g, const float*
 }
 
 }  // namespace
+
+void finish_sums(const ActivationFunction& activation, const DepthwiseOutput& out, int64_t rows, int64_t pixels, int64_t first, int64_t last) {
+  const auto finish = [&](const auto& curve) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t pixel = i * out.row_pixels; pixel < i * out.row_pixels + pixels; ++pixel) {
+        for (int64_t c = first; c < last; c += kLanes) {
+          float* const y = out.y + pixel * out.y_stride + c;
+          Vec value = load_up_to(y, last - c);
+          if (out.residual) value = value + load_up_to(out.residual + pixel * out.residual_stride + c, last - c);
+          store_up_to(y, curve(value), last - c);
+        }
+      }
+    }
+  };
+  if (activation.clamps) finish([&](Vec x) { return activation.clamped(x); });
+  else with_curve(activation.kind, finish);
+}
 
 void widen(const float* x, int64_t x_stride, float* to, int64_t to_stride, int64_t pixels, int64_t channels, int64_t multiplier) {
   for (int64_t q = 0; q < pixels; ++q, x += x_stride, to += to_stride) {

@@ -122,13 +122,7 @@ void roll_strip(const DepthwiseProblem& g, const float* const* rows, int64_t fir
     for (int t = 0; t < 9; ++t) taps.at[t / 3][t % 3] = in_register(load(weight + t * weight_stride + c));
     const RollingOutput to{y + c, y_stride, low, high};
     roll_down<kStride, kLeft, kRight>(rows, first_column * x_stride + c, x_stride, taps, bias + c, to, y_row, count);
-    if (!plain) {
-      for (int64_t i = 0; i < count; ++i) {
-        for (int q = 0; q < kRollingStrip; ++q) {
-          finish_pixel(g, out, load(y + i * y_row + q * y_stride + c), i * out.row_pixels + q, c, kLanes);
-        }
-      }
-    }
+    if (!plain) finish_sums(g.activation, out, count, kRollingStrip, c, c + kLanes);
   }
 }
 

@@ -43,10 +43,9 @@ struct DepthwiseOutput {
   }
 };
 
-KP_INLINE void finish_pixel(const DepthwiseProblem& g, const DepthwiseOutput& out, Vec value, int64_t pixel, int64_t c, int64_t lanes) {
-  if (out.residual) value = value + load_up_to(out.residual + pixel * out.residual_stride + c, lanes);
-  store_up_to(out.y + pixel * out.y_stride + c, g.activation(value), lanes);
-}
+// Residual and activation of channels [first, last) of sums that lie where their results go: `pixels` of each of `rows` rows. Apart from
+// what makes the sums, whose registers a call between would cost.
+void finish_sums(const ActivationFunction& activation, const DepthwiseOutput& out, int64_t rows, int64_t pixels, int64_t first, int64_t last);
 
 // Pixels of x with each channel `multiplier` times, one behind the other.
 void widen(const float* x, int64_t x_stride, float* to, int64_t to_stride, int64_t pixels, int64_t channels, int64_t multiplier);
