@@ -240,6 +240,20 @@ def test_no_variant_runs_code_or_lends_symbols_before_it_is_chosen(variant: str)
     assert ".ctors" not in sections
 
 
+@pytest.mark.parametrize("variant", ["avx512", "avx2"])
+def test_the_register_tile_keeps_its_sums_in_registers(variant: str):
+    path = ROOT / f"build/native/{variant}/tile.o"
+    if not path.exists() or shutil.which("objdump") is None:
+        pytest.skip("needs the build's objects, of an x86 processor, and objdump")
+    listing = subprocess.run(["objdump", "-dC", path], capture_output=True, text=True, check=True).stdout
+    tiles = [code for code in listing.split("\n\n") if re.match(r"\w+ <.*compute_tile<\d+, \d>", code)]
+    products = [re.findall(r"vfmadd.*", tile) for tile in tiles]
+    in_memory = [sum(bool(re.search(r"\(%r[bs]p\)", one)) for one in tile) for tile in products]
+    assert len(tiles) >= 12
+    # A call among what the tile inlines costs it registers on all paths: a fifth of the speed, once.
+    assert max(count / len(tile) for count, tile in zip(in_memory, products, strict=True)) < 0.05
+
+
 @pytest.fixture
 def cuda_toy_tree(toy_tree: Path, monkeypatch) -> Path:
     """The toy with a CUDA kernel as well."""
