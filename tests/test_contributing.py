@@ -124,7 +124,9 @@ PASS_STEPS: Steps = {
 }
 
 OPS = [operator.name for operator in registry.operators()]
-KERNELS = [kernel for kernel in listed_kernels() if kernel != "chain"]  # made by a plan from other layers
+MADE_BY_PLANS = {"chain", "int8_chain"}
+"""From other layers."""
+KERNELS = [kernel for kernel in listed_kernels() if kernel not in MADE_BY_PLANS]
 PASSES = [path.stem for path in ROOT.glob("pyext/press/passes/[a-z]*.py")]
 
 LISTS = pytest.mark.parametrize(

@@ -366,7 +366,7 @@ def timings(cache: Path) -> dict[str, float]:
 @pytest.mark.usefixtures("interpreted_triton")
 class TestEmission:
     def test_kernels_are_tuned_before_they_are_timed_and_again_when_that_changes(self, model, measured, cache) -> None:
-        x = image(4)
+        x = image(1, height=20)
         kp.emit(model, x, progress=False)
         (tried,) = measured
         before = timings(cache)
@@ -384,10 +384,12 @@ class TestEmission:
 
     def test_zero_leaves_it_to_the_heuristics(self, model, measured, cache, monkeypatch) -> None:
         monkeypatch.setenv("KERNELPRESS_AUTOTUNE", "0")
-        kp.emit(model, image(4), progress=False)
+        kp.emit(model, image(1, height=20), progress=False)
         assert measured == []
         assert {key.partition("; tiles ")[2] for key in timings(cache)} == {"by heuristic"}
 
     def test_with_costs_given_nothing_is_measured(self, model, measured) -> None:
-        kp.emit(model, image(4), progress=False, cost=lambda candidate: 1.0 + (candidate.variant != "triton"))
+        kp.emit(
+            model, image(1, height=20), progress=False, cost=lambda candidate: 1.0 + (candidate.variant != "triton")
+        )
         assert measured == []
