@@ -1,8 +1,7 @@
 """Criteria of `prune_channels` on the digits, at half of the FLOPs, over several seeds; and budgets at equal latency.
 
 One ResNet-20 is trained for each seed. Every criterion prunes it to half of its FLOPs: accuracy straight after, and
-after a short fine-tuning. With `--latency` it is also pruned by a budget of latency, until it is as fast as
-that.
+after a short fine-tuning. With `--latency` it is also pruned by a budget of latency, until it is as fast as that.
 
 python benchmarks/prune_digits.py --seeds 5
 python benchmarks/prune_digits.py --seeds 5 --image-size 16 --criteria l2 taylor --scopes local global --latency

@@ -54,25 +54,26 @@ KP_INLINE void store_whole(Vec (&acc)[kRows][kVecs], const TileOutput& out) {
   }
 }
 
-// The same of some columns, or of values behind those that stand between.
+// Adds the residual to output m, v of a tile, and stores what `activate` makes of it; where others stand between, behind these.
+template <class Activate>
+KP_INLINE void finish(const TileOutput& out, Vec value, int64_t m, int64_t v, int64_t columns, bool between, const Activate& activate) {
+  const int64_t lanes = columns - v * kLanes;
+  if (out.residual) value = value + load_up_to(out.residual + m * out.residual_stride + v * kLanes, lanes);
+  value = activate(value);
+  if (!between) return store_up_to(out.y + m * out.y_stride + v * kLanes, value, lanes);
+  const Vec before = load_up_to(out.between.values + m * out.between.stride + v * kLanes, lanes);
+  store_interleaved(out.y + m * out.y_stride + 2 * v * kLanes, before, value, lanes);
+}
+
+// As `store_whole`, of some columns, or of values behind those that stand between.
 template <int kRows, int kVecs, bool kBetween>
 KP_INLINE void store_clamped(Vec (&acc)[kRows][kVecs], const TileOutput& out, int64_t columns) {
   const Vec low = out.activation.low, high = out.activation.high;
+  const auto clamp = [low, high](Vec x) __attribute__((always_inline)) { return at_most(at_least(x, low), high); };
 #pragma GCC unroll 2
   for (int v = 0; v < kVecs; ++v) {
-    const int64_t lanes = columns - v * kLanes;
 #pragma GCC unroll 16
-    for (int m = 0; m < kRows; ++m) {
-      Vec value = acc[m][v];
-      if (out.residual) value = value + load_up_to(out.residual + m * out.residual_stride + v * kLanes, lanes);
-      value = at_most(at_least(value, low), high);
-      if (!kBetween) {
-        store_up_to(out.y + m * out.y_stride + v * kLanes, value, lanes);
-      } else {
-        const Vec between = load_up_to(out.between.values + m * out.between.stride + v * kLanes, lanes);
-        store_interleaved(out.y + m * out.y_stride + 2 * v * kLanes, between, value, lanes);
-      }
-    }
+    for (int m = 0; m < kRows; ++m) finish(out, acc[m][v], m, v, columns, kBetween, clamp);
   }
 }
 
@@ -81,18 +82,7 @@ KP_INLINE void store_clamped(Vec (&acc)[kRows][kVecs], const TileOutput& out, in
 __attribute__((noinline)) void store_curved(const float* sums, int64_t rows, int64_t vecs, const TileOutput& out, int64_t columns) {
   with_curve(out.activation.kind, [&](const auto& curve) {
     for (int64_t m = 0; m < rows; ++m) {
-      for (int64_t v = 0; v < vecs; ++v, sums += kLanes) {
-        const int64_t lanes = columns - v * kLanes;
-        Vec value = load(sums);
-        if (out.residual) value = value + load_up_to(out.residual + m * out.residual_stride + v * kLanes, lanes);
-        value = curve(value);
-        if (!out.between.values) {
-          store_up_to(out.y + m * out.y_stride + v * kLanes, value, lanes);
-        } else {
-          const Vec between = load_up_to(out.between.values + m * out.between.stride + v * kLanes, lanes);
-          store_interleaved(out.y + m * out.y_stride + 2 * v * kLanes, between, value, lanes);
-        }
-      }
+      for (int64_t v = 0; v < vecs; ++v, sums += kLanes) finish(out, load(sums), m, v, columns, out.between.values != nullptr, curve);
     }
   });
 }

@@ -8,10 +8,10 @@
 #include <string>
 #include <vector>
 
+#include "cpu_runtime.h"
 #include "kernels/cpu/args.h"
 #include "kernels/cpu/chain_layers.h"
 #include "kernels/cpu/runtime.h"
-#include "pyext/csrc/cpu_runtime.h"
 
 namespace kernelpress {
 

@@ -88,10 +88,8 @@ def emit(
         phase("exporting", 1)
         traced = settle_instance_norms(trace(model, inputs, dynamic_batch=dynamic_batch))
         flat = pytree.tree_leaves((inputs, {}))
-        device = _device(traced, flat)
-
         layers = _Layers(traced, flat, tolerance, exact_nonfinite, cache, cost)
-        division = division_of(layers.contract, flat) if device.type == "cpu" and cost is None else None
+        division = division_of(layers.contract, flat) if layers.device.type == "cpu" and cost is None else None
         models: list[EmittedModel] = []
         is_shared = False
         if division is not None:
@@ -102,7 +100,7 @@ def emit(
         if not is_shared:
             models += layers.arranged(flat, phase)
             phase("timing plans", 1)
-            best, _ = _fastest(models, inputs, cache)
+            best = models[0] if len(models) == 1 else _fastest(models, inputs, cache)[0]
         phase("comparing with the original", 1)
         body, record = _faster_of(traced, best.body, best.record, inputs, layers.whole_bound, is_measured=cost is None)
         body = owned_copy(body)  # until here its weights are the model's own
@@ -132,8 +130,8 @@ class _Layers:
         self._order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
         self._flops: dict[frozenset[Node], int] = {}
         self._zeros = shares_of_zeros(graph_module)
-        self._device = _device(traced, flat)
-        self._key = device_key(self._device)
+        self.device = _device(traced, flat)
+        self._key = device_key(self.device)
         self._tolerance, self._cache, self._cost = tolerance, cache, cost
 
     def arranged(self, flat: Sequence[Any], phase: Phase, division: Division | None = None) -> list[EmittedModel]:
@@ -141,7 +139,7 @@ class _Layers:
         first share of the example inputs; times are those of all shares."""
         what = "timing layers" if division is None else "timing layers on shares of the batch"
         rounds, copies = (1, 1) if division is None else (division.rounds, division.threads)
-        times = TimingCache(self._device, enabled=self._cache and self._cost is None)
+        times = TimingCache(self.device, enabled=self._cache and self._cost is None)
         examples = self._examples if division is None else example_values(self._graph_module, flat)
         advance = phase(what, len(self._candidates))
         evaluations = evaluate(

@@ -125,7 +125,7 @@ class _Images:
         if not isinstance(other, NativeStep):
             return False
         named = (one.op, one.target, one.activation) == (other.op, other.target, other.activation)
-        moving = [v for v in views_of(one.args) if not self._is_constant(v)]
+        moving = [v for v in views_of((one.args, one.kwargs)) if not self._is_constant(v)]
         # Fewer dimensions than the result has are lined up with its last ones: the first is then no batch.
         lined_up = one.target is None or len(moving) < 2 or all(len(v.shape) == len(one.out.shape) for v in moving)
         used = (one.args, one.kwargs, one.results), (other.args, other.kwargs, other.results)
