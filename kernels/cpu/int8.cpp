@@ -33,7 +33,7 @@ void multiply_rows(const Int8Product& product, int64_t length, int64_t begin, in
   const int64_t stride = staged_stride(length), row_bytes = stride * static_cast<int64_t>(sizeof(Staged));
   const int64_t block = minimum(end - begin, maximum(kInt8TileRows, kBlockBytes / row_bytes / kInt8TileRows * kInt8TileRows));
   Staged* const staged = staged_scratch(block * stride);
-  const Int8TileInput in{staged, stride, kNoSegmentOffset, 1, ceil_div(length, kGroup)};
+  const Int8TileInput in{staged, stride, block, 0, kNoSegmentOffset, 1, ceil_div(length, kGroup)};
   for (int64_t m = begin; m < end; m += block) {
     const int64_t rows = minimum(block, end - m);
     stage_rows(staged, stride, m, rows);
@@ -101,15 +101,12 @@ void conv_rows(const Int8Conv2dArgs& a, const Int8Product& product, int64_t imag
   int64_t* const offsets = reinterpret_cast<int64_t*>(scratch);
   Staged* const staged = reinterpret_cast<Staged*>(scratch + offset_floats);
   find_offsets(a, runs, Band(a, step), offsets);
+  const Int8TileInput in{staged, a.window.stride_w * a.c_in, a.out_w, a.window.stride_h * row_elements, offsets, runs.count, runs.groups()};
   for (int64_t p0 = begin; p0 < end; p0 += step) {
     const int64_t rows = minimum(step, end - p0);
     load_band(a, Band(a, rows), image, p0, staged);
-    for (int64_t j = first_panel; j < last_panel; ++j) {
-      for (int64_t i = 0; i < rows; ++i) {
-        const Int8TileInput in{staged + i * a.window.stride_h * row_elements, a.window.stride_w * a.c_in, offsets, runs.count, runs.groups()};
-        multiply(product, in, j, i == 0 ? minimum(j + 1, last_panel - 1) : j, (image * a.out_h + p0 + i) * a.out_w, a.out_w);
-      }
-    }
+    const int64_t first_row = (image * a.out_h + p0) * a.out_w;
+    for (int64_t j = first_panel; j < last_panel; ++j) multiply(product, in, j, minimum(j + 1, last_panel - 1), first_row, rows * a.out_w);
   }
 }
 

@@ -14,14 +14,36 @@ struct Place {
   bool bounded;
 };
 
+// Rows that one address serves. A tile that has one for each row may cross lines; higher ones have too many: base, base + stride,
+// base + 2 · stride.
+constexpr int rows_an_address(int vecs) { return int8_tile_rows(vecs) > 9 ? 3 : 1; }
+
 template <int kRows, int kVecs>
-KP_INLINE void accumulate(Ints (&sums)[kRows][kVecs], const char* a, int64_t row_bytes, const int8_t* b, int64_t groups,
+struct RowAddresses {
+  static constexpr int kEach = rows_an_address(kVecs);
+  const Staged* base[(kRows + kEach - 1) / kEach];
+  int64_t row_stride;
+
+  KP_INLINE RowAddresses(const Int8TileInput& in, int64_t column) : row_stride(in.row_stride) {
+    const Staged* row = in.a + column * row_stride;
+    const int64_t to_next_line = kEach > 1 || column + kRows <= in.width ? 0 : in.line_stride - in.width * row_stride;
+#pragma GCC unroll 16
+    for (int m = 0; m < kRows; m += kEach) {
+      base[m / kEach] = row + m * row_stride;
+      if (to_next_line && ++column == in.width) column = 0, row += to_next_line;
+    }
+  }
+  KP_INLINE RowAddresses(const RowAddresses& from, int64_t offset) : row_stride(from.row_stride) {
+#pragma GCC unroll 16
+    for (int i = 0; i < (kRows + kEach - 1) / kEach; ++i) base[i] = from.base[i] + offset;
+  }
+  KP_INLINE const Staged* at(int m) const { return base[m / kEach] + m % kEach * row_stride; }
+};
+
+template <int kRows, int kVecs>
+KP_INLINE void accumulate(Ints (&sums)[kRows][kVecs], const RowAddresses<kRows, kVecs>& rows, const int8_t* b, int64_t groups,
                           const int8_t* ahead) {
-  constexpr int kBases = (kRows + 2) / 3;  // one address serves three rows: base, base + stride, base + 2·stride
   constexpr int64_t kStep = int64_t{kVecs} * kLanes * kGroup;
-  const char* base[kBases];
-#pragma GCC unroll 8
-  for (int i = 0; i < kBases; ++i) base[i] = a + 3 * i * row_bytes;
   for (int64_t k = 0; k < groups; ++k) {
     Ints weight[kVecs];
 #pragma GCC unroll 4
@@ -30,7 +52,7 @@ KP_INLINE void accumulate(Ints (&sums)[kRows][kVecs], const char* a, int64_t row
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) {
       int32_t group;
-      std::memcpy(&group, base[m / 3] + (m % 3) * row_bytes + k * sizeof group, sizeof group);
+      std::memcpy(&group, rows.at(m) + k * kGroup, sizeof group);
       const Ints x = broadcast_int(group);
 #pragma GCC unroll 4
       for (int v = 0; v < kVecs; ++v) dot(sums[m][v], x, weight[v]);
@@ -121,7 +143,8 @@ __attribute__((noinline)) void finish_any(const Int8Product& p, const int32_t* s
 }
 
 template <int kRows, int kVecs>
-void compute_tile(const Int8Product& p, const Int8TileInput& in, const int8_t* panel, const int8_t* ahead, const Place& place) {
+void compute_tile(const Int8Product& p, const Int8TileInput& in, int64_t column, const int8_t* panel, const int8_t* ahead, const Place& place) {
+  const RowAddresses<kRows, kVecs> rows(in, column);
   Ints sums[kRows][kVecs];
 #pragma GCC unroll 4
   for (int v = 0; v < kVecs; ++v) {
@@ -134,11 +157,9 @@ void compute_tile(const Int8Product& p, const Int8TileInput& in, const int8_t* p
 #pragma GCC unroll 16
     for (int m = 0; m < kRows; ++m) sums[m][v] = of_weights * broadcast_int(-128 - p.row_zero_point[place.row + m]);
   }
-  const int64_t row_bytes = in.row_stride * static_cast<int64_t>(sizeof(Staged));
   for (int64_t g = 0; g < in.segments; ++g) {
     const int64_t k = g * in.groups;
-    accumulate<kRows, kVecs>(sums, reinterpret_cast<const char*>(in.a + in.segment_offsets[g]), row_bytes,
-                             panel + k * kVecs * kLanes * kGroup, in.groups, ahead + k * 64);
+    accumulate<kRows, kVecs>(sums, {rows, in.segment_offsets[g]}, panel + k * kVecs * kLanes * kGroup, in.groups, ahead + k * 64);
   }
   if (__builtin_expect(place.bounded && p.epilogue.activation.clamps, 1)) {
     if (!p.epilogue.residual && p.c_out - place.channel >= kVecs * kLanes) return finish_bytes<true>(p, sums, place, kClamped);
@@ -153,7 +174,7 @@ void compute_tile(const Int8Product& p, const Int8TileInput& in, const int8_t* p
   finish_any(p, stored, kRows, kVecs, place);
 }
 
-using TileFunction = void (*)(const Int8Product&, const Int8TileInput&, const int8_t*, const int8_t*, const Place&);
+using TileFunction = void (*)(const Int8Product&, const Int8TileInput&, int64_t, const int8_t*, const int8_t*, const Place&);
 
 template <int kVecs, int... kIndex>
 KP_INLINE TileFunction tile_with(int64_t rows, std::integer_sequence<int, kIndex...>) {
@@ -183,16 +204,18 @@ void multiply(const Int8Product& p, const Int8TileInput& in, int64_t panel, int6
   const int64_t channel = panel * kInt8Panel, vecs = minimum(kInt8Vecs, ceil_div(p.c_out - channel, kLanes));
   const int8_t* weight = p.weight + channel * p.depth;
   const int64_t quarter = in.segments * in.groups * 64;
-  const int64_t tiles = ceil_div(rows, int8_tile_rows(static_cast<int>(vecs))), height = rows / tiles, higher = rows % tiles;
+  const int64_t run = rows_an_address(static_cast<int>(vecs)) > 1 ? minimum(rows, in.width) : rows;
+  const int64_t tiles = ceil_div(run, int8_tile_rows(static_cast<int>(vecs))), height = run / tiles, higher = run % tiles;
   const bool bounded = !p.row_scale && p.epilogue.gives_bounded_bytes(channel, minimum(kInt8Panel, p.c_out - channel), p.depth);
   Int8TileInput part = in;
-  for (int64_t t = 0, begin = 0; t < tiles; ++t) {
-    const int64_t count = height + (t < higher);
-    part.a = in.a + begin * in.row_stride;
+  int64_t column = 0;
+  for (int64_t t = 0, begin = 0; begin < rows; ++t) {
+    const int64_t count = minimum(rows - begin, height + (t % tiles < higher));
     const bool fetches = next != panel && t < kAheadLines;
-    tile_function(count, vecs)(p, part, weight, fetches ? p.weight + next * kInt8Panel * p.depth + t * quarter : weight,
+    tile_function(count, vecs)(p, part, column, weight, fetches ? p.weight + next * kInt8Panel * p.depth + t * quarter : weight,
                                {first_row + begin, channel, bounded});
-    begin += count;
+    begin += count, column += count;
+    for (; column >= in.width; column -= in.width) part.a += in.line_stride;
   }
 }
 

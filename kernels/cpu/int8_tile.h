@@ -23,11 +23,11 @@ constexpr int int8_tile_rows(int vecs) {
 }
 constexpr int kInt8TileRows = int8_tile_rows(kInt8Vecs);
 
-// Row m, segment g starts at a + m * row_stride + segment_offsets[g] and has `groups` groups of inputs; what is read behind a segment
-// meets weights that are zero.
+// Rows lie row_stride apart, `width` of them on a line: row m, segment g starts at a + m / width * line_stride + m % width * row_stride +
+// segment_offsets[g] and has `groups` groups of inputs; what is read behind a segment meets weights that are zero.
 struct Int8TileInput {
   const Staged* a;
-  int64_t row_stride;
+  int64_t row_stride, width, line_stride;
   const int64_t* segment_offsets;
   int64_t segments, groups;
 
