@@ -28,9 +28,9 @@ from kernelpress.compress.changes import Unmasked, mask_layer, replace_layer
 from kernelpress.compress.checkpoint import load_checkpoint, read_record, save_checkpoint
 from kernelpress.compress.record import DecomposedLayer, PassRecord, add_record
 from kernelpress.emit import EmissionRecord, EmittedModel
-from kernelpress.emit.archive import DESCRIPTION
 from kernelpress.emit.cache import LONGEST, TimingCache
-from kernelpress.emit.container import pack, unpack
+from kernelpress.emit.files.archive import DESCRIPTION
+from kernelpress.emit.files.container import pack, unpack
 from kernelpress.emit.quantized import register_quantization
 from kernelpress.emit.record import summary_table
 from kernelpress.files.sealed import seal, seal_tensors, unseal, unseal_tensors

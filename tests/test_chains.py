@@ -9,9 +9,9 @@ from support import channel_slice, native_plan
 from torch import nn
 
 import kernelpress as kp
-from kernelpress.emit import native_steps, streaming
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.lower import NativeStep, lower
+from kernelpress.emit.plans import native_steps, streaming
 from kernelpress.measure.race import Heat
 from kernelpress.ops import registry
 from kernelpress.ops.calls.steps import native_call

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 import kernelpress as kp
 from kernelpress import ops
-from kernelpress.emit import cuda_plan, evaluate, pipeline, plan
+from kernelpress.emit import evaluate, pipeline
 from kernelpress.emit.cache import TimingCache
-from kernelpress.emit.cuda_plan import CudaPlan
+from kernelpress.emit.plans import cuda_plan, plan
+from kernelpress.emit.plans.cuda_plan import CudaPlan
 from kernelpress.ops.backends import triton
 from kernelpress.ops.calls import prepared
 from kernelpress.runtime import device_clock

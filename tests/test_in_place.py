@@ -12,7 +12,7 @@ from support import channels_last
 from torch import Tensor, nn
 
 import kernelpress as kp
-from kernelpress.emit.plan import Plan
+from kernelpress.emit.plans.plan import Plan
 from kernelpress.runtime import native
 
 pytestmark = pytest.mark.skipif(native.cpu() is None, reason="no native kernels: build them with `make build`")

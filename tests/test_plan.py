@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kernelpress as kp
-from kernelpress.emit.arena import ALIGNMENT, Lifetime, lay_out
+from kernelpress.emit.plans.arena import ALIGNMENT, Lifetime, lay_out
 from kernelpress.measure.memory import peak_memory_bytes
 from kernelpress.ops import registry
 from kernelpress.ops.backends.cpu import cpu_implementation

@@ -18,8 +18,9 @@ from emitting import FUSED_BACKENDS, emit_fused
 from torch import Tensor, nn
 
 import kernelpress as kp
-from kernelpress.emit import Candidate, EmittedModel, native_steps, streaming
-from kernelpress.emit.plan import Plan
+from kernelpress.emit import Candidate, EmittedModel
+from kernelpress.emit.plans import native_steps, streaming
+from kernelpress.emit.plans.plan import Plan
 from kernelpress.runtime import native
 
 

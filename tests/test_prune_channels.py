@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kernelpress import compress
-from kernelpress.compress.dependency import Axis, contradiction, find_dependencies
+from kernelpress.compress.channels.dependency import Axis, contradiction, find_dependencies
 from kernelpress.trace import trace
 
 HALF = torch.arange(0, 16, 2)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from unchanged import unchanged
 
 from kernelpress import compress
-from kernelpress.compress.dependency import find_dependencies
+from kernelpress.compress.channels.dependency import find_dependencies
 from kernelpress.compress.prune_channels.criteria import CRITERIA
 from kernelpress.compress.prune_channels.evidence import Evidence, batches_of
 from kernelpress.trace import trace

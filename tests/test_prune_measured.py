@@ -13,7 +13,7 @@ from pruning import X, conv3x3
 from torch import Tensor, nn
 
 from kernelpress import compress
-from kernelpress.compress.dependency import Axis, Occurrence, Pool, find_dependencies
+from kernelpress.compress.channels.dependency import Axis, Occurrence, Pool, find_dependencies
 from kernelpress.compress.prune_channels.groups import ranked
 from kernelpress.compress.prune_channels.measured import _knapsack, _losses, measured_left, smoothed
 from kernelpress.emit import layer_costs, layer_energies, layer_times, plan_latencies

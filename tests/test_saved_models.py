@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import kernelpress as kp
-from kernelpress.emit import EmittedModel, archive, container
-from kernelpress.emit.archive import DESCRIPTION, _tensor_from_json, _tensor_to_json
-from kernelpress.emit.container import MANIFEST, pack, unpack
-from kernelpress.emit.graph_json import graph_from_json, graph_to_json
+from kernelpress.emit import EmittedModel
+from kernelpress.emit.files import archive, container
+from kernelpress.emit.files.archive import DESCRIPTION, _tensor_from_json, _tensor_to_json
+from kernelpress.emit.files.container import MANIFEST, pack, unpack
+from kernelpress.emit.files.graph_json import graph_from_json, graph_to_json
 from kernelpress.files.sealed import seal, unseal
 from kernelpress.runtime.torch_private import scoped_library
 

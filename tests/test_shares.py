@@ -13,10 +13,10 @@ from torch import nn
 
 import kernelpress as kp
 from kernelpress.emit import pipeline
-from kernelpress.emit import plan as plans
 from kernelpress.emit.cache import TimingCache
-from kernelpress.emit.plan import Plan, plan_of
-from kernelpress.emit.shares import MOST_IMAGES, divide
+from kernelpress.emit.plans import plan as plans
+from kernelpress.emit.plans.plan import Plan, plan_of
+from kernelpress.emit.plans.shares import MOST_IMAGES, divide
 from kernelpress.runtime import native
 from kernelpress.runtime.clock import threads_set_to
 

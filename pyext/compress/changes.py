@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from kernelpress.compress.masks import lay_mask
-from kernelpress.compress.quantized_graph import Quantized
+from kernelpress.compress.quantization.quantized_graph import Quantized
 from kernelpress.compress.resize import (
     named_tensors,
     replace_tensors,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelpress.compress.changes import Change, Masked, Resized, replay
-from kernelpress.compress.quantized_graph import Quantized, check_scales
+from kernelpress.compress.quantization.quantized_graph import Quantized, check_scales
 from kernelpress.compress.resize import compute_weights, named_tensors, replace_tensors
 from kernelpress.files import write_atomically
 from kernelpress.files.plain import from_plain, printable

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from kernelpress.emit.direct import Direct
 from kernelpress.emit.examples import Example
-from kernelpress.emit.portable import Portable
+from kernelpress.emit.files.portable import Portable
 from kernelpress.emit.record import EmissionRecord, summary_table
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace.contract import Contract
@@ -92,7 +92,7 @@ class EmittedModel(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a `torch.export` archive (`.pt2`) that `kernelpress.load` reads; see `emit.archive.save`."""
-        from kernelpress.emit.archive import save
+        from kernelpress.emit.files.archive import save
 
         save(self, path)
 

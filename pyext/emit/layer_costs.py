@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from kernelpress.emit.pipeline import emit
-from kernelpress.emit.plan import capture
+from kernelpress.emit.plans.plan import capture
 from kernelpress.measure.energy import energy_per_call
 from kernelpress.measure.race import race
 from kernelpress.ops.layout import IMAGES_OR_ROWS

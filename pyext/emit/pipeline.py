@@ -24,11 +24,11 @@ from kernelpress.emit.examples import Example, example_values
 from kernelpress.emit.fold import fold
 from kernelpress.emit.fuse import find_matches
 from kernelpress.emit.norms import settle_instance_norms
-from kernelpress.emit.plan import Plan, capture
+from kernelpress.emit.plans.plan import Plan, capture
+from kernelpress.emit.plans.shares import Division, division_of
 from kernelpress.emit.quantized import is_rounding, without_fake
 from kernelpress.emit.quantized_rows import quantized_rows
 from kernelpress.emit.record import CandidateRecord, EmissionRecord, PlaceRecord
-from kernelpress.emit.shares import Division, division_of
 from kernelpress.emit.ties import Comparison, compare, moved_by_rounding
 from kernelpress.emit.tolerance import INT8_TOLERANCE, TURNED_SHARE, tolerance_of
 from kernelpress.emit.zeros import shares_of_zeros, unskipped_zeros

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 import kernelpress as kp
-from kernelpress.emit import native_steps, streaming
-from kernelpress.emit.plan import plan_of
+from kernelpress.emit.plans import native_steps, streaming
+from kernelpress.emit.plans.plan import plan_of
 from kernelpress.emit.tolerance import TURNED_SHARE, tolerance_of
 from kernelpress.preserve import own_tensors
 from kernelpress.runtime.torch_private import pytree

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from kernelpress.compress.changes import copied, resizes
-from kernelpress.compress.dependency import Axis, Dependencies, find_dependencies
+from kernelpress.compress.channels.dependency import Axis, Dependencies, find_dependencies
 from kernelpress.compress.modules import layers_in
 from kernelpress.compress.prune_channels.budgets import Cost, channels_left, flops_left, parameters_left
 from kernelpress.compress.prune_channels.choice import Chosen, greedily, in_one_shot, rank

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from kernelpress.compress.dependency import Axis, Dependencies
+from kernelpress.compress.channels.dependency import Axis, Dependencies
 from kernelpress.measure.cost import count_parameters
 
 __all__ = ["Cost", "channels_left", "flops_left", "kept_on_axes", "parameters_left"]

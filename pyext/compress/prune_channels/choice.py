@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kernelpress.compress.dependency import Dependencies
+from kernelpress.compress.channels.dependency import Dependencies
 from kernelpress.compress.prune_channels.budgets import Cost
 from kernelpress.compress.prune_channels.criteria import Criterion
 from kernelpress.compress.prune_channels.evidence import Batches, Evidence

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kernelpress.compress.dependency import Axis, Pool
+from kernelpress.compress.channels.dependency import Axis, Pool
 from kernelpress.compress.prune_channels.activations import (
     gradient_times_activation,
     mean_activation,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelpress.compress.changes import copied
-from kernelpress.compress.dependency import Axis, Dependencies, contradiction
+from kernelpress.compress.channels.dependency import Axis, Dependencies, contradiction
 from kernelpress.compress.resize import adapt_sizes, named_tensors, replace_tensors
 from kernelpress.trace import TraceError, trace
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from kernelpress.compress.dependency import Axis, Dependencies, LayerCall, Pool
+from kernelpress.compress.channels.dependency import Axis, Dependencies, LayerCall, Pool
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace import TraceError, trace
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kernelpress.compress.dependency import Pool
+from kernelpress.compress.channels.dependency import Pool
 from kernelpress.compress.record import SkippedLayers
 
 __all__ = ["Group", "in_order", "ranked", "too_small"]

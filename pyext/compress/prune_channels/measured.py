@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from kernelpress.compress.channel_sets import FIXED
-from kernelpress.compress.channel_walk import arguments
-from kernelpress.compress.dependency import Dependencies, LayerCall
+from kernelpress.compress.channels.dependency import Dependencies, LayerCall
+from kernelpress.compress.channels.sets import FIXED
+from kernelpress.compress.channels.walk import arguments
 from kernelpress.compress.prune_channels.budgets import Cost
 from kernelpress.compress.prune_channels.choice import Chosen, Rank, by_pool, roots_of
 from kernelpress.compress.prune_channels.groups import Group

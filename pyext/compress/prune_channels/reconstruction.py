@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kernelpress.compress.dependency import LayerCall
+from kernelpress.compress.channels.dependency import LayerCall
 from kernelpress.compress.prune_channels.evidence import Evidence
 
 __all__ = ["restoring_scales", "thinet"]

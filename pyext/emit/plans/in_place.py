@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from kernelpress.emit.lower import NativeStep, Place, Program, Step, View, views_of
-from kernelpress.emit.native_steps import Bases, tensor_at
+from kernelpress.emit.plans.native_steps import Bases, tensor_at
 from kernelpress.ops.calls.aten import aten_call
 from kernelpress.ops.calls.elementwise import merged_dims
 from kernelpress.ops.calls.steps import native_reason

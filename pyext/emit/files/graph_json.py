@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import CodeGen
 
+from kernelpress.emit.files.operators import name_of, operator_named
 from kernelpress.emit.graph import attribute
-from kernelpress.emit.operators import name_of, operator_named
 from kernelpress.runtime.torch_private import HigherOrderOperator, OpOverload, PyTreeCodeGen, PyTreeInfo, pytree
 
 __all__ = ["graph_from_json", "graph_to_json", "value_from_json", "value_to_json"]

@@ -1,4 +1,4 @@
-"""Which rule of `channel_layers` and `channel_moves` stands for which ATen operation."""
+"""Which rule of `layers` and `moves` stands for which ATen operation."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from kernelpress.compress import channel_layers as layers
-from kernelpress.compress import channel_moves as moves
-from kernelpress.compress.channel_walk import ChannelWalk, Rule
+from kernelpress.compress.channels import layers, moves
+from kernelpress.compress.channels.walk import ChannelWalk, Rule
 
 __all__ = ["RULES"]
 

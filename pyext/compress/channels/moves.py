@@ -1,4 +1,4 @@
-"""What operations that move, combine or reduce elements do with the labels of `channel_walk`."""
+"""What operations that move, combine or reduce elements do with the labels of `walk`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from kernelpress.compress.channel_sets import FIXED, compact, varying_axes
-from kernelpress.compress.channel_shuffles import dividing_groups, shuffle_end
-from kernelpress.compress.channel_walk import ChannelWalk, along, describe, shape_of
+from kernelpress.compress.channels.sets import FIXED, compact, varying_axes
+from kernelpress.compress.channels.shuffles import dividing_groups, shuffle_end
+from kernelpress.compress.channels.walk import ChannelWalk, along, describe, shape_of
 from kernelpress.runtime.torch_private import pytree
 
 __all__ = [

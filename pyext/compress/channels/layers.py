@@ -1,4 +1,4 @@
-"""What layers do with the labels of `channel_walk`: convolutions, linear layers and normalisations."""
+"""What layers do with the labels of `walk`: convolutions, linear layers and normalisations."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from kernelpress.compress.channel_sets import varying_axes
-from kernelpress.compress.channel_shuffles import is_shuffled_next
-from kernelpress.compress.channel_walk import Axis, ChannelWalk, LayerCall, along, describe, shape_of
+from kernelpress.compress.channels.sets import varying_axes
+from kernelpress.compress.channels.shuffles import is_shuffled_next
+from kernelpress.compress.channels.walk import Axis, ChannelWalk, LayerCall, along, describe, shape_of
 from kernelpress.trace import module_of
 
 __all__ = ["channel_normalisation", "convolution_or_linear", "group_norm", "last_axes_normalisation", "prelu"]

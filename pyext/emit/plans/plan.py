@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernelpress.emit.arena import ArenaLayout, Lifetime, lay_out
 from kernelpress.emit.cache import TimingCache
-from kernelpress.emit.cuda_plan import CudaPlan
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.examples import Example
-from kernelpress.emit.in_place import without_copies
 from kernelpress.emit.lower import NativeStep, Place, Program, TorchStep, View, lower, views_of
-from kernelpress.emit.native_steps import Bases, Chain, NativeSteps, tensor_at
-from kernelpress.emit.recapture import fingerprint, reduced
-from kernelpress.emit.shares import Share, share_of
+from kernelpress.emit.plans.arena import ArenaLayout, Lifetime, lay_out
+from kernelpress.emit.plans.cuda_plan import CudaPlan
+from kernelpress.emit.plans.in_place import without_copies
+from kernelpress.emit.plans.native_steps import Bases, Chain, NativeSteps, tensor_at
+from kernelpress.emit.plans.recapture import fingerprint, reduced
+from kernelpress.emit.plans.shares import Share, share_of
 from kernelpress.measure.race import Heat, race
 from kernelpress.ops.calls import packing
 from kernelpress.preserve import own_tensors

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from kernelpress.emit.files.graph_json import graph_from_json, graph_to_json
 from kernelpress.emit.graph import arguments, attribute, number
-from kernelpress.emit.graph_json import graph_from_json, graph_to_json
 
 __all__ = ["Quantized", "check_scales"]
 
@@ -20,7 +20,7 @@ _LARGEST_SIZE = 2**31
 
 @dataclass(frozen=True)
 class Quantized:
-    """A graph in the place of the whole model: `graph` as `emit.graph_json` has it, the shapes and dtypes of the
+    """A graph in the place of the whole model: `graph` as `emit.files.graph_json` has it, the shapes and dtypes of the
     tensors that it reads, and which of them are trained."""
 
     graph: dict[str, Any]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
-from kernelpress.compress.channel_walk import arguments, shape_of
+from kernelpress.compress.channels.walk import arguments, shape_of
 
 __all__ = ["dividing_groups", "is_shuffled_next", "shuffle_end"]
 

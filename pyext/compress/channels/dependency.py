@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from kernelpress.compress.channel_rules import RULES
-from kernelpress.compress.channel_sets import ChannelSets
-from kernelpress.compress.channel_walk import Axis, ChannelWalk, Count, LayerCall
+from kernelpress.compress.channels.rules import RULES
+from kernelpress.compress.channels.sets import ChannelSets
+from kernelpress.compress.channels.walk import Axis, ChannelWalk, Count, LayerCall
 from kernelpress.compress.record import SkippedLayers
 
 __all__ = ["Axis", "Count", "Dependencies", "LayerCall", "Occurrence", "Pool", "contradiction", "find_dependencies"]

@@ -49,7 +49,7 @@ def reduced(
 def recapture(model: EmittedModel, examples: Sequence[Example], chains: Sequence[tuple[int, int]], shared: bool) -> Any:
     """The plan of `model` for inputs of these forms, streamed by rows and in shares of the batch where the plan that it
     is a copy of was."""
-    from kernelpress.emit.plan import plan_of
+    from kernelpress.emit.plans.plan import plan_of
 
     return plan_of(model, [_blank(x) for x in examples], chains=chains, shared=shared)
 

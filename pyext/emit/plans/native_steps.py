@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernelpress.emit.cache import TimingCache
 from kernelpress.emit.lower import Buffer, NativeStep, Place, Program, View, views_of
-from kernelpress.emit.streaming import choose_chains, interleaving, name_of_plan, private_bytes, with_others
+from kernelpress.emit.plans.streaming import choose_chains, interleaving, name_of_plan, private_bytes, with_others
 from kernelpress.ops.calls.aten import aten_call
 from kernelpress.ops.calls.steps import native_call
 from kernelpress.runtime import native

@@ -16,7 +16,7 @@ from kernelpress.emit.assemble import owned_copy
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.examples import Example
 from kernelpress.emit.graph import operator_of
-from kernelpress.emit.recapture import fingerprint, reduced
+from kernelpress.emit.plans.recapture import fingerprint, reduced
 from kernelpress.ops import registry
 from kernelpress.ops.registry import Run
 from kernelpress.runtime.cuda_graph import record

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from kernelpress.compress.channel_sets import FIXED, ChannelSets, compact, varying_axes
+from kernelpress.compress.channels.sets import FIXED, ChannelSets, compact, varying_axes
 from kernelpress.runtime.torch_private import OpOverload, pytree
 from kernelpress.trace import module_of
 

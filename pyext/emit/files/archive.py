@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 import kernelpress.ops  # noqa: F401  (a graph can be read only once its operations are registered)
-from kernelpress.emit.container import pack, unpack
 from kernelpress.emit.emitted import EmittedModel
 from kernelpress.emit.examples import Example
-from kernelpress.emit.graph_json import graph_from_json, graph_to_json, value_from_json, value_to_json
+from kernelpress.emit.files.container import pack, unpack
+from kernelpress.emit.files.graph_json import graph_from_json, graph_to_json, value_from_json, value_to_json
 from kernelpress.emit.record import EmissionRecord
 from kernelpress.files import write_atomically
 from kernelpress.files.plain import printable

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from kernelpress.emit.in_place import without_copies
 from kernelpress.emit.lower import NativeStep, Place, Program, View, lower, views_of
+from kernelpress.emit.plans.in_place import without_copies
 from kernelpress.runtime.torch_private import pytree
 from kernelpress.trace.contract import Contract
 

@@ -1,0 +1,1 @@
+"""Which channels belong together: labels of tensors' elements, walked through an exported graph."""
