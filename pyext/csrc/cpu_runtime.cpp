@@ -1,8 +1,11 @@
 // The host side of kernels/cpu/runtime.h: torch's thread pool where its address was handed in, a serial loop elsewhere.
 #include "cpu_runtime.h"
 
+#include <atomic>
 #include <cstdlib>
+#include <memory>
 #include <new>
+#include <thread>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -32,8 +35,109 @@ struct Scratch {
   }
 };
 
+// Waits some microseconds without letting go of the core, then lets others have it in between: they may be who is waited for.
+template <class Condition>
+void wait_until(const Condition& condition) {
+  constexpr int kSpins = 100;
+  for (int i = 0; !condition(); ++i) {
+    if (i >= kSpins) {
+      std::this_thread::yield();
+      continue;
+    }
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+  }
+}
+
+// Threads that wait for parallel loops of the one that leads them. Every line of memory has one writer.
+class Team {
+ public:
+  explicit Team(int64_t threads) : threads_(threads), members_(new Member[static_cast<size_t>(threads)]) {}
+
+  int64_t threads() const { return threads_; }
+
+  // By the leader.
+  void run(int64_t begin, int64_t end, void (*body)(int64_t, int64_t, void*), void* context) {
+    if (!is_complete()) {
+      const OneThread alone;
+      return body(begin, end, context);
+    }
+    post({body, context, begin, end, (end - begin + threads_ - 1) / threads_});
+    bool is_done = take_part(0);
+    for (int64_t i = 1; i < threads_; ++i) {
+      wait_until([&] { return members_[i].done.load(std::memory_order_acquire) == loops_; });
+      is_done = is_done && !members_[i].has_failed;
+    }
+    if (!is_done) throw std::bad_alloc();
+  }
+  void dismiss() { post({}); }
+
+  // By every other member, until dismissed.
+  void serve(int64_t index) {
+    Member& member = members_[index];
+    uint64_t loop = 0;
+    member.done.store(loop, std::memory_order_release);
+    for (;;) {
+      wait_until([&] { return posted_.load(std::memory_order_acquire) != loop; });
+      if (!job_.body) return;
+      if (!take_part(index)) member.has_failed = true;
+      member.done.store(++loop, std::memory_order_release);
+    }
+  }
+
+ private:
+  static constexpr uint64_t kAway = ~uint64_t{0};
+
+  struct Job {
+    void (*body)(int64_t, int64_t, void*);
+    void* context;
+    int64_t begin, end, share;
+  };
+  struct alignas(64) Member {
+    std::atomic<uint64_t> done{kAway};  // loops
+    bool has_failed = false;
+  };
+
+  void post(const Job& job) {
+    job_ = job;
+    posted_.store(++loops_, std::memory_order_release);
+  }
+
+  // The host may not have sent all yet: they are waited for at the first loop, for a while.
+  bool is_complete() {
+    for (int tries = loops_ == 0 && !has_waited_ ? 1000 : 1; !is_complete_ && tries > 0; --tries) {
+      is_complete_ = true;
+      for (int64_t i = 1; i < threads_; ++i) is_complete_ = is_complete_ && members_[i].done.load(std::memory_order_acquire) != kAway;
+      if (!is_complete_) std::this_thread::yield();
+    }
+    has_waited_ = true;
+    return is_complete_;
+  }
+
+  // Whether there was memory: the body of a loop throws nothing but std::bad_alloc, for want of scratch.
+  bool take_part(int64_t index) const {
+    const OneThread alone;
+    const int64_t begin = job_.begin + index * job_.share, end = begin + job_.share;
+    try {
+      if (begin < job_.end) job_.body(begin, end < job_.end ? end : job_.end, job_.context);
+      return true;
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
+  }
+
+  const int64_t threads_;
+  const std::unique_ptr<Member[]> members_;
+  uint64_t loops_ = 0;
+  bool has_waited_ = false, is_complete_ = false;
+  alignas(64) std::atomic<uint64_t> posted_{0};
+  Job job_{};
+};
+
 thread_local Scratch scratch, held;
 thread_local bool is_alone = false;
+thread_local Team* led = nullptr;
 
 }  // namespace
 
@@ -49,14 +153,43 @@ OneThread::~OneThread() { is_alone = before_; }
 void parallel_for(int64_t begin, int64_t end, void (*body)(int64_t, int64_t, void*), void* context) {
   if (begin >= end) return;
   if (!host_parallel_for || is_alone || end - begin == 1) return body(begin, end, context);
+  if (led) return led->run(begin, end, body, context);
   // The host catches what a body throws, which can only be the allocation of scratch memory, and returns an error code.
   if (host_parallel_for(begin, end, 1, body, context) != 0) throw std::bad_alloc();
 }
 
 int64_t thread_count() {
   uint32_t count = 1;
+  if (led && !is_alone) return led->threads();
   if (is_alone || !host_parallel_for || !host_thread_count || host_thread_count(&count) != 0) return 1;
   return count;
+}
+
+void with_team(void (*body)(void*), void* context) {
+  const int64_t threads = thread_count();
+  if (threads == 1 || led) return body(context);
+  struct Call {
+    void (*body)(void*);
+    void* context;
+    Team team;
+  } call{body, context, Team(threads)};
+  const auto join = [](int64_t begin, int64_t end, void* to) {
+    Call& c = *static_cast<Call*>(to);
+    if (end - begin == c.team.threads()) return c.body(c.context);
+    for (int64_t member = begin; member < end; ++member) {
+      if (member > 0) {
+        c.team.serve(member);
+        continue;
+      }
+      struct Leading {
+        Team& team;
+        ~Leading() { led = nullptr, team.dismiss(); }
+      } leading{c.team};
+      led = &c.team;
+      c.body(c.context);
+    }
+  };
+  if (host_parallel_for(0, threads, 1, join, &call) != 0) throw std::bad_alloc();
 }
 
 float* thread_scratch(int64_t floats) { return scratch.of(floats); }
