@@ -50,31 +50,60 @@ void wait_until(const Condition& condition) {
   }
 }
 
+class Team;
+thread_local Team* led = nullptr;  // by this thread
+
 // Threads that wait for parallel loops of the one that leads them. Every line of memory has one writer.
 class Team {
  public:
-  explicit Team(int64_t threads) : threads_(threads), members_(new Member[static_cast<size_t>(threads)]) {}
+  explicit Team(int64_t most) : most_(most), members_(new Member[static_cast<size_t>(most)]) {}
 
-  int64_t threads() const { return threads_; }
+  int64_t size() const { return size_; }
 
-  // By the leader.
+  // By each thread that the host sends, with its part of [0, most): who has the first part leads, and the others serve.
+  void enter(int64_t begin, int64_t end, void (*body)(void*), void* context) {
+    if (begin > 0) return serve(begin);
+    size_ = (most_ + end - 1) / end;
+    part_.store(end, std::memory_order_release);
+    struct Leading {
+      Team& team;
+      explicit Leading(Team& team) : team(team) { led = &team; }
+      ~Leading() { led = nullptr, team.post({}); }
+    } leading(*this);
+    body(context);
+  }
+
+  // A parallel loop, by the leader.
   void run(int64_t begin, int64_t end, void (*body)(int64_t, int64_t, void*), void* context) {
     if (!is_complete()) {
       const OneThread alone;
       return body(begin, end, context);
     }
-    post({body, context, begin, end, (end - begin + threads_ - 1) / threads_});
+    post({body, context, begin, end, (end - begin + size_ - 1) / size_});
     bool is_done = take_part(0);
-    for (int64_t i = 1; i < threads_; ++i) {
+    for (int64_t i = 1; i < size_; ++i) {
       wait_until([&] { return members_[i].done.load(std::memory_order_acquire) == loops_; });
       is_done = is_done && !members_[i].has_failed;
     }
     if (!is_done) throw std::bad_alloc();
   }
-  void dismiss() { post({}); }
 
-  // By every other member, until dismissed.
-  void serve(int64_t index) {
+ private:
+  static constexpr uint64_t kAway = ~uint64_t{0};
+
+  struct Job {
+    void (*body)(int64_t, int64_t, void*);  // null: go home
+    void* context;
+    int64_t begin, end, share;
+  };
+  struct alignas(64) Member {
+    std::atomic<uint64_t> done{kAway};  // loops
+    bool has_failed = false;
+  };
+
+  void serve(int64_t begin) {
+    wait_until([this] { return part_.load(std::memory_order_acquire) != 0; });
+    const int64_t index = begin / part_.load(std::memory_order_relaxed);
     Member& member = members_[index];
     uint64_t loop = 0;
     member.done.store(loop, std::memory_order_release);
@@ -86,19 +115,6 @@ class Team {
     }
   }
 
- private:
-  static constexpr uint64_t kAway = ~uint64_t{0};
-
-  struct Job {
-    void (*body)(int64_t, int64_t, void*);
-    void* context;
-    int64_t begin, end, share;
-  };
-  struct alignas(64) Member {
-    std::atomic<uint64_t> done{kAway};  // loops
-    bool has_failed = false;
-  };
-
   void post(const Job& job) {
     job_ = job;
     posted_.store(++loops_, std::memory_order_release);
@@ -106,38 +122,40 @@ class Team {
 
   // The host may not have sent all yet: they are waited for at the first loop, for a while.
   bool is_complete() {
-    for (int tries = loops_ == 0 && !has_waited_ ? 1000 : 1; !is_complete_ && tries > 0; --tries) {
+    constexpr int kPatience = 1000;
+    for (int tries = has_waited_ ? 1 : kPatience; !is_complete_ && tries > 0; --tries) {
       is_complete_ = true;
-      for (int64_t i = 1; i < threads_; ++i) is_complete_ = is_complete_ && members_[i].done.load(std::memory_order_acquire) != kAway;
+      for (int64_t i = 1; i < size_; ++i) is_complete_ = is_complete_ && members_[i].done.load(std::memory_order_acquire) != kAway;
       if (!is_complete_) std::this_thread::yield();
     }
     has_waited_ = true;
     return is_complete_;
   }
 
-  // Whether there was memory: the body of a loop throws nothing but std::bad_alloc, for want of scratch.
+  // False where the body threw: it does for want of scratch memory alone.
   bool take_part(int64_t index) const {
     const OneThread alone;
     const int64_t begin = job_.begin + index * job_.share, end = begin + job_.share;
     try {
       if (begin < job_.end) job_.body(begin, end < job_.end ? end : job_.end, job_.context);
       return true;
-    } catch (const std::bad_alloc&) {
+    } catch (...) {
       return false;
     }
   }
 
-  const int64_t threads_;
+  const int64_t most_;
   const std::unique_ptr<Member[]> members_;
+  int64_t size_ = 0;
   uint64_t loops_ = 0;
   bool has_waited_ = false, is_complete_ = false;
+  std::atomic<int64_t> part_{0};  // of [0, most), that each was sent with
   alignas(64) std::atomic<uint64_t> posted_{0};
   Job job_{};
 };
 
 thread_local Scratch scratch, held;
 thread_local bool is_alone = false;
-thread_local Team* led = nullptr;
 
 }  // namespace
 
@@ -160,7 +178,7 @@ void parallel_for(int64_t begin, int64_t end, void (*body)(int64_t, int64_t, voi
 
 int64_t thread_count() {
   uint32_t count = 1;
-  if (led && !is_alone) return led->threads();
+  if (led && !is_alone) return led->size();
   if (is_alone || !host_parallel_for || !host_thread_count || host_thread_count(&count) != 0) return 1;
   return count;
 }
@@ -173,23 +191,11 @@ void with_team(void (*body)(void*), void* context) {
     void* context;
     Team team;
   } call{body, context, Team(threads)};
-  const auto join = [](int64_t begin, int64_t end, void* to) {
+  const auto enter = [](int64_t begin, int64_t end, void* to) {
     Call& c = *static_cast<Call*>(to);
-    if (end - begin == c.team.threads()) return c.body(c.context);
-    for (int64_t member = begin; member < end; ++member) {
-      if (member > 0) {
-        c.team.serve(member);
-        continue;
-      }
-      struct Leading {
-        Team& team;
-        ~Leading() { led = nullptr, team.dismiss(); }
-      } leading{c.team};
-      led = &c.team;
-      c.body(c.context);
-    }
+    c.team.enter(begin, end, c.body, c.context);
   };
-  if (host_parallel_for(0, threads, 1, join, &call) != 0) throw std::bad_alloc();
+  if (host_parallel_for(0, threads, 1, enter, &call) != 0) throw std::bad_alloc();
 }
 
 float* thread_scratch(int64_t floats) { return scratch.of(floats); }
