@@ -1,5 +1,7 @@
 """Steps of a plan by threads that wait for each other between them: the numbers of one, however many there are."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -49,3 +51,33 @@ def test_threads_of_python_lead_teams_of_their_own():
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+WITHOUT_MEMORY = """
+import resource, torch
+from kernelpress.ops.calls.steps import Before, native_steps
+torch.set_num_threads(3)
+x = torch.randn(1, 32, 4, 200).contiguous(memory_format=torch.channels_last)
+few, many = torch.randn(32, 1, 3, 3), torch.randn(64, 1, 3, 3)
+# A ring of 4001 rows, 205 MB, which no step before asks for.
+run = native_steps([
+    ("depthwise_conv2d", (x, few), {"padding": (1, 1)}),
+    ("depthwise_conv2d", (Before(0), many), {"padding": (2000, 1), "dilation": (2000, 1)}),
+])
+used = 4096 * int(open("/proc/self/statm").read().split()[0])
+limits = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), limits[1]))
+try:
+    run()
+except MemoryError:
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+    first = run().clone()
+    torch.set_num_threads(1)
+    print(torch.equal(first, run()))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_want_of_memory_on_any_thread_is_an_error_and_the_plan_runs_again():
+    done = subprocess.run([sys.executable, "-c", WITHOUT_MEMORY], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "True\n", done.stderr

@@ -14,14 +14,16 @@ struct Place {
   bool bounded;
 };
 
-// Rows that one address serves. A tile that has one for each row may cross lines; higher ones have too many: base, base + stride,
-// base + 2 · stride.
-constexpr int rows_an_address(int vecs) { return int8_tile_rows(vecs) > 9 ? 3 : 1; }
+constexpr int kMostAddresses = 9;  // of rows, that there are registers for
+
+// Rows that one address serves. A tile that has one for each row may cross lines; for higher ones it is base, base + stride,
+// base + 2 · stride, on one line.
+constexpr int rows_an_address(int vecs) { return int8_tile_rows(vecs) > kMostAddresses ? 3 : 1; }
 
 template <int kRows, int kVecs>
 struct RowAddresses {
-  static constexpr int kEach = rows_an_address(kVecs);
-  const Staged* base[(kRows + kEach - 1) / kEach];
+  static constexpr int kEach = rows_an_address(kVecs), kCount = (kRows + kEach - 1) / kEach;
+  const Staged* base[kCount];
   int64_t row_stride;
 
   KP_INLINE RowAddresses(const Int8TileInput& in, int64_t column) : row_stride(in.row_stride) {
@@ -35,7 +37,7 @@ struct RowAddresses {
   }
   KP_INLINE RowAddresses(const RowAddresses& from, int64_t offset) : row_stride(from.row_stride) {
 #pragma GCC unroll 16
-    for (int i = 0; i < (kRows + kEach - 1) / kEach; ++i) base[i] = from.base[i] + offset;
+    for (int i = 0; i < kCount; ++i) base[i] = from.base[i] + offset;
   }
   KP_INLINE const Staged* at(int m) const { return base[m / kEach] + m % kEach * row_stride; }
 };

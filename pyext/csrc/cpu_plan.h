@@ -74,17 +74,11 @@ class Plan {
     for (const Patch& patch : patches_) {
       if (patch.step >= first && patch.step < last) steps_[patch.step].words[patch.field] = addresses[patch.buffer] + patch.offset;
     }
-    if (last - first == 1) return compute(first, last);
-    struct Range {
-      Plan& plan;
-      int64_t first, last;
-    } range{*this, first, last};
-    with_team(
-        [](void* context) {
-          const Range& r = *static_cast<Range*>(context);
-          r.plan.compute(r.first, r.last);
-        },
-        &range);
+    const auto compute = [&] {
+      for (int64_t step = first; step < last; ++step) steps_[step].run(*steps_[step].kernels, steps_[step].words.data());
+    };
+    if (last - first < 2) compute();
+    else with_team(compute);
   }
 
   // Runs every plan whole, once for each of its lists of addresses: the plans side by side, each on one thread.
@@ -105,10 +99,6 @@ class Plan {
   }
 
  private:
-  void compute(int64_t first, int64_t last) {
-    for (int64_t step = first; step < last; ++step) steps_[step].run(*steps_[step].kernels, steps_[step].words.data());
-  }
-
   template <class Args>
   void append_chain(Run run, const KernelTable& kernels, const Args& chain) {
     const auto* words = reinterpret_cast<const int64_t*>(&chain);

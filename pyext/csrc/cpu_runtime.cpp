@@ -122,14 +122,13 @@ class Team {
 
   // The host may not have sent all yet: they are waited for at the first loop, for a while.
   bool is_complete() {
-    constexpr int kPatience = 1000;
-    for (int tries = has_waited_ ? 1 : kPatience; !is_complete_ && tries > 0; --tries) {
-      is_complete_ = true;
-      for (int64_t i = 1; i < size_; ++i) is_complete_ = is_complete_ && members_[i].done.load(std::memory_order_acquire) != kAway;
-      if (!is_complete_) std::this_thread::yield();
+    for (; here_ < size_; ++here_) {
+      for (; members_[here_].done.load(std::memory_order_acquire) == kAway; --patience_) {
+        if (patience_ <= 0) return false;
+        std::this_thread::yield();
+      }
     }
-    has_waited_ = true;
-    return is_complete_;
+    return true;
   }
 
   // False where the body threw: it does for want of scratch memory alone.
@@ -146,9 +145,9 @@ class Team {
 
   const int64_t most_;
   const std::unique_ptr<Member[]> members_;
-  int64_t size_ = 0;
+  int64_t size_ = 0, here_ = 1;  // the leader, and the members behind it
+  int patience_ = 1000;
   uint64_t loops_ = 0;
-  bool has_waited_ = false, is_complete_ = false;
   std::atomic<int64_t> part_{0};  // of [0, most), that each was sent with
   alignas(64) std::atomic<uint64_t> posted_{0};
   Job job_{};
@@ -186,16 +185,8 @@ int64_t thread_count() {
 void with_team(void (*body)(void*), void* context) {
   const int64_t threads = thread_count();
   if (threads == 1 || led) return body(context);
-  struct Call {
-    void (*body)(void*);
-    void* context;
-    Team team;
-  } call{body, context, Team(threads)};
-  const auto enter = [](int64_t begin, int64_t end, void* to) {
-    Call& c = *static_cast<Call*>(to);
-    c.team.enter(begin, end, c.body, c.context);
-  };
-  if (host_parallel_for(0, threads, 1, enter, &call) != 0) throw std::bad_alloc();
+  Team team(threads);
+  parallel(threads, [&](int64_t begin, int64_t end) { team.enter(begin, end, body, context); });
 }
 
 float* thread_scratch(int64_t floats) { return scratch.of(floats); }

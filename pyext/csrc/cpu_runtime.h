@@ -28,6 +28,11 @@ class OneThread {
 // of a cache line to and fro instead of a call of the host's pool, which takes a microsecond or more.
 void with_team(void (*body)(void*), void* context);
 
+template <class Body>
+void with_team(const Body& body) {
+  with_team([](void* context) { (*static_cast<const Body*>(context))(); }, const_cast<Body*>(&body));
+}
+
 // Asks for huge pages under the whole pages of a block; where the system has none, nothing changes.
 void advise_huge_pages(int64_t address, int64_t bytes);
 
